@@ -1,0 +1,1 @@
+//! A USB port, or a USB device, belongs to a virtual machine.

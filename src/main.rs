@@ -1,0 +1,2 @@
+//! The `usb-qmp-hotplug` program.
+fn main() {}
