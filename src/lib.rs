@@ -1,1 +1,3 @@
-//! A USB port, or a USB device, belongs to a virtual machine.
+//! x
+pub mod text;
+pub mod usb;
