@@ -1,3 +1,4 @@
 //! x
+pub mod qmp;
 pub mod text;
 pub mod usb;
