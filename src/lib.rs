@@ -1,1 +1,4 @@
-//! A USB port, or a USB device, belongs to a virtual machine.
+//! x
+pub mod qmp;
+pub mod text;
+pub mod usb;

@@ -1,0 +1,175 @@
+//! What can go wrong with a monitor: the wire broke, or the peer said no.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::text::escape;
+
+/// An error of a QMP session: which socket, and what.
+#[derive(Debug)]
+pub struct Error {
+    /// The socket, as it was given.
+    pub socket: PathBuf,
+    /// What went wrong.
+    pub kind: ErrorKind,
+}
+
+impl Error {
+    pub(crate) fn new(socket: &Path, kind: ErrorKind) -> Self {
+        Error { socket: socket.to_owned(), kind }
+    }
+
+    /// QEMU's refusal, if that is what it was.
+    pub fn refusal(&self) -> Option<&Refusal> {
+        match &self.kind {
+            ErrorKind::Refused(refusal) => Some(refusal),
+            _ => None,
+        }
+    }
+
+    /// Whether the VM is simply not there: no socket, or nobody listens.
+    pub fn is_not_running(&self) -> bool {
+        matches!(self.kind, ErrorKind::NoSocket(_) | ErrorKind::NobodyListens(_))
+    }
+}
+
+/// What went wrong in a session.
+#[derive(Debug)]
+pub enum ErrorKind {
+    /// There is no file at the socket's path.
+    NoSocket(io::Error),
+    /// There is a socket that no process listens on: QEMU has ended.
+    NobodyListens(io::Error),
+    /// The socket could not be reached for another reason.
+    Connect(io::Error),
+    /// No greeting before the deadline: another client holds the monitor, or
+    /// QEMU does not run.
+    NoGreeting {
+        /// The time that was given.
+        waited: Duration,
+    },
+    /// What the peer sends is not QMP.
+    NotQmp {
+        /// What came instead.
+        saw: String,
+    },
+    /// A message longer than [`MAX_MESSAGE`](super::frame::MAX_MESSAGE).
+    TooLong,
+    /// The connection broke; without a source, at an end of file.
+    Lost(Option<io::Error>),
+    /// No reply before the deadline.
+    NoReply {
+        /// The time that was given.
+        waited: Duration,
+    },
+    /// The session met an error before, and cannot be used again.
+    Unusable,
+    /// QEMU said no.
+    Refused(Refusal),
+    /// A reply, or an argument, of another shape than the command has.
+    Unexpected {
+        /// The command.
+        command: &'static str,
+        /// What did not fit.
+        source: serde_json::Error,
+    },
+}
+
+/// QEMU's "no" to a command, in its own words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The command that was refused.
+    pub command: &'static str,
+    /// The error's class, `GenericError` (QEMU, qapi/error.json).
+    pub class: String,
+    /// The error's text, for people.
+    pub desc: String,
+}
+
+impl Refusal {
+    /// Whether QEMU knows no device of that id or path (class
+    /// `DeviceNotFound`; QEMU, system/qdev-monitor.c and qom/qom-qmp-cmds.c).
+    pub fn is_not_found(&self) -> bool {
+        self.class == "DeviceNotFound"
+    }
+}
+
+impl ErrorKind {
+    pub(super) fn from_connect(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ErrorKind::NoSocket(error),
+            io::ErrorKind::ConnectionRefused => ErrorKind::NobodyListens(error),
+            _ => ErrorKind::Connect(error),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.socket.to_string_lossy();
+        let vm = escape(&path);
+        match &self.kind {
+            ErrorKind::NoSocket(_) => write!(
+                f,
+                "VM {vm}: there is no such socket; start QEMU with `-qmp unix:{vm},server=on,wait=off`"
+            ),
+            ErrorKind::NobodyListens(_) => {
+                write!(f, "VM {vm}: nobody listens on the socket; start the VM")
+            }
+            ErrorKind::Connect(_) => write!(f, "VM {vm}: cannot connect to the socket"),
+            ErrorKind::NoGreeting { waited } => write!(
+                f,
+                "VM {vm}: no greeting within {waited:?}; another client holds this monitor, or QEMU is \
+                 stopped. A monitor serves one client at a time: give QEMU a second one for this tool, \
+                 `-qmp unix:PATH,server=on,wait=off`"
+            ),
+            ErrorKind::NotQmp { saw } => write!(
+                f,
+                "VM {vm}: the peer does not speak QMP ({}); check that the path is that of a `-qmp` \
+                 socket",
+                escape(saw)
+            ),
+            ErrorKind::TooLong => write!(
+                f,
+                "VM {vm}: a message longer than {} MiB; check that the path is that of a `-qmp` socket",
+                super::frame::MAX_MESSAGE >> 20
+            ),
+            ErrorKind::Lost(_) => {
+                write!(f, "VM {vm}: the connection was lost; check whether QEMU has ended")
+            }
+            ErrorKind::NoReply { waited } => write!(
+                f,
+                "VM {vm}: no reply within {waited:?}; QEMU is stopped or busy, try again or give it \
+                 more time with --timeout"
+            ),
+            ErrorKind::Unusable => {
+                write!(f, "VM {vm}: the session ended with an earlier error; connect again")
+            }
+            ErrorKind::Refused(refusal) => write!(f, "VM {vm}: {refusal}"),
+            ErrorKind::Unexpected { command, .. } => {
+                write!(f, "VM {vm}: `{command}` has another form than this tool knows")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &self.kind {
+            ErrorKind::NoSocket(source)
+            | ErrorKind::NobodyListens(source)
+            | ErrorKind::Connect(source)
+            | ErrorKind::Lost(Some(source)) => Some(source),
+            ErrorKind::Unexpected { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "QEMU refused `{}`: {}", self.command, escape(&self.desc))
+    }
+}

@@ -1,0 +1,370 @@
+//! One conversation with a QMP socket (QEMU, docs/interop/qmp-spec.rst).
+//!
+//! A [`Session`] connects, waits for the greeting, and sends nothing before
+//! it. Commands are queued with [`Session::send`], which gives a [`Ticket`];
+//! what is queued goes out together when [`Session::reply`] redeems the first
+//! ticket, so that many commands cost one round trip. One deadline stands over
+//! all of it. After an error of the wire the session is unusable; a command
+//! that QEMU refuses leaves it as it was.
+
+mod error;
+mod frame;
+
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice};
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use qapi::qmp::{QmpCommand, qmp_capabilities};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep, timeout_at};
+
+pub use error::{Error, ErrorKind, Refusal};
+use frame::{Frames, Message, Reply};
+
+/// The most events that are kept for [`Session::take_events`]; later ones are
+/// dropped.
+const MAX_EVENTS: usize = 1024;
+
+/// How long to wait before connecting again while the socket's queue is full,
+/// at first and at most. There is no event to wait for instead.
+const RETRY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
+
+/// QEMU's version, from its greeting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub struct Version {
+    /// 10 in 10.0.2.
+    pub major: u32,
+    /// 0 in 10.0.2.
+    pub minor: u32,
+    /// 2 in 10.0.2.
+    pub micro: u32,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// An event as QEMU sent it; any name, known or not.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// The event's name, `DEVICE_DELETED`.
+    pub name: String,
+    /// The event's data, or null.
+    pub data: Value,
+}
+
+/// A promise of a command's reply. Each ticket is redeemed once.
+#[must_use = "a command is sent when its reply, or a later one, is asked for"]
+#[derive(Debug)]
+pub struct Ticket<C> {
+    id: u64,
+    command: PhantomData<fn() -> C>,
+}
+
+/// A connected, greeted monitor.
+#[derive(Debug)]
+pub struct Session {
+    socket: PathBuf,
+    stream: UnixStream,
+    started: Instant,
+    deadline: Instant,
+    version: Version,
+    frames: Frames,
+    outbox: Vec<u8>,
+    descriptor: Option<OwnedFd>,
+    next_id: u64,
+    negotiation: Option<Ticket<qmp_capabilities>>,
+    replies: BTreeMap<u64, Reply>,
+    events: Vec<Event>,
+    usable: bool,
+}
+
+impl Session {
+    /// Connects to the monitor at `socket` and waits for its greeting, all of
+    /// it, and every command after it, within `time`.
+    ///
+    /// # Errors
+    ///
+    /// Every [`ErrorKind`] up to [`ErrorKind::Lost`]. A monitor serves one
+    /// client at a time: while another one holds it, connecting succeeds and
+    /// the greeting does not come ([`ErrorKind::NoGreeting`]).
+    pub async fn connect(socket: &Path, time: Duration) -> Result<Session, Error> {
+        let started = Instant::now();
+        let deadline = started + time;
+        let fail = |kind| Error::new(socket, kind);
+        let connected = timeout_at(deadline, connect_when_possible(socket)).await;
+        let stream = connected
+            .map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?
+            .map_err(|e| fail(ErrorKind::from_connect(e)))?;
+        Session::over(stream, socket, started, deadline).await
+    }
+
+    /// A session over a stream that is connected already; `socket` names it in
+    /// errors.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::connect`].
+    pub async fn on_stream(
+        stream: UnixStream,
+        socket: &Path,
+        time: Duration,
+    ) -> Result<Session, Error> {
+        let started = Instant::now();
+        Session::over(stream, socket, started, started + time).await
+    }
+
+    async fn over(
+        stream: UnixStream,
+        socket: &Path,
+        started: Instant,
+        deadline: Instant,
+    ) -> Result<Session, Error> {
+        let mut session = Session {
+            socket: socket.to_owned(),
+            stream,
+            started,
+            deadline,
+            version: Version { major: 0, minor: 0, micro: 0 },
+            frames: Frames::default(),
+            outbox: Vec::new(),
+            descriptor: None,
+            next_id: 0,
+            negotiation: None,
+            replies: BTreeMap::new(),
+            events: Vec::new(),
+            usable: true,
+        };
+        session.version = match session.message().await {
+            Ok(Message::Greeting(version)) => version,
+            Ok(_) => {
+                let saw = "a message without a greeting before it".to_owned();
+                return Err(session.error(ErrorKind::NotQmp { saw }));
+            }
+            Err(Error { kind: ErrorKind::NoReply { waited }, .. }) => {
+                return Err(session.error(ErrorKind::NoGreeting { waited }));
+            }
+            Err(error) => return Err(error),
+        };
+        session.negotiation = Some(session.send(&qmp_capabilities { enable: None })?);
+        Ok(session)
+    }
+
+    /// The path of the socket, as it was given.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// QEMU's version.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// QEMU's process id, as this process sees it (unix(7), `SO_PEERCRED`);
+    /// `None` when it lies outside this process's PID namespace.
+    pub fn peer_pid(&self) -> Option<i32> {
+        self.stream.peer_cred().ok()?.pid().filter(|pid| *pid > 0)
+    }
+
+    /// Takes the events that came so far.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Queues a command.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unusable`] after an error of the wire.
+    pub fn send<C: QmpCommand>(&mut self, command: &C) -> Result<Ticket<C>, Error> {
+        if !self.usable {
+            return Err(self.error(ErrorKind::Unusable));
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let execute = qapi::Execute::with_id(command, id);
+        if let Err(source) = serde_json::to_writer(&mut self.outbox, &execute) {
+            let command = C::NAME;
+            return Err(self.error(ErrorKind::Unexpected { command, source }));
+        }
+        self.outbox.extend_from_slice(b"\n");
+        Ok(Ticket { id, command: PhantomData })
+    }
+
+    /// Queues a command (`add-fd`, say) that takes a file descriptor. It rides
+    /// on the bytes that go out next (unix(7), `SCM_RIGHTS`); QEMU keeps only
+    /// the last one it got, so queue one for each round trip.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::send`].
+    pub fn send_with_descriptor<C: QmpCommand>(
+        &mut self,
+        command: &C,
+        descriptor: OwnedFd,
+    ) -> Result<Ticket<C>, Error> {
+        let ticket = self.send(command)?;
+        self.descriptor = Some(descriptor);
+        Ok(ticket)
+    }
+
+    /// Sends what is queued and waits for the reply to one command.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Refused`] when QEMU says no; [`ErrorKind::Unexpected`] when
+    /// the reply has another shape than the command's; else an error of the
+    /// wire, after which the session is unusable.
+    pub async fn reply<C: QmpCommand>(&mut self, ticket: Ticket<C>) -> Result<C::Ok, Error> {
+        if let Some(negotiation) = self.negotiation.take() {
+            self.reply_to(negotiation).await?;
+        }
+        self.reply_to(ticket).await
+    }
+
+    /// Sends one command and waits for its reply.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::reply`].
+    pub async fn execute<C: QmpCommand>(&mut self, command: &C) -> Result<C::Ok, Error> {
+        let ticket = self.send(command)?;
+        self.reply(ticket).await
+    }
+
+    async fn reply_to<C: QmpCommand>(&mut self, ticket: Ticket<C>) -> Result<C::Ok, Error> {
+        self.flush().await?;
+        let reply = loop {
+            if let Some(reply) = self.replies.remove(&ticket.id) {
+                break reply;
+            }
+            match self.message().await? {
+                // Ours, and not answered before.
+                Message::Reply { id, reply } if id < self.next_id => {
+                    self.replies.insert(id, reply);
+                }
+                Message::Event(event) => {
+                    if self.events.len() < MAX_EVENTS {
+                        self.events.push(event);
+                    }
+                }
+                Message::Reply { .. } | Message::Greeting(_) => {
+                    let saw = "a reply to a command that was never sent".to_owned();
+                    return Err(self.broken(ErrorKind::NotQmp { saw }));
+                }
+                Message::Complaint(desc) => {
+                    return Err(self.broken(ErrorKind::NotQmp { saw: desc }));
+                }
+            }
+        };
+        let command = C::NAME;
+        match reply {
+            Reply::Return(value) => serde_json::from_value(value)
+                .map_err(|source| self.error(ErrorKind::Unexpected { command, source })),
+            Reply::Error { class, desc } => {
+                let refusal = Refusal { command, class, desc };
+                Err(self.error(ErrorKind::Refused(refusal)))
+            }
+        }
+    }
+
+    /// Sends all that is queued, with the descriptor on its first bytes.
+    async fn flush(&mut self) -> Result<(), Error> {
+        let outbox = std::mem::take(&mut self.outbox);
+        let mut descriptor = self.descriptor.take();
+        let mut rest = outbox.as_slice();
+        while !rest.is_empty() {
+            let stream = &self.stream;
+            let write = stream
+                .async_io(Interest::WRITABLE, || send_bytes(stream, rest, descriptor.as_ref()));
+            match timeout_at(self.deadline, write).await {
+                Ok(Ok(written)) => {
+                    rest = rest.get(written..).unwrap_or_default();
+                    descriptor = None;
+                }
+                Ok(Err(error)) => return Err(self.broken(ErrorKind::Lost(Some(error)))),
+                Err(_) => return Err(self.late()),
+            }
+        }
+        Ok(())
+    }
+
+    /// The next message, read as far as needed.
+    async fn message(&mut self) -> Result<Message, Error> {
+        if !self.usable {
+            return Err(self.error(ErrorKind::Unusable));
+        }
+        loop {
+            match self.frames.next() {
+                Ok(Some(message)) => return Ok(message),
+                Ok(None) => {}
+                Err(kind) => return Err(self.broken(kind)),
+            }
+            let mut bytes = [0; 8192];
+            let stream = &self.stream;
+            let read = stream.async_io(Interest::READABLE, || stream.try_read(&mut bytes));
+            match timeout_at(self.deadline, read).await {
+                Ok(Ok(0)) => return Err(self.broken(ErrorKind::Lost(None))),
+                Ok(Ok(count)) => self.frames.push(bytes.get(..count).unwrap_or_default()),
+                Ok(Err(error)) => return Err(self.broken(ErrorKind::Lost(Some(error)))),
+                Err(_) => return Err(self.late()),
+            }
+        }
+    }
+
+    fn late(&mut self) -> Error {
+        let waited = self.deadline - self.started;
+        self.broken(ErrorKind::NoReply { waited })
+    }
+
+    fn broken(&mut self, kind: ErrorKind) -> Error {
+        self.usable = false;
+        self.error(kind)
+    }
+
+    fn error(&self, kind: ErrorKind) -> Error {
+        Error::new(&self.socket, kind)
+    }
+}
+
+/// Connects; tries again while the queue of connections is full. A connect
+/// that need not wait says so with EAGAIN (unix(7)).
+async fn connect_when_possible(socket: &Path) -> io::Result<UnixStream> {
+    let (mut pause, longest) = RETRY;
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                sleep(pause).await;
+                pause = longest.min(pause * 2);
+            }
+            done => return done,
+        }
+    }
+}
+
+/// One `sendmsg`, without SIGPIPE.
+fn send_bytes(
+    stream: &UnixStream,
+    bytes: &[u8],
+    descriptor: Option<&OwnedFd>,
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let rights = descriptor.map(|descriptor| [descriptor.as_fd()]);
+    if let Some(rights) = &rights {
+        control.push(SendAncillaryMessage::ScmRights(rights));
+    }
+    let sent =
+        rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(sent)
+}
