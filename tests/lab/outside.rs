@@ -128,11 +128,15 @@ impl Machine {
 
     fn run(&self) {
         let timeout = (self.tests.len() as u64 + 1) * DEADLINE.as_secs();
+        // More processors than there are real ones make emulation slower.
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let cpus = if processors / QEMU_VERSIONS.len() > 1 { "2" } else { "1" };
         // The thread that starts it waits for it, so the lab dies when this program is killed.
         let mut lab = Command::new("setpriv")
             .args(["--pdeathsig", "TERM"])
             .arg(Path::new(PROJECT).join("contrib/lab"))
-            .args(["--qemu", self.version, "--timeout", &timeout.to_string()])
+            .args(["--qemu", self.version])
+            .args(["--cpus", cpus, "--timeout", &timeout.to_string()])
             .arg(std::env::current_exe().expect("this program"))
             .arg(RUN)
             .args(&self.tests)
