@@ -1,2 +1,27 @@
-//! The `usb-qmp-hotplug` program.
-fn main() {}
+//! The `usb-qmp-hotplug` program: arguments, logging, runtime, one command,
+//! exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use usb_qmp_hotplug::cli::{Cli, Command};
+use usb_qmp_hotplug::{Error, command, log};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let from_udev = matches!(cli.command, Command::Udev(_));
+    log::start(from_udev, cli.quiet, cli.verbose);
+    let done = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(|source| Error::Write { what: "to the kernel's event queue", source })
+        .and_then(|runtime| runtime.block_on(command::run(&cli)));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            command::report(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

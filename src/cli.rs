@@ -1,0 +1,155 @@
+//! The command line's types. Nothing of the crate is imported here, so that
+//! completions and man pages can be made from this file alone.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Give a virtual machine a USB port, or a USB device, of this host.
+///
+/// Talks QMP to QEMU itself, without libvirt. VM is the path of the VM's QMP
+/// socket (`-qmp unix:PATH,server=on,wait=off`).
+#[derive(Debug, Parser)]
+#[command(name = "usb-qmp-hotplug", version, max_term_width = 100)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 other errors, 2 usage, 3 no such device, 4 no such VM, \
+    5 the VM does not answer or its monitor is held, 6 QEMU said no, 7 refused (hub, disk in use, \
+    held by another VM)"
+)]
+pub struct Cli {
+    /// How long a conversation with a VM may take, in seconds.
+    #[arg(long, global = true, value_name = "SECONDS", default_value = "5")]
+    pub timeout: String,
+
+    /// Say less: only errors.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+
+    /// Say more: what is tried, and why.
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show every USB device in a VM.
+    ///
+    /// Virtual devices too. A device of this host is `present`, `gone` (nothing
+    /// is at its port any more) or `replaced` (another device is there now).
+    Inspect(Inspect),
+    /// Attach devices to a VM.
+    ///
+    /// Safe to repeat: a device that is in the VM stays as it is, and what an
+    /// earlier device left behind at the same port is replaced. Hubs, and
+    /// devices with a disk that this host uses, are refused.
+    Attach(Attach),
+    /// Detach devices from a VM.
+    ///
+    /// Also those whose hardware is gone, by port, by bus:device or by id.
+    Detach(Detach),
+    /// Act on one udev event, from the environment.
+    ///
+    /// For a udev rule: attaches at ACTION=add, detaches at ACTION=remove, and
+    /// passes over everything else. Logs to the journal, or to syslog.
+    #[command(after_help = "A rule for everything that is plugged into port 1-1.2:\n  \
+        SUBSYSTEM==\"usb\", ENV{DEVTYPE}==\"usb_device\", DEVPATH==\"*/1-1.2\", \
+        ACTION==\"add|remove\", RUN+=\"/usr/bin/usb-qmp-hotplug udev /run/vm.qmp\"\n\n\
+        By hand:\n  ACTION=add BUSNUM=001 DEVNUM=037 usb-qmp-hotplug udev /run/vm.qmp")]
+    Udev(Udev),
+}
+
+/// `inspect`
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// The VM's QMP socket.
+    pub vm: String,
+
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `attach`
+#[derive(Debug, Args)]
+pub struct Attach {
+    /// The VM's QMP socket.
+    pub vm: String,
+
+    /// A port `1-1.2`, bus:device `1:37`, vendor:product `152d:2338`,
+    /// `serial=XYZ`, a /dev/bus/usb node, or a path under /sys.
+    #[arg(required = true, value_name = "DEVICE")]
+    pub devices: Vec<String>,
+
+    /// How to attach.
+    #[command(flatten)]
+    pub how: How,
+
+    /// Show what would be done, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `detach`
+#[derive(Debug, Args)]
+pub struct Detach {
+    /// The VM's QMP socket.
+    pub vm: String,
+
+    /// As for attach, or an id in the VM.
+    #[arg(required = true, value_name = "DEVICE")]
+    pub devices: Vec<String>,
+
+    /// Show what would be done, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `udev`
+#[derive(Debug, Args)]
+pub struct Udev {
+    /// The VM's QMP socket.
+    pub vm: String,
+
+    /// How to attach.
+    #[command(flatten)]
+    pub how: How,
+}
+
+/// How to attach.
+#[derive(Debug, Args)]
+pub struct How {
+    /// The guest's bus, `xhci.0` [default: an xHCI controller's, or one that
+    /// fits the device's speed].
+    #[arg(long, value_name = "BUS")]
+    pub guest_bus: Option<String>,
+
+    /// The port on that bus, `3` [default: the lowest free one].
+    #[arg(long, value_name = "PORT")]
+    pub guest_port: Option<String>,
+
+    /// A property of QEMU's usb-host, `guest-reset=off`. May be repeated.
+    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
+    pub options: Vec<String>,
+
+    /// How QEMU gets at the device.
+    #[arg(long, value_enum, default_value_t)]
+    pub open: Open,
+
+    /// Attach a device even if this host uses its disk. What was not written
+    /// is lost. Never attaches a hub.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// How QEMU gets at the device.
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub enum Open {
+    /// It gets an open descriptor, and needs no rights of its own.
+    #[default]
+    Descriptor,
+    /// It opens the device itself; for a QEMU older than 5.2.
+    Address,
+}

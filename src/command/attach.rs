@@ -1,0 +1,55 @@
+//! `attach VM DEVICE...`
+
+use tracing::debug;
+
+use super::{Context, how, socket, together};
+use crate::cli::Attach;
+use crate::error::Error;
+use crate::plug::{self, Attached, Options};
+use crate::usb::{Device, DeviceId, Selector};
+use crate::vm::Vm;
+
+/// Attaches every device it can, then reports what failed.
+pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
+    let socket = socket(&arguments.vm)?;
+    let options = how::options(&arguments.how, arguments.dry_run)?;
+    let selectors: Vec<Selector> =
+        arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
+    let mut errors = Vec::new();
+    let mut devices = Vec::new();
+    for selector in &selectors {
+        match context.host.find(selector) {
+            Ok(device) if device.is_hub() => errors.push(Error::Hub(device)),
+            Ok(device) => devices.push(device),
+            Err(error) => errors.push(error.into()),
+        }
+    }
+    for device in devices {
+        // A conversation each, so that one device has the whole time.
+        let attached = match Vm::connect(&socket, context.timeout).await {
+            Ok(mut vm) => one(context, &mut vm, &device, &options).await,
+            Err(error) => Err(error.into()),
+        };
+        errors.extend(attached.err());
+    }
+    together(errors, selectors.len())
+}
+
+async fn one(
+    context: &Context,
+    vm: &mut Vm,
+    device: &Device,
+    options: &Options,
+) -> Result<(), Error> {
+    debug!(%device, vm = vm.name(), "attaching");
+    let attached = plug::attach(&context.host, vm, device, options).await?;
+    let (id, vm) = (DeviceId::for_port(&device.port), vm.name());
+    let vm = crate::text::escape(&vm);
+    let would = if options.dry_run { "would attach" } else { "attached" };
+    match attached {
+        Attached::There(spot) => {
+            context.say(format_args!("{would} {device} to {vm} as {id} at {spot}"))
+        }
+        Attached::Already => context.say(format_args!("{device} is in {vm} already, as {id}")),
+    }
+}

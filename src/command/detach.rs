@@ -1,0 +1,81 @@
+//! `detach VM DEVICE...`
+
+use super::{Context, socket, together};
+use crate::cli::Detach;
+use crate::error::Error;
+use crate::host::{self, Host};
+use crate::text::escape;
+use crate::usb::{Address, Device, DeviceId, Selector};
+use crate::vm::Vm;
+
+/// Detaches every device it can, then reports what failed.
+pub async fn run(context: &Context, arguments: &Detach) -> Result<(), Error> {
+    let socket = socket(&arguments.vm)?;
+    let selectors: Vec<Selector> =
+        arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
+    let mut errors = Vec::new();
+    for selector in &selectors {
+        errors.extend(one(context, &socket, selector, arguments.dry_run).await.err());
+    }
+    together(errors, selectors.len())
+}
+
+async fn one(
+    context: &Context,
+    socket: &std::path::Path,
+    selector: &Selector,
+    dry_run: bool,
+) -> Result<(), Error> {
+    let mut vm = Vm::connect(socket, context.timeout).await?;
+    let in_vm = vm.host_devices().await?;
+    let name = vm.name();
+    let missing = || Error::NotInVm { vm: name.clone(), what: selector.to_string() };
+    let id = choose(&context.host, selector, &in_vm)?.ok_or_else(missing)?;
+    let name = escape(&name);
+    if dry_run {
+        return context.say(format_args!("would detach {id} from {name}"));
+    }
+    if !vm.detach(&id).await? {
+        return Err(missing());
+    }
+    context.say(format_args!("detached {id} from {name}"))
+}
+
+/// The id that a device has in a VM, if it is there. The hardware may be gone:
+/// what the id and the VM itself know is enough for a port, an address and an
+/// id.
+fn choose(
+    host: &Host,
+    selector: &Selector,
+    in_vm: &[(DeviceId, Option<Address>)],
+) -> Result<Option<DeviceId>, Error> {
+    let with_id = |wanted: &DeviceId| in_vm.iter().map(|(id, _)| id).find(|id| *id == wanted);
+    let at_address = |wanted: Address| {
+        in_vm.iter().find(|(_, address)| *address == Some(wanted)).map(|(id, _)| id)
+    };
+    let of = |device: &Device| {
+        at_address(device.address).or_else(|| with_id(&DeviceId::for_port(&device.port))).cloned()
+    };
+    match selector {
+        Selector::Id(id) => Ok(with_id(id).cloned()),
+        Selector::Address(address) => {
+            Ok(at_address(*address).cloned().or_else(|| of(&host.find(selector).ok()?)))
+        }
+        Selector::Port(port) => Ok(with_id(&DeviceId::for_port(port))
+            .cloned()
+            .or_else(|| of(&host.device(port).ok()??))),
+        _ => match host.find(selector) {
+            Ok(device) => Ok(of(&device)),
+            // Of several that fit, the one in the VM is meant.
+            Err(host::Error::Ambiguous { devices, selector }) => {
+                let mut here: Vec<DeviceId> = devices.iter().filter_map(of).collect();
+                match here.len() {
+                    1 => Ok(here.pop()),
+                    0 => Ok(None),
+                    _ => Err(host::Error::Ambiguous { devices, selector }.into()),
+                }
+            }
+            Err(error) => Err(error.into()),
+        },
+    }
+}

@@ -1,0 +1,181 @@
+//! `inspect VM`
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::{Context, print, socket};
+use crate::cli::Inspect;
+use crate::error::Error;
+use crate::host::Host;
+use crate::text::{escape, table};
+use crate::usb::{Address, DeviceId, Port, Speed};
+use crate::vm::{GuestDevice, Inventory, Vm};
+
+/// The JSON document.
+#[derive(Debug, Serialize)]
+struct Report {
+    vm: VmReport,
+    devices: Vec<DeviceReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct VmReport {
+    socket: String,
+    name: Option<String>,
+    qemu: String,
+    status: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct DeviceReport {
+    id: Option<String>,
+    qom_path: String,
+    driver: String,
+    guest_bus: Option<String>,
+    guest_port: Option<String>,
+    speed_mbps: Option<Speed>,
+    product: Option<String>,
+    host: Option<HostReport>,
+}
+
+/// The host's side of a host device.
+#[derive(Debug, Default, Serialize)]
+struct HostReport {
+    bus: Option<u16>,
+    address: Option<u8>,
+    port: Option<Port>,
+    vendor: Option<String>,
+    product: Option<String>,
+    serial: Option<String>,
+    state: State,
+}
+
+/// Whether a VM's device is still there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    /// It is where it was.
+    Present,
+    /// Nothing is at its port.
+    #[default]
+    Gone,
+    /// Another device is at its port.
+    Replaced,
+}
+
+impl State {
+    fn word(self) -> &'static str {
+        match self {
+            State::Present => "present",
+            State::Gone => "gone",
+            State::Replaced => "replaced",
+        }
+    }
+}
+
+/// Shows what the VM has.
+pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
+    let socket = socket(&arguments.vm)?;
+    let mut vm = Vm::connect(&socket, context.timeout).await?;
+    let inventory = vm.inspect().await?;
+    let name = vm.name();
+    drop(vm);
+    let has_controller = !inventory.controllers.is_empty();
+    let report = report(&context.host, name, inventory);
+    if arguments.json {
+        let json = serde_json::to_string_pretty(&report)
+            .map_err(|error| Error::Write { what: "the JSON document", source: error.into() })?;
+        return print(&format!("{json}\n"));
+    }
+    print(&shown(&report, has_controller))
+}
+
+fn report(host: &Host, socket: String, inventory: Inventory) -> Report {
+    let Inventory { name, version, status, devices, .. } = inventory;
+    let devices = devices.into_iter().map(|device| device_report(host, device)).collect();
+    Report { vm: VmReport { socket, name, qemu: version.to_string(), status }, devices }
+}
+
+fn device_report(host: &Host, device: GuestDevice) -> DeviceReport {
+    let host = device.is_host_device().then(|| {
+        let id = device.id.as_deref().and_then(|id| id.parse::<DeviceId>().ok());
+        host_report(host, id.and_then(|id| id.port()), device.address)
+    });
+    DeviceReport {
+        id: device.id,
+        qom_path: device.qom_path,
+        driver: device.driver,
+        guest_bus: device.bus,
+        guest_port: device.port,
+        speed_mbps: device.speed,
+        product: device.product,
+        host,
+    }
+}
+
+/// Looks for the device where it was: at the port that its id names, or where
+/// the id is not ours, at its address.
+fn host_report(host: &Host, port: Option<Port>, address: Option<Address>) -> HostReport {
+    let at_port = port.as_ref().and_then(|port| host.device(port).ok()?);
+    let found = match &port {
+        Some(_) => at_port.filter(|device| address.is_none_or(|at| at.bus == device.address.bus)),
+        None => address.and_then(|at| host.find(&crate::usb::Selector::Address(at)).ok()),
+    };
+    let mut report = HostReport {
+        bus: address.map(|address| address.bus),
+        address: address.map(|address| address.device),
+        port,
+        ..HostReport::default()
+    };
+    if let Some(found) = found {
+        let same = address == Some(found.address);
+        report.state = if same { State::Present } else { State::Replaced };
+        if same {
+            report.vendor = Some(format!("{:04x}", found.id.vendor));
+            report.product = Some(format!("{:04x}", found.id.product));
+            report.serial = host.strings(&found.port).serial;
+        }
+        report.port = Some(found.port);
+    }
+    report
+}
+
+fn shown(report: &Report, has_controller: bool) -> String {
+    let vm = &report.vm;
+    let mut text = format!("VM {}", escape(vm.name.as_deref().unwrap_or(&vm.socket)));
+    let status = vm.status.as_deref().unwrap_or("status unknown");
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, ": QEMU {}, {}", vm.qemu, escape(status));
+    if report.devices.is_empty() {
+        text += if has_controller { "no USB devices\n" } else { "this VM has no USB controller\n" };
+        return text;
+    }
+    let mut rows =
+        vec![["BUS", "PORT", "Mb/s", "ID", "PRODUCT", "HOST"].map(str::to_owned).to_vec()];
+    for device in &report.devices {
+        let or_dash = |text: Option<&str>| match text {
+            Some(text) if !text.is_empty() => escape(text).into_owned(),
+            _ => "-".to_owned(),
+        };
+        rows.push(vec![
+            or_dash(device.guest_bus.as_deref()),
+            or_dash(device.guest_port.as_deref()),
+            or_dash(device.speed_mbps.map(|speed| speed.to_string()).as_deref()),
+            or_dash(device.id.as_deref()),
+            or_dash(device.product.as_deref()),
+            device.host.as_ref().map(host_cell).unwrap_or_default(),
+        ]);
+    }
+    text + &table(&rows)
+}
+
+/// `1-1.2 1:37 152d:2338 present`
+fn host_cell(host: &HostReport) -> String {
+    let mut words = Vec::new();
+    words.extend(host.port.as_ref().map(ToString::to_string));
+    words.extend(host.bus.zip(host.address).map(|(bus, address)| format!("{bus}:{address}")));
+    words.extend(host.vendor.as_ref().zip(host.product.as_ref()).map(|(v, p)| format!("{v}:{p}")));
+    words.push(host.state.word().to_owned());
+    words.join(" ")
+}

@@ -1,0 +1,110 @@
+//! The commands, one file each: what it does, and how it shows the result.
+
+mod attach;
+mod detach;
+mod how;
+mod inspect;
+mod udev;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tracing::{error, warn};
+
+use crate::cli::{Cli, Command};
+use crate::error::{Error, chain};
+use crate::host::Host;
+use crate::text::escape;
+
+/// What every command needs.
+#[derive(Debug)]
+pub struct Context {
+    /// The host.
+    pub host: Host,
+    /// The time for one conversation with a VM.
+    pub timeout: Duration,
+    /// Say only what failed.
+    pub quiet: bool,
+}
+
+impl Context {
+    /// The context that the global options ask for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`].
+    pub fn new(cli: &Cli) -> Result<Self, Error> {
+        let timeout = timeout(&cli.timeout)?;
+        Ok(Context { host: Host::default(), timeout, quiet: cli.quiet })
+    }
+
+    /// Says what was done, on standard output.
+    fn say(&self, line: std::fmt::Arguments<'_>) -> Result<(), Error> {
+        if self.quiet { Ok(()) } else { print(&format!("{line}\n")) }
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// What the command met.
+pub async fn run(cli: &Cli) -> Result<(), Error> {
+    let context = Context::new(cli)?;
+    match &cli.command {
+        Command::Inspect(arguments) => inspect::run(&context, arguments).await,
+        Command::Attach(arguments) => attach::run(&context, arguments).await,
+        Command::Detach(arguments) => detach::run(&context, arguments).await,
+        Command::Udev(arguments) => udev::run(&context, arguments).await,
+    }
+}
+
+/// The socket that a VM argument means.
+fn socket(vm: &str) -> Result<PathBuf, Error> {
+    if vm.contains('/') {
+        return Ok(PathBuf::from(vm));
+    }
+    Err(Error::Usage(format!(
+        "`{}` is not the path of a QMP socket: a path has a `/`, like /run/vm.qmp or ./vm.qmp",
+        escape(vm)
+    )))
+}
+
+fn timeout(text: &str) -> Result<Duration, Error> {
+    let seconds: Option<f64> = text.parse().ok().filter(|s| (0.001..=86_400.0).contains(s));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| {
+        let text = escape(text);
+        Error::Usage(format!("--timeout {text}: give seconds, more than 0 and at most 86400"))
+    })
+}
+
+/// Writes to standard output. Whoever closes the pipe has seen enough.
+fn print(text: &str) -> Result<(), Error> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        done => done.map_err(|source| Error::Write { what: "standard output", source }),
+    }
+}
+
+/// Reports an error to the log. A hub that udev met is no failure: a rule for
+/// all that is behind a hub meets the hubs there, too.
+pub fn report(error: &Error) {
+    match error {
+        Error::Several { errors, .. } => {
+            errors.iter().for_each(report);
+            error!("{error}");
+        }
+        Error::Hub(_) => warn!("{error}"),
+        _ => error!("{}", chain(error)),
+    }
+}
+
+/// One error, or several as one.
+fn together(mut errors: Vec<Error>, of: usize) -> Result<(), Error> {
+    if errors.len() > 1 {
+        return Err(Error::Several { errors, of });
+    }
+    errors.pop().map_or(Ok(()), Err)
+}

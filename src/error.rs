@@ -1,0 +1,105 @@
+//! What can go wrong, and with which exit code the program then ends.
+
+use crate::guest::NoSpot;
+use crate::text::escape;
+use crate::usb::{Device, ParseError};
+use crate::{host, qmp};
+
+/// An error of this tool. Its message names the thing and the next step; the
+/// cause, where there is one, is its source.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The monitor, or what it was asked.
+    #[error(transparent)]
+    Qmp(#[from] qmp::Error),
+    /// The host's devices.
+    #[error(transparent)]
+    Host(#[from] host::Error),
+    /// The command line, or udev's variables.
+    #[error("{0}")]
+    Usage(String),
+    /// A name on the command line, or in udev's variables, that is none.
+    #[error(transparent)]
+    Parse(#[from] ParseError),
+    /// A hub was asked for.
+    #[error("{0} is a hub: hubs stay with the host; name a device behind it")]
+    Hub(Device),
+    /// The VM has no place for the device.
+    #[error("VM {}", escape(.vm))]
+    NoSpot {
+        /// The VM's socket.
+        vm: String,
+        /// Why.
+        source: NoSpot,
+    },
+    /// The VM has no such device.
+    #[error("VM {}: no device {what}; `usb-qmp-hotplug inspect` shows what it has", escape(.vm))]
+    NotInVm {
+        /// The VM's socket.
+        vm: String,
+        /// What was asked for.
+        what: String,
+    },
+    /// Standard output or the log could not be written.
+    #[error("cannot write {what}")]
+    Write {
+        /// What could not be written.
+        what: &'static str,
+        /// The reason.
+        source: std::io::Error,
+    },
+    /// Several things failed, each reported already.
+    #[error("{} of {of} failed", .errors.len())]
+    Several {
+        /// What failed.
+        errors: Vec<Error>,
+        /// How many things there were to do.
+        of: usize,
+    },
+}
+
+impl Error {
+    /// The exit code: the contract with scripts.
+    ///
+    /// | code | meaning |
+    /// |---|---|
+    /// | 1 | anything else |
+    /// | 2 | usage, or a bad configuration |
+    /// | 3 | no such device |
+    /// | 4 | no such VM: no socket, or nobody listens |
+    /// | 5 | the VM did not answer in time, or another client holds its monitor |
+    /// | 6 | QEMU said no |
+    /// | 7 | refused: hub, in use by the host, or held by another VM |
+    pub fn exit_code(&self) -> u8 {
+        use qmp::ErrorKind;
+        match self {
+            Error::Usage(_) | Error::Parse(_) => 2,
+            Error::Host(host::Error::Ambiguous { .. }) => 2,
+            Error::Host(host::Error::NoDevice(_) | host::Error::Gone(_)) => 3,
+            Error::NotInVm { .. } => 3,
+            Error::Qmp(error) => match error.kind {
+                ErrorKind::NoSocket(_) | ErrorKind::NobodyListens(_) => 4,
+                ErrorKind::NoGreeting { .. } | ErrorKind::NoReply { .. } => 5,
+                ErrorKind::Refused(_) => 6,
+                _ => 1,
+            },
+            Error::NoSpot { .. } => 6,
+            Error::Hub(_) => 7,
+            Error::Host(host::Error::RootHub(_)) => 7,
+            Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
+            Error::Host(_) | Error::Write { .. } => 1,
+            Error::Several { errors, .. } => errors.iter().map(Error::exit_code).max().unwrap_or(1),
+        }
+    }
+}
+
+/// An error with its causes, on one line: `what: why: why that`.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {}", escape(&cause.to_string()));
+        source = cause.source();
+    }
+    text
+}

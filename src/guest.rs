@@ -1,0 +1,383 @@
+//! A VM's side of USB: its controllers, what `info usb` says, and the choice
+//! of a free port. Pure.
+
+use std::fmt;
+
+use crate::text::escape;
+use crate::usb::Speed;
+
+/// The kinds of USB controllers that QEMU has, by the interface they give to
+/// the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ControllerKind {
+    /// Every speed.
+    Xhci,
+    /// High speed; slower devices only through companions.
+    Ehci,
+    /// Full and low speed.
+    Ohci,
+    /// Full and low speed.
+    Uhci,
+}
+
+impl ControllerKind {
+    /// The kind of a QOM type, if it is a controller: `qemu-xhci`,
+    /// `ich9-usb-ehci1`, `piix3-usb-uhci`, `pci-ohci` (QEMU, hw/usb/hcd-*.c).
+    pub fn of_driver(driver: &str) -> Option<Self> {
+        let kinds = [
+            ("xhci", ControllerKind::Xhci),
+            ("ehci", ControllerKind::Ehci),
+            ("ohci", ControllerKind::Ohci),
+            ("uhci", ControllerKind::Uhci),
+        ];
+        kinds.into_iter().find_map(|(word, kind)| driver.contains(word).then_some(kind))
+    }
+}
+
+/// A USB controller with a bus of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Controller {
+    /// Its bus, as `bus=` takes it: `xhci.0`.
+    pub bus: String,
+    /// The bus's QOM path.
+    pub bus_path: String,
+    /// Its kind.
+    pub kind: ControllerKind,
+    /// Ports `1` to this one take devices up to high speed.
+    pub usb2_ports: u32,
+    /// Ports `1` to this one take SuperSpeed devices (xHCI only).
+    pub usb3_ports: u32,
+    /// Whether slower controllers serve this one's ports for slower devices.
+    pub has_companions: bool,
+}
+
+impl Controller {
+    /// How many ports there are.
+    pub fn ports(&self) -> u32 {
+        self.usb2_ports.max(self.usb3_ports)
+    }
+
+    /// The ports that a device of this speed can use, the best first. QEMU
+    /// lets a fast device run slower where the port is slow (QEMU,
+    /// hw/usb/host-libusb.c, `usb_host_open`), never the reverse.
+    fn fitting(&self, speed: Option<Speed>) -> Vec<u32> {
+        let all = 1..=self.ports();
+        let slow = speed.is_some_and(|speed| speed <= Speed::FULL);
+        let fast = speed.is_some_and(|speed| speed >= Speed::SUPER);
+        match self.kind {
+            ControllerKind::Xhci if fast => {
+                let (best, rest): (Vec<u32>, Vec<u32>) = all.partition(|p| *p <= self.usb3_ports);
+                best.into_iter().chain(rest).collect()
+            }
+            ControllerKind::Xhci => all.filter(|port| *port <= self.usb2_ports).collect(),
+            ControllerKind::Ehci if slow && !self.has_companions => Vec::new(),
+            _ => all.collect(),
+        }
+    }
+
+    /// The order of preference for a device of this speed, smallest first.
+    fn rank(&self, speed: Option<Speed>) -> u8 {
+        let slow = speed.is_some_and(|speed| speed <= Speed::FULL);
+        match self.kind {
+            ControllerKind::Xhci => 0,
+            ControllerKind::Ehci if slow => 3,
+            ControllerKind::Ehci => 1,
+            ControllerKind::Ohci | ControllerKind::Uhci => 2,
+        }
+    }
+}
+
+/// A place for a device: a bus and a port on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spot {
+    /// The bus, `xhci.0`.
+    pub bus: String,
+    /// The port, `3`, or behind a hub `2.1`.
+    pub port: String,
+}
+
+impl fmt::Display for Spot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} port {}", escape(&self.bus), escape(&self.port))
+    }
+}
+
+/// What the user wants of the guest's side.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// The bus, if it matters.
+    pub bus: Option<String>,
+    /// The port, if it matters.
+    pub port: Option<String>,
+}
+
+/// Why there is no place for a device.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoSpot {
+    /// The VM has no USB controller.
+    #[error("this VM has no USB controller; add `{}` to its QEMU", line_to_add(&[]))]
+    NoController,
+    /// The VM has no such bus.
+    #[error("this VM has no USB bus `{}`; it has {}", escape(.0), .1.join(", "))]
+    UnknownBus(String, Vec<String>),
+    /// Nothing takes a device that slow.
+    #[error(
+        "no USB controller of this VM ({}) takes a device of {speed} Mb/s; add `{}` to its QEMU",
+        .buses.join(", "), line_to_add(.buses)
+    )]
+    NoneFits {
+        /// The device's speed.
+        speed: Speed,
+        /// The VM's buses.
+        buses: Vec<String>,
+    },
+    /// Every port that would do is taken.
+    #[error(
+        "no free port on {}; detach something, or add `{}` to its QEMU",
+        .0.join(", "), line_to_add(.0)
+    )]
+    Full(Vec<String>),
+}
+
+/// The option that adds a controller with as many ports as there can be
+/// (QEMU, hw/usb/hcd-xhci.h, `XHCI_MAXPORTS_2`), under an id not yet taken.
+fn line_to_add(buses: &[String]) -> String {
+    let taken = |id: &str| buses.iter().any(|bus| bus.strip_suffix(".0") == Some(id));
+    let id = ["xhci", "xhci2", "xhci3"].into_iter().find(|id| !taken(id)).unwrap_or("xhci4");
+    format!("-device qemu-xhci,id={id},p2=15,p3=15")
+}
+
+/// The places for a device of a speed, the best first. `taken` are the places
+/// that are known to be in use; others may be, so the next place is worth a
+/// try when QEMU says that a port is in use.
+///
+/// # Errors
+///
+/// When there is none, and what to do about it.
+pub fn spots(
+    controllers: &[Controller],
+    taken: &[Spot],
+    speed: Option<Speed>,
+    wish: &Wish,
+) -> Result<Vec<Spot>, NoSpot> {
+    if let Wish { bus: Some(bus), port: Some(port) } = wish {
+        return Ok(vec![Spot { bus: bus.clone(), port: port.clone() }]);
+    }
+    let names = |of: &[&Controller]| -> Vec<String> {
+        of.iter().map(|c| escape(&c.bus).into_owned()).collect()
+    };
+    let all: Vec<&Controller> = controllers.iter().collect();
+    if all.is_empty() {
+        return Err(NoSpot::NoController);
+    }
+    let mut wanted = all.clone();
+    wanted.retain(|c| wish.bus.as_ref().is_none_or(|bus| *bus == c.bus));
+    if let (true, Some(bus)) = (wanted.is_empty(), &wish.bus) {
+        return Err(NoSpot::UnknownBus(bus.clone(), names(&all)));
+    }
+    wanted.sort_by(|a, b| (a.rank(speed), &a.bus).cmp(&(b.rank(speed), &b.bus)));
+    let fitting: Vec<Spot> = wanted
+        .iter()
+        .flat_map(|c| {
+            let spot = |port| Spot { bus: c.bus.clone(), port };
+            match &wish.port {
+                // A port behind a hub is the user's to know.
+                Some(port) => vec![spot(port.clone())],
+                None => c.fitting(speed).into_iter().map(|port| spot(port.to_string())).collect(),
+            }
+        })
+        .collect();
+    if let (true, Some(speed)) = (fitting.is_empty(), speed) {
+        return Err(NoSpot::NoneFits { speed, buses: names(&wanted) });
+    }
+    let free: Vec<Spot> = fitting.into_iter().filter(|spot| !taken.contains(spot)).collect();
+    if free.is_empty() { Err(NoSpot::Full(names(&wanted))) } else { Ok(free) }
+}
+
+/// A line of `info usb`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UsbLine {
+    /// The number of the bus, in the order of creation.
+    pub bus: u32,
+    /// The port, `2.1`.
+    pub port: String,
+    /// The speed; `None` if QEMU does not know.
+    pub speed: Option<Speed>,
+    /// The product, and the id if the device has one: the rest of the line.
+    rest: String,
+}
+
+impl UsbLine {
+    /// The product's name, if the line is that of the device with this id (or
+    /// with none). The name is the device's own string and may hold anything,
+    /// so it is believed only as far as it fits what is known otherwise.
+    pub fn product(&self, id: Option<&str>) -> Option<&str> {
+        match id {
+            Some(id) => self.rest.strip_suffix(id)?.strip_suffix(", ID: "),
+            None => Some(&self.rest),
+        }
+    }
+}
+
+/// Reads the text of `info usb` (QEMU, hw/usb/bus.c, `qmp_x_query_usb`),
+/// passing over what is not a device's line:
+/// `  Device 0.1, Port 2, Speed 480 Mb/s, Product QEMU USB Tablet, ID: tab0`.
+pub fn parse_info_usb(text: &str) -> Vec<UsbLine> {
+    let line = |line: &str| {
+        let (place, rest) = line.strip_prefix("  Device ")?.split_once(", Port ")?;
+        let (bus, _address) = place.split_once('.')?;
+        let (port, rest) = rest.split_once(", Speed ")?;
+        let (speed, rest) = rest.split_once(" Mb/s, Product ")?;
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        port.split('.').all(digits).then_some(UsbLine {
+            bus: bus.parse().ok()?,
+            port: port.to_owned(),
+            speed: speed.parse().ok(),
+            rest: rest.to_owned(),
+        })
+    };
+    text.split(['\r', '\n']).filter_map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn controller(bus: &str, kind: ControllerKind, usb2: u32, usb3: u32) -> Controller {
+        Controller {
+            bus: bus.into(),
+            bus_path: format!("/machine/peripheral/x/{bus}"),
+            kind,
+            usb2_ports: usb2,
+            usb3_ports: usb3,
+            has_companions: false,
+        }
+    }
+
+    fn speed(text: &str) -> Option<Speed> {
+        Some(text.parse().unwrap())
+    }
+
+    fn spot(bus: &str, port: u32) -> Spot {
+        Spot { bus: bus.into(), port: port.to_string() }
+    }
+
+    #[test]
+    fn controllers_are_known_by_their_types() {
+        let kind = ControllerKind::of_driver;
+        assert_eq!(kind("qemu-xhci"), Some(ControllerKind::Xhci));
+        assert_eq!(kind("nec-usb-xhci"), Some(ControllerKind::Xhci));
+        assert_eq!(kind("ich9-usb-ehci1"), Some(ControllerKind::Ehci));
+        assert_eq!(kind("piix3-usb-uhci"), Some(ControllerKind::Uhci));
+        assert_eq!(kind("pci-ohci"), Some(ControllerKind::Ohci));
+        assert_eq!(kind("usb-tablet"), None);
+    }
+
+    #[test]
+    fn xhci_comes_first_and_the_lowest_free_port() {
+        let controllers = [
+            controller("ehci.0", ControllerKind::Ehci, 6, 0),
+            controller("xhci.0", ControllerKind::Xhci, 4, 4),
+        ];
+        let taken = [spot("xhci.0", 1), spot("xhci.0", 3)];
+        let found = spots(&controllers, &taken, speed("480"), &Wish::default()).unwrap();
+        assert_eq!(found[..3], [spot("xhci.0", 2), spot("xhci.0", 4), spot("ehci.0", 1)]);
+    }
+
+    #[test]
+    fn a_fast_device_prefers_fast_ports_and_a_slow_one_keeps_to_its_own() {
+        let controllers = [controller("xhci.0", ControllerKind::Xhci, 2, 4)];
+        let ports = |speed| -> Vec<String> {
+            let found = spots(&controllers, &[], speed, &Wish::default()).unwrap();
+            found.into_iter().map(|spot| spot.port).collect()
+        };
+        assert_eq!(ports(speed("12")), ["1", "2"]);
+        assert_eq!(ports(speed("5000")), ["1", "2", "3", "4"]);
+        let controllers = [controller("xhci.0", ControllerKind::Xhci, 4, 2)];
+        let taken = [spot("xhci.0", 1)];
+        let found = spots(&controllers, &taken, speed("5000"), &Wish::default()).unwrap();
+        assert_eq!(found, [spot("xhci.0", 2), spot("xhci.0", 3), spot("xhci.0", 4)]);
+    }
+
+    #[test]
+    fn without_xhci_the_controller_fits_the_speed() {
+        let uhci = controller("usb-bus.0", ControllerKind::Uhci, 2, 0);
+        let ehci = controller("ehci.0", ControllerKind::Ehci, 6, 0);
+        let both = [uhci, ehci.clone()];
+        let first = |speed| spots(&both, &[], speed, &Wish::default()).unwrap()[0].bus.clone();
+        assert_eq!(first(speed("480")), "ehci.0");
+        assert_eq!(first(speed("1.5")), "usb-bus.0");
+        let error =
+            spots(std::slice::from_ref(&ehci), &[], speed("12"), &Wish::default()).unwrap_err();
+        assert!(matches!(error, NoSpot::NoneFits { .. }), "{error}");
+        let with_companions = Controller { has_companions: true, ..ehci };
+        assert!(spots(&[with_companions], &[], speed("12"), &Wish::default()).is_ok());
+    }
+
+    #[test]
+    fn a_full_controller_says_what_to_add() {
+        let controllers = [controller("xhci.0", ControllerKind::Xhci, 1, 1)];
+        let taken = [spot("xhci.0", 1)];
+        let error = spots(&controllers, &taken, speed("480"), &Wish::default()).unwrap_err();
+        assert!(error.to_string().contains("xhci.0"), "{error}");
+        assert!(error.to_string().contains("-device qemu-xhci,id=xhci2,p2=15,p3=15"), "{error}");
+        let error = spots(&[], &[], None, &Wish::default()).unwrap_err();
+        assert!(error.to_string().contains("no USB controller"), "{error}");
+    }
+
+    #[test]
+    fn a_wish_is_kept() {
+        let controllers = [controller("xhci.0", ControllerKind::Xhci, 4, 4)];
+        let wish = |bus: Option<&str>, port: Option<&str>| Wish {
+            bus: bus.map(Into::into),
+            port: port.map(Into::into),
+        };
+        let found = |wish| spots(&controllers, &[spot("xhci.0", 1)], speed("480"), &wish);
+        // Taken or not: QEMU has the last word on what was asked for.
+        assert_eq!(found(wish(Some("xhci.0"), Some("1"))), Ok(vec![spot("xhci.0", 1)]));
+        assert_eq!(found(wish(None, Some("3"))), Ok(vec![spot("xhci.0", 3)]));
+        assert_eq!(found(wish(Some("xhci.0"), None)).unwrap()[0], spot("xhci.0", 2));
+        let error = found(wish(Some("nope.0"), None)).unwrap_err();
+        assert!(error.to_string().contains("nope.0") && error.to_string().contains("xhci.0"));
+    }
+
+    #[test]
+    fn info_usb_is_read_line_by_line() {
+        let text = "  Device 0.0, Port 2.1, Speed 12 Mb/s, Product QEMU USB Tablet, ID: tab0\r\n  \
+                      Device 1.3, Port 1, Speed 1.5 Mb/s, Product Mouse\r\n";
+        let lines = parse_info_usb(text);
+        assert_eq!(lines.len(), 2);
+        assert_eq!((lines[0].bus, lines[0].port.as_str(), lines[0].speed), (0, "2.1", speed("12")));
+        assert_eq!(lines[0].product(Some("tab0")), Some("QEMU USB Tablet"));
+        assert_eq!(lines[0].product(Some("tab")), None);
+        assert_eq!(lines[1].product(None), Some("Mouse"));
+        assert_eq!(parse_info_usb("USB support not enabled\r\n"), []);
+    }
+
+    #[test]
+    fn a_product_cannot_take_another_devices_id() {
+        let forged = "  Device 0.0, Port 1, Speed 12 Mb/s, Product x, ID: tab0, ID: real\n";
+        let lines = parse_info_usb(forged);
+        assert_eq!(lines[0].product(Some("tab0")), None);
+        assert_eq!(lines[0].product(Some("real")), Some("x, ID: tab0"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "(  Device |\\.|[0-9]|, Port |, Speed | Mb/s, Product |, ID: |\\PC|\n){0,60}") {
+            for line in parse_info_usb(&text) {
+                prop_assert!(!line.port.is_empty());
+            }
+        }
+
+        #[test]
+        fn a_line_is_read_back(bus in 0u32..9, port in "[1-9](\\.[1-9]){0,3}", product in "[^\r\n]{0,32}", id in "[a-z]{1,8}") {
+            let text = format!("  Device {bus}.1, Port {port}, Speed 480 Mb/s, Product {product}, ID: {id}\r\n");
+            let lines = parse_info_usb(&text);
+            prop_assert_eq!(lines.len(), 1);
+            prop_assert_eq!(lines[0].product(Some(&id)), Some(&product[..]));
+            prop_assert_eq!(&lines[0].port, &port);
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! The edge to the host: its USB devices as sysfs shows them. Everything is
+//! read below a root directory, so that tests can bring their own.
+//!
+//! Linux documents the attributes in Documentation/ABI/stable/sysfs-bus-usb.
+
+mod disk;
+mod facts;
+mod holder;
+mod node;
+mod release;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use tracing::warn;
+
+pub use disk::{Claims, Use};
+pub use holder::Holder;
+pub use node::Node;
+
+use crate::text::escape;
+use crate::usb::{self, Address, Device, ParseError, Port, Selector, Speed, VendorProduct};
+
+/// Character devices of this major number are USB device nodes (Linux,
+/// include/linux/usb.h, `USB_DEVICE_MAJOR`).
+pub const USB_DEVICE_MAJOR: u32 = 189;
+
+/// The most that is read of one file of sysfs or `/proc`, in bytes. An
+/// attribute of sysfs has a page at most; mount tables can be long.
+const MAX_FILE: u64 = 4 << 20;
+
+/// What can go wrong on the host's side.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file of sysfs or `/proc`, or a node, could not be read.
+    #[error("cannot read {}", escape(&.path.to_string_lossy()))]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
+    /// A file does not say what the kernel writes there.
+    #[error("{}", escape(&.path.to_string_lossy()))]
+    Attribute {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        source: ParseError,
+    },
+    /// A device's description lacks something.
+    #[error("{}: there is no {name}", escape(&.path.to_string_lossy()))]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// The name of what is missing.
+        name: &'static str,
+    },
+    /// No device is what was asked for.
+    #[error("no USB device at {0} on this host; `lsusb -t` shows what is plugged in")]
+    NoDevice(Selector),
+    /// The device was unplugged in the meantime.
+    #[error("the device at {0} is gone; plug it in again")]
+    Gone(Address),
+    /// More than one device is what was asked for.
+    #[error("{} devices are {selector}: {}; name one by its port", .devices.len(), listed(.devices))]
+    Ambiguous {
+        /// What was asked for.
+        selector: Selector,
+        /// The devices that fit.
+        devices: Vec<Device>,
+    },
+    /// A root hub was asked for.
+    #[error("{0} is a root hub: hubs stay with the host; name a device behind it")]
+    RootHub(Selector),
+    /// A node is not the device it should be.
+    #[error("{} is not the node of the USB device {address}", escape(&.path.to_string_lossy()))]
+    NotTheNode {
+        /// The node's path.
+        path: PathBuf,
+        /// The device it should be.
+        address: Address,
+    },
+    /// The host uses a disk of the device.
+    #[error("{0}; unmount it first, or use --force and lose what was not written")]
+    InUse(Use),
+    /// Another process holds the device.
+    #[error("{address} is held by {}; detach it there first", held_by(.holders))]
+    Held {
+        /// The device.
+        address: Address,
+        /// Who holds it; empty if that could not be seen.
+        holders: Vec<Holder>,
+    },
+}
+
+fn listed(devices: &[Device]) -> String {
+    let shown: Vec<String> = devices.iter().map(ToString::to_string).collect();
+    shown.join(", ")
+}
+
+fn held_by(holders: &[Holder]) -> String {
+    if holders.is_empty() {
+        return "a process that this user may not see".to_owned();
+    }
+    let shown: Vec<String> = holders.iter().map(ToString::to_string).collect();
+    shown.join(" and ")
+}
+
+/// What a device says of itself. Untrusted: escape it before it is shown.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Strings {
+    /// The maker's name.
+    pub manufacturer: Option<String>,
+    /// The product's name.
+    pub product: Option<String>,
+    /// The serial number.
+    pub serial: Option<String>,
+}
+
+/// The host, below a root directory.
+#[derive(Debug, Clone)]
+pub struct Host {
+    root: PathBuf,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Host::at("/")
+    }
+}
+
+impl Host {
+    /// The host whose `/sys`, `/proc` and `/dev` lie below `root`.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Host { root: root.into() }
+    }
+
+    fn path(&self, absolute: impl AsRef<Path>) -> PathBuf {
+        let absolute = absolute.as_ref();
+        self.root.join(absolute.strip_prefix("/").unwrap_or(absolute))
+    }
+
+    fn directory(&self, port: &Port) -> PathBuf {
+        self.path(format!("/sys/bus/usb/devices/{port}"))
+    }
+
+    /// The device at a port, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// When the device's `uevent` cannot be read or understood.
+    pub fn device(&self, port: &Port) -> Result<Option<Device>, Error> {
+        let path = self.directory(port).join("uevent");
+        read_if_there(&path)?.map(|text| device_from_uevent(port, &path, &text)).transpose()
+    }
+
+    /// Every device but the root hubs, by port. One that cannot be read is
+    /// warned about and left out.
+    ///
+    /// # Errors
+    ///
+    /// When there is no list of devices at all.
+    pub fn devices(&self) -> Result<Vec<Device>, Error> {
+        let path = self.path("/sys/bus/usb/devices");
+        let names = match fs::read_dir(&path) {
+            Ok(names) => names,
+            // A kernel without USB support has no devices.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(Error::Read { path, source }),
+        };
+        let mut devices = Vec::new();
+        for name in names {
+            let name = name.map_err(|source| Error::Read { path: path.clone(), source })?;
+            // Interfaces (`1-1:1.0`) and root hubs (`usb1`) are no ports.
+            let Some(port) = name.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            match self.device(&port) {
+                Ok(Some(device)) => devices.push(device),
+                Ok(None) => {}
+                Err(error) => warn!(%port, "left out: {}", crate::error::chain(&error)),
+            }
+        }
+        devices.sort_by(|a, b| a.port.cmp(&b.port));
+        Ok(devices)
+    }
+
+    /// The device that a person named. [`Selector::Id`] means the port in it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoDevice`], [`Error::Ambiguous`], [`Error::RootHub`], or what
+    /// reading sysfs met.
+    pub fn find(&self, selector: &Selector) -> Result<Device, Error> {
+        let none = || Error::NoDevice(selector.clone());
+        let port = match selector {
+            Selector::Port(port) => Some(port.clone()),
+            Selector::Id(id) => id.port(),
+            Selector::Address(address) => self.port_at(*address, selector)?,
+            Selector::Sysfs(path) => self.port_of_path(path, selector)?,
+            Selector::Product(id) => return self.only(selector, |device| device.id == *id),
+            Selector::Serial(serial) => {
+                return self.only(selector, |device| {
+                    self.strings(&device.port).serial.as_ref() == Some(serial)
+                });
+            }
+        };
+        let device = self.device(&port.ok_or_else(none)?)?;
+        device.ok_or_else(none)
+    }
+
+    fn only(&self, selector: &Selector, fits: impl Fn(&Device) -> bool) -> Result<Device, Error> {
+        let mut devices = self.devices()?;
+        devices.retain(fits);
+        if devices.len() > 1 {
+            return Err(Error::Ambiguous { selector: selector.clone(), devices });
+        }
+        devices.pop().ok_or_else(|| Error::NoDevice(selector.clone()))
+    }
+
+    /// The port of the device at an address, through the kernel's index of
+    /// character devices.
+    fn port_at(&self, address: Address, selector: &Selector) -> Result<Option<Port>, Error> {
+        let link = format!("/sys/dev/char/{USB_DEVICE_MAJOR}:{}", address.minor());
+        self.port_of_path(Path::new(&link), selector)
+    }
+
+    /// The port of a path in sysfs: that of the device itself, or of the
+    /// device that the thing belongs to.
+    fn port_of_path(&self, path: &Path, selector: &Selector) -> Result<Option<Port>, Error> {
+        let path = self.path(path);
+        let real = match path.canonicalize() {
+            Ok(real) => real,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::Read { path, source }),
+        };
+        for name in real.iter().rev().filter_map(|name| name.to_str()) {
+            if let Ok(port) = name.parse() {
+                return Ok(Some(port));
+            }
+            let bus = name.strip_prefix("usb").unwrap_or_default();
+            if !bus.is_empty() && bus.bytes().all(|b| b.is_ascii_digit()) {
+                return Err(Error::RootHub(selector.clone()));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The speed of the device at a port; `None` if the kernel does not know.
+    pub fn speed(&self, port: &Port) -> Option<Speed> {
+        self.attribute(port, "speed")?.parse().ok()
+    }
+
+    /// What the device at a port says of itself.
+    pub fn strings(&self, port: &Port) -> Strings {
+        Strings {
+            manufacturer: self.attribute(port, "manufacturer"),
+            product: self.attribute(port, "product"),
+            serial: self.attribute(port, "serial"),
+        }
+    }
+
+    /// An attribute of the device at a port, without its newline; `None` if
+    /// there is none. A device's own strings need not be UTF-8.
+    fn attribute(&self, port: &Port, name: &str) -> Option<String> {
+        let text = read_if_there(&self.directory(port).join(name)).ok()??;
+        Some(text.strip_suffix('\n').unwrap_or(&text).to_owned())
+    }
+}
+
+/// A file's text, bounded; `None` if there is no such file, or the device it
+/// belonged to is gone (ENODEV).
+fn read_if_there(path: &Path) -> Result<Option<String>, Error> {
+    use io::Read;
+    let mut bytes = Vec::new();
+    let read = fs::File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut bytes));
+    match read {
+        Ok(_) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => {
+            Ok(None)
+        }
+        Err(source) => Err(Error::Read { path: path.to_owned(), source }),
+    }
+}
+
+/// Reads a device's `uevent` (Linux, drivers/usb/core/driver.c, `usb_uevent`,
+/// and drivers/usb/core/usb.c, `usb_dev_uevent`).
+fn device_from_uevent(port: &Port, path: &Path, text: &str) -> Result<Device, Error> {
+    let value = |name: &'static str| {
+        let find = |line: &'_ str| line.strip_prefix(name)?.strip_prefix('=').map(str::to_owned);
+        text.lines().find_map(find).ok_or(Error::Missing { path: path.to_owned(), name })
+    };
+    let wrong = |source| Error::Attribute { path: path.to_owned(), source };
+    Ok(Device {
+        port: port.clone(),
+        address: Address::from_numbers(&value("BUSNUM")?, &value("DEVNUM")?).map_err(wrong)?,
+        id: VendorProduct::from_udev(&value("PRODUCT")?).map_err(wrong)?,
+        class: usb::class_from_udev(&value("TYPE")?).map_err(wrong)?,
+    })
+}

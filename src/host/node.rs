@@ -1,0 +1,68 @@
+//! A device's node: opened, checked, and locked. The open descriptor is the
+//! permission that QEMU gets, and the lock on it is the claim: it belongs to
+//! the open file, so it lasts as long as QEMU holds its copy (flock(2)).
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use rustix::fs::{FileType, FlockOperation, OFlags, flock, fstat, major, minor};
+
+use super::{Error, Host, USB_DEVICE_MAJOR};
+use crate::usb::Address;
+
+/// What came of opening a node.
+#[derive(Debug)]
+pub enum Node {
+    /// Open for reading and writing, and locked by this descriptor.
+    Ours(OwnedFd),
+    /// Another process has the lock.
+    Held,
+    /// This process may not open it; QEMU may still.
+    NotPermitted,
+}
+
+impl Host {
+    /// Opens the node of the device at an address, and locks it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gone`] when there is no such node, [`Error::NotTheNode`] when
+    /// something else has its name.
+    pub fn open(&self, address: Address) -> Result<Node, Error> {
+        let path = self.path(address.node());
+        let flags = OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let flags = i32::try_from(flags.bits()).unwrap_or_default();
+        let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path);
+        let node: OwnedFd = match opened {
+            Ok(file) => file.into(),
+            Err(error) => {
+                let gone = [rustix::io::Errno::NODEV, rustix::io::Errno::NXIO];
+                return match error.kind() {
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                        Ok(Node::NotPermitted)
+                    }
+                    io::ErrorKind::NotFound => Err(Error::Gone(address)),
+                    _ if gone.iter().any(|e| error.raw_os_error() == Some(e.raw_os_error())) => {
+                        Err(Error::Gone(address))
+                    }
+                    _ => Err(Error::Read { path, source: error }),
+                };
+            }
+        };
+        let stat = fstat(&node)
+            .map_err(|error| Error::Read { path: path.clone(), source: error.into() })?;
+        let device = (major(stat.st_rdev), minor(stat.st_rdev));
+        if FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice
+            || device != (USB_DEVICE_MAJOR, address.minor())
+        {
+            return Err(Error::NotTheNode { path, address });
+        }
+        match flock(&node, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Node::Ours(node)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(Node::Held),
+            Err(error) => Err(Error::Read { path, source: error.into() }),
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Where log lines go. On standard error they are for people, just the
+//! message; a command that udev runs also logs to the journal, with its fields,
+//! or where there is no journal to syslog.
+
+use std::fmt::{Debug, Write as _};
+use std::io::Write as _;
+
+use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::{Event, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// The name that log lines carry.
+const NAME: &str = "usb-qmp-hotplug";
+
+/// Starts logging.
+pub fn start(to_system_log: bool, quiet: bool, verbose: bool) {
+    let level = match (quiet, verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (_, true) => LevelFilter::DEBUG,
+        _ => LevelFilter::INFO,
+    };
+    let registry = tracing_subscriber::registry().with(level).with(StandardError);
+    // A subscriber that is there already (in a test) stays.
+    let _ = match to_system_log {
+        true => registry.with(system_log()).try_init(),
+        false => registry.try_init(),
+    };
+}
+
+/// The journal, or else syslog, or where that fails too, nothing.
+fn system_log<S>() -> Option<Box<dyn Layer<S> + Send + Sync>>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    if let Ok(journal) = tracing_journald::layer() {
+        // Without a prefix, the fields are VM=, PORT=, ID=.
+        let journal = journal.with_field_prefix(None).with_syslog_identifier(NAME.to_owned());
+        return Some(journal.boxed());
+    }
+    let (options, facility) = (syslog_tracing::Options::LOG_PID, syslog_tracing::Facility::Daemon);
+    let syslog = syslog_tracing::Syslog::new(c"usb-qmp-hotplug", options, facility)?;
+    let layer = tracing_subscriber::fmt::layer().with_writer(syslog);
+    Some(layer.with_ansi(false).with_level(false).with_target(false).without_time().boxed())
+}
+
+/// Each message as a line on standard error.
+struct StandardError;
+
+impl<S: Subscriber> Layer<S> for StandardError {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut line = Line(format!("{NAME}: "));
+        event.record(&mut line);
+        line.0.push('\n');
+        // Nobody is left to tell if this fails.
+        let _ = std::io::stderr().lock().write_all(line.0.as_bytes());
+    }
+}
+
+struct Line(String);
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        if field.name() == "message" {
+            // Writing to a String cannot fail.
+            let _ = write!(self.0, "{value:?}");
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The two operations: a host device into a VM, and out again. Both are safe
+//! to repeat, and every command is a trigger for one of them.
+
+use serde_json::{Map, Value};
+use tracing::debug;
+
+use crate::error::Error;
+use crate::guest::{Spot, Wish};
+use crate::host::{self, Claims, Host, Node};
+use crate::qmp::Version;
+use crate::usb::{Address, Device, DeviceId};
+use crate::vm::{Access, Attachment, Vm};
+
+/// The first QEMU whose `hostdevice` works (QEMU, hw/usb/host-libusb.c; 5.1
+/// has the property, but takes every device for a slow one).
+const HOSTDEVICE_SINCE: Version = Version { major: 5, minor: 2, micro: 0 };
+
+/// How QEMU gets at a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Open {
+    /// Pass it an open descriptor; where this process may not open the node,
+    /// let QEMU open it.
+    #[default]
+    Descriptor,
+    /// Let QEMU look for it by bus and address.
+    Address,
+}
+
+/// How to attach.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Where in the guest.
+    pub wish: Wish,
+    /// More properties of usb-host.
+    pub properties: Map<String, Value>,
+    /// How QEMU gets at the device.
+    pub open: Open,
+    /// Attach it even if the host uses its disks.
+    pub force: bool,
+    /// Do all but change something.
+    pub dry_run: bool,
+}
+
+/// What came of an attach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attached {
+    /// It is in the VM now, there.
+    There(Spot),
+    /// It was in the VM before.
+    Already,
+}
+
+/// Attaches a device to a VM, as the id of its port.
+///
+/// # Errors
+///
+/// What must not leave the host is refused; a full VM, one that does not
+/// answer and one that says no are errors, too.
+pub async fn attach(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    options: &Options,
+) -> Result<Attached, Error> {
+    if device.is_hub() {
+        return Err(Error::Hub(device.clone()));
+    }
+    let id = DeviceId::for_port(&device.port);
+    let speed = host.speed(&device.port);
+    let mut survey = vm.survey(&id, speed, &options.wish).await?;
+
+    // From here to the end of the attach, nobody mounts its disks.
+    let claims = if options.force { Claims::default() } else { host.claim_disks(&device.port)? };
+    let node = host.open(device.address)?;
+    if survey.present == Some(Some(device.address)) && holds(host, vm, device.address) {
+        return Ok(Attached::Already);
+    }
+    let access = access(host, vm, device, options.open, node)?;
+    if survey.present.is_some() && !options.dry_run {
+        debug!(%id, "detaching what an earlier device left behind");
+        vm.detach(&id).await?;
+        survey = vm.survey(&id, speed, &options.wish).await?;
+    }
+    let spots = survey.spots.map_err(|source| Error::NoSpot { vm: vm.name(), source })?;
+    if let (true, Some(spot)) = (options.dry_run, spots.first()) {
+        return Ok(Attached::There(spot.clone()));
+    }
+    let options = &options.properties;
+    let attachment = Attachment { id: &id, address: device.address, options };
+    let spot = vm.attach(&attachment, &access, &spots).await?;
+    drop(claims);
+    Ok(Attached::There(spot))
+}
+
+/// Whether the VM's QEMU holds the node. An id with the right address is not
+/// enough: addresses come round again, and the device may be a new one. What
+/// cannot be seen is believed.
+fn holds(host: &Host, vm: &Vm, address: Address) -> bool {
+    vm.pid().and_then(|pid| host.holds(pid, address)).unwrap_or(true)
+}
+
+fn access(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    open: Open,
+    node: Node,
+) -> Result<Access, Error> {
+    let address = device.address;
+    let by_address = open == Open::Address || vm.session().version() < HOSTDEVICE_SINCE;
+    match node {
+        Node::Held => {
+            let holders = host.holders(address);
+            Err(host::Error::Held { address, holders }.into())
+        }
+        _ if by_address => Ok(Access::Address),
+        Node::Ours(descriptor) => Ok(Access::Descriptor(descriptor)),
+        Node::NotPermitted => {
+            debug!(%device, "this user may not open the node, QEMU is to open it itself");
+            Ok(Access::Node(address.node()))
+        }
+    }
+}
+
+/// Detaches what came from a port, but only if it is the device that was at
+/// this address: a newer one may have taken the id since. False if the VM
+/// does not have it.
+///
+/// # Errors
+///
+/// As for [`Vm::detach`].
+pub async fn detach_gone(vm: &mut Vm, id: &DeviceId, address: Address) -> Result<bool, Error> {
+    match vm.address_of(id).await? {
+        Some(present) if present == address => Ok(vm.detach(id).await?),
+        Some(present) => {
+            debug!(%id, %present, "a newer device has the id");
+            Ok(false)
+        }
+        None => Ok(false),
+    }
+}

@@ -1,0 +1,202 @@
+//! A host device into the VM.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use qapi::qmp::{add_fd, device_add, remove_fd};
+use serde_json::{Map, Value};
+use tracing::debug;
+
+use super::{Object, Vm};
+use crate::error::Error;
+use crate::guest::{NoSpot, Spot, UsbLine, Wish, parse_info_usb, spots};
+use crate::qmp;
+use crate::usb::{Address, DeviceId, Speed};
+
+/// The most places that are tried before QEMU's last "in use" is believed.
+const MAX_TRIES: usize = 64;
+
+/// How QEMU gets at the device.
+#[derive(Debug)]
+pub enum Access {
+    /// We opened its node, and pass the descriptor.
+    Descriptor(OwnedFd),
+    /// QEMU opens its node.
+    Node(PathBuf),
+    /// QEMU looks for it in its list of devices; for a QEMU older than 5.2.
+    Address,
+}
+
+/// A device to attach.
+#[derive(Debug)]
+pub struct Attachment<'a> {
+    /// The id it gets.
+    pub id: &'a DeviceId,
+    /// Where it is on the host.
+    pub address: Address,
+    /// More properties of usb-host, as the user gave them.
+    pub options: &'a Map<String, Value>,
+}
+
+/// What the VM looks like to a device that wants in.
+#[derive(Debug)]
+pub struct Survey {
+    /// The host device that has the id already: where on the host it is, if
+    /// the VM was told.
+    pub present: Option<Option<Address>>,
+    /// Where the device can go, the best place first.
+    pub spots: Result<Vec<Spot>, NoSpot>,
+}
+
+impl Vm {
+    /// Looks for the id, and for places where a device of this speed can go,
+    /// in two round trips.
+    ///
+    /// # Errors
+    ///
+    /// As for [`crate::qmp::Session::reply`].
+    pub async fn survey(
+        &mut self,
+        id: &DeviceId,
+        speed: Option<Speed>,
+        wish: &Wish,
+    ) -> Result<Survey, qmp::Error> {
+        let objects = self.ask_objects()?;
+        let info = self.ask_info_usb()?;
+        let objects = self.answer_objects(objects).await?;
+        let lines = parse_info_usb(&self.answer(info).await?.unwrap_or_default());
+
+        let has_id = |object: &&Object| object.id.as_deref() == Some(id.as_str());
+        let present = objects.iter().find(has_id).filter(|object| object.driver == "usb-host");
+        let present = match present {
+            Some(object) => Some(self.ask_address(&object.path)?),
+            None => None,
+        };
+        let controllers = self.ask_controllers(&objects)?;
+        // The text numbers the buses; one device of each bus tells its name.
+        let mut buses = BTreeMap::new();
+        for line in &lines {
+            let known = |id: &Option<String>| id.is_some() && line.product(id.as_deref()).is_some();
+            let object = objects.iter().find(|object| known(&object.id));
+            if let (Some(object), false) = (object, buses.contains_key(&line.bus)) {
+                buses.insert(line.bus, self.ask(&object.path, "parent_bus")?);
+            }
+        }
+
+        let present = match present {
+            Some(tickets) => Some(self.answer_address(tickets).await?),
+            None => None,
+        };
+        let controllers = self.answer_controllers(controllers).await?;
+        let mut names = BTreeMap::new();
+        for (number, ticket) in buses {
+            if let Some(path) = self.answer_text(ticket).await? {
+                let controller = controllers.iter().find(|c| c.bus_path == path);
+                names.extend(controller.map(|c| (number, c.bus.clone())));
+            }
+        }
+        let only = match controllers.as_slice() {
+            [only] => Some(&only.bus),
+            _ => None,
+        };
+        let spot = |line: UsbLine| {
+            let bus = names.get(&line.bus).or(only)?.clone();
+            Some(Spot { bus, port: line.port })
+        };
+        let taken: Vec<Spot> = lines.into_iter().filter_map(spot).collect();
+        Ok(Survey { present, spots: spots(&controllers, &taken, speed, wish) })
+    }
+
+    /// Attaches a device at the first of the places that QEMU finds free.
+    ///
+    /// # Errors
+    ///
+    /// QEMU's refusal, or what the session met.
+    pub async fn attach(
+        &mut self,
+        attachment: &Attachment<'_>,
+        access: &Access,
+        spots: &[Spot],
+    ) -> Result<Spot, Error> {
+        let mut tries = spots.iter().take(MAX_TRIES).peekable();
+        while let Some(spot) = tries.next() {
+            match self.device_add(attachment, access, spot).await {
+                Ok(()) => return Ok(spot.clone()),
+                Err(error) if tries.peek().is_some() && is_in_use(&error) => {
+                    debug!(%spot, "in use, trying the next one");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Error::NoSpot { vm: self.name(), source: NoSpot::Full(Vec::new()) })
+    }
+
+    async fn device_add(
+        &mut self,
+        attachment: &Attachment<'_>,
+        access: &Access,
+        spot: &Spot,
+    ) -> Result<(), qmp::Error> {
+        let mut arguments = attachment.options.clone();
+        arguments.insert("hostbus".into(), attachment.address.bus.into());
+        arguments.insert("hostaddr".into(), attachment.address.device.into());
+        arguments.insert("port".into(), spot.port.clone().into());
+        let fdset_id = self.fdset_id();
+        let added = match access {
+            Access::Descriptor(descriptor) => {
+                arguments.insert("hostdevice".into(), format!("/dev/fdset/{fdset_id}").into());
+                let descriptor = descriptor.try_clone().map_err(|source| {
+                    qmp::Error::new(self.session.socket(), qmp::ErrorKind::Lost(Some(source)))
+                })?;
+                let command = add_fd { fdset_id: Some(fdset_id), opaque: None };
+                Some(self.session.send_with_descriptor(&command, descriptor)?)
+            }
+            Access::Node(path) => {
+                arguments.insert("hostdevice".into(), path.to_string_lossy().into());
+                None
+            }
+            Access::Address => None,
+        };
+        let attached = self.session.send(&device_add {
+            driver: "usb-host".into(),
+            id: Some(attachment.id.to_string()),
+            bus: Some(spot.bus.clone()),
+            arguments,
+        })?;
+        // The removal is on its way before the addition is answered: whatever
+        // becomes of it or of us, no descriptor stays in the set. The device
+        // keeps a copy of its own.
+        let removed = match added {
+            Some(_) => Some(self.session.send(&remove_fd { fdset_id, fd: None })?),
+            None => None,
+        };
+        if let Some(added) = added {
+            self.session.reply(added).await?;
+        }
+        let attached = self.session.reply(attached).await;
+        if let Some(removed) = removed {
+            self.answer(removed).await?;
+        }
+        attached.map(|_| ())
+    }
+
+    /// The set that our descriptors go through. QEMU keeps an emptied set for
+    /// ever, so each socket always uses the same one; and QEMU opens any
+    /// descriptor of a set, so two sockets must not share one.
+    fn fdset_id(&self) -> i64 {
+        use std::os::unix::ffi::OsStrExt;
+        // FNV-1a: small, and the same in every build of this tool.
+        let bytes = self.session.socket().as_os_str().as_bytes();
+        let hash = bytes.iter().fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+        });
+        i64::from(hash & 0x7fff_ffff)
+    }
+}
+
+/// Whether QEMU said that the port is taken (QEMU, hw/usb/bus.c,
+/// `usb_claim_port`). The class is `GenericError`, so only the text tells.
+fn is_in_use(error: &qmp::Error) -> bool {
+    error.refusal().is_some_and(|refusal| refusal.desc.ends_with("not found (in use?)"))
+}
