@@ -3,7 +3,7 @@
 use crate::all_tests;
 use crate::inside::{DEADLINE, RUN, Report};
 use libtest_mimic::{Arguments, Failed, Trial};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -17,11 +17,10 @@ pub fn run() -> ExitCode {
     let mut arguments = Arguments::from_args();
     let mut trials = Vec::new();
     let mut machines = Vec::new();
+    let mut complaints = BTreeSet::new();
     for version in QEMU_VERSIONS {
         let missing = missing(version);
-        if let Some(missing) = &missing {
-            eprintln!("lab: the tests with QEMU {version} are ignored: {missing}");
-        }
+        complaints.extend(missing.clone());
         let trial_name = |test: &str| format!("qemu_{}::{test}", version.replace('.', "_"));
         let selected = all_tests().filter(|test| is_selected(&arguments, &trial_name(test.name)));
         let machine =
@@ -38,6 +37,9 @@ pub fn run() -> ExitCode {
             trials.push(trial.with_ignored_flag(missing.is_some()));
         }
         machines.push(machine);
+    }
+    for complaint in complaints {
+        eprintln!("lab: tests are ignored: {complaint}");
     }
     // Trials only wait: all of them at once, so that the machines run side by side.
     arguments.test_threads = Some(trials.len());
@@ -60,7 +62,7 @@ fn missing(version: &str) -> Option<String> {
     let installed =
         String::from_utf8_lossy(&installed.stdout).contains(&format!("version {version}."));
     let unpacked = lab.join(format!("qemu-{version}")).exists();
-    (!installed && !unpacked).then(|| "contrib/setup could not get it".to_owned())
+    (!installed && !unpacked).then(|| format!("contrib/setup could not get QEMU {version}"))
 }
 
 /// As libtest-mimic selects, which does not tell.
