@@ -8,6 +8,8 @@
 //! - [`guest`]: a VM's USB controllers and the choice of a free port. Pure.
 //! - [`text`]: how untrusted strings and tables are shown. Pure.
 //! - [`error`]: what can go wrong, and the exit codes.
+//! - [`config`]: the configuration file; [`rule`]: which device a rule means.
+//! - [`rulebook`]: the configuration, applied to the host's devices.
 //! - [`plan`]: what a VM lacks, and what it has too many. Pure.
 //! - [`event`]: a udev event, from its variables.
 //! - [`host`]: the edge to sysfs, `/proc` and the device nodes.
@@ -24,6 +26,7 @@
 
 pub mod cli;
 pub mod command;
+pub mod config;
 pub mod error;
 pub mod event;
 pub mod guest;
@@ -32,6 +35,8 @@ pub mod log;
 pub mod plan;
 pub mod plug;
 pub mod qmp;
+pub mod rule;
+pub mod rulebook;
 pub mod text;
 pub mod usb;
 pub mod vm;

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tracing::{debug, info};
 
-use super::{Context, how, socket};
+use super::{Context, how};
 use crate::cli::Udev;
 use crate::error::{Error, chain};
 use crate::event::{Action, Event};
@@ -38,7 +38,7 @@ async fn act(
     event: &Event,
     start: Instant,
 ) -> Result<(), Error> {
-    let socket = socket(&arguments.vm)?;
+    let socket = context.socket(&arguments.vm)?;
     let options = how::options(&arguments.how, false)?;
     match event.action {
         Action::Add => add(context, &socket, &event.device(&context.host)?, &options, start).await,
