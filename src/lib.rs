@@ -1,3 +1,4 @@
 //! x
+pub mod rule;
 pub mod text;
 pub mod usb;
