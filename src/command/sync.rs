@@ -108,8 +108,13 @@ impl Job {
     /// Syncs one VM. One that does not run has nothing to do, unless it was
     /// named.
     async fn vm(&self, vm: String, socket: PathBuf, named: bool) -> (VmReport, Vec<Error>) {
-        let mut report =
-            VmReport { vm, socket: socket.clone(), running: true, actions: Vec::new(), error: None };
+        let mut report = VmReport {
+            vm,
+            socket: socket.clone(),
+            running: true,
+            actions: Vec::new(),
+            error: None,
+        };
         let in_vm = match self.host_devices(&socket).await {
             Ok(in_vm) => in_vm,
             Err(Error::Qmp(error)) if error.is_not_running() && !named => {

@@ -1,12 +1,13 @@
 //! The host's plugs and pulls, as udev tells them.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
 use udev::{MonitorBuilder, MonitorSocket};
 
+use super::readable::readable;
 use crate::error::chain;
 use crate::event::Event;
 
@@ -20,7 +21,11 @@ pub struct Batch {
 }
 
 /// The socket that udev's events arrive on.
-pub struct Events(AsyncFd<MonitorSocket>);
+pub struct Events {
+    socket: MonitorSocket,
+    /// A duplicate of the socket's descriptor, to wait for.
+    ready: AsyncFd<OwnedFd>,
+}
 
 impl Events {
     /// Listens to events of whole USB devices; the kernel filters out all
@@ -30,8 +35,10 @@ impl Events {
     ///
     /// When there is no such socket.
     pub fn listen() -> io::Result<Self> {
-        let socket = MonitorBuilder::new()?.match_subsystem_devtype("usb", "usb_device")?.listen()?;
-        Ok(Events(AsyncFd::with_interest(socket, Interest::READABLE)?))
+        let socket =
+            MonitorBuilder::new()?.match_subsystem_devtype("usb", "usb_device")?.listen()?;
+        let ready = readable(socket.as_fd().try_clone_to_owned()?)?;
+        Ok(Events { socket, ready })
     }
 
     /// The next events.
@@ -41,15 +48,15 @@ impl Events {
     /// When the socket cannot be read.
     pub async fn next(&self) -> io::Result<Batch> {
         loop {
-            let mut ready = self.0.readable().await?;
+            let mut ready = self.ready.readable().await?;
             // The kernel tells once that it had no room (netlink(7), ENOBUFS).
             // libudev would tell nobody.
-            let lost = match rustix::net::sockopt::socket_error(self.0.get_ref())? {
+            let lost = match rustix::net::sockopt::socket_error(&self.socket)? {
                 Err(rustix::io::Errno::NOBUFS) => true,
                 Err(error) => return Err(error.into()),
                 Ok(()) => false,
             };
-            let events: Vec<Event> = self.0.get_ref().iter().filter_map(|e| read(&e)).collect();
+            let events: Vec<Event> = self.socket.iter().filter_map(|e| read(&e)).collect();
             ready.clear_ready();
             if lost || !events.is_empty() {
                 return Ok(Batch { events, lost });

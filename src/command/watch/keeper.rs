@@ -10,12 +10,12 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
+use super::readable::readable;
 use super::shared::Shared;
 use crate::error::{Error, chain};
 use crate::plan::{Action, Settled, plan};
@@ -353,7 +353,7 @@ impl Keeper {
 
 fn watch_end(pid: i32) -> Option<AsyncFd<OwnedFd>> {
     let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::NONBLOCK).ok()?;
-    AsyncFd::with_interest(process, Interest::READABLE).ok()
+    readable(process).ok()
 }
 
 /// Waits for the end of a process, for ever if there is none.

@@ -4,6 +4,7 @@
 
 mod events;
 mod keeper;
+mod readable;
 mod shared;
 mod sockets;
 
@@ -24,7 +25,6 @@ use super::Context;
 use crate::error::{Error, chain};
 use crate::event::{Action, Event};
 use crate::rulebook::Rulebook;
-use crate::usb::Port;
 use events::{Batch, Events};
 use keeper::{Keeper, Work};
 use shared::Shared;
@@ -49,7 +49,8 @@ pub async fn run(context: &Context) -> Result<(), Error> {
     let events = Events::listen().map_err(failed("listen to udev"))?;
     let run = async {
         let mut watch = Watch::start(context, rulebook)?;
-        let mut watchdog = sd_notify::watchdog_enabled().map(|limit| tokio::time::interval(limit / 3));
+        let mut watchdog =
+            sd_notify::watchdog_enabled().map(|limit| tokio::time::interval(limit / 3));
         let mut is_ready = false;
         loop {
             if !is_ready && watch.shared.is_settled() {

@@ -10,10 +10,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
+use super::readable::readable;
 use crate::text::escape;
 
 /// The sockets of the configured VMs.
@@ -37,7 +37,7 @@ impl Sockets {
     /// When the kernel gives no inotify instance.
     pub fn watch(targets: Vec<(String, PathBuf)>) -> io::Result<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        let inotify = AsyncFd::with_interest(inotify, Interest::READABLE)?;
+        let inotify = readable(inotify)?;
         let mut sockets = Sockets { inotify, targets, directories: HashMap::new() };
         for index in 0..sockets.targets.len() {
             sockets.arm(index);
