@@ -175,7 +175,9 @@ impl Vm {
             self.session.reply(added).await?;
         }
         let attached = self.session.reply(attached).await;
-        if let Some(removed) = removed {
+        // Of a broken session the first error is the one that tells.
+        let goes_on = attached.as_ref().map_or_else(|error| error.refusal().is_some(), |_| true);
+        if let (Some(removed), true) = (removed, goes_on) {
             self.answer(removed).await?;
         }
         attached.map(|_| ())
