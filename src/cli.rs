@@ -1,12 +1,15 @@
 //! The command line's types. Nothing of the crate is imported here, so that
 //! completions and man pages can be made from this file alone.
 
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Give a virtual machine a USB port, or a USB device, of this host.
 ///
 /// Talks QMP to QEMU itself, without libvirt. VM is the path of the VM's QMP
-/// socket (`-qmp unix:PATH,server=on,wait=off`).
+/// socket (`-qmp unix:PATH,server=on,wait=off`), or a name from the
+/// configuration.
 #[derive(Debug, Parser)]
 #[command(name = "usb-qmp-hotplug", version, max_term_width = 100)]
 #[command(
@@ -18,6 +21,10 @@ pub struct Cli {
     /// How long a conversation with a VM may take, in seconds.
     #[arg(long, global = true, value_name = "SECONDS", default_value = "5")]
     pub timeout: String,
+
+    /// The configuration, for names of VMs, for sync and for watch.
+    #[arg(long, global = true, value_name = "FILE", default_value = "/etc/usb-qmp-hotplug.toml")]
+    pub config: PathBuf,
 
     /// Say less: only errors.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
@@ -59,12 +66,22 @@ pub enum Command {
         ACTION==\"add|remove\", RUN+=\"/usr/bin/usb-qmp-hotplug udev /run/vm.qmp\"\n\n\
         By hand:\n  ACTION=add BUSNUM=001 DEVNUM=037 usb-qmp-hotplug udev /run/vm.qmp")]
     Udev(Udev),
+    /// Make reality match the configuration, once.
+    ///
+    /// Attaches what belongs to a VM and is not in it, detaches what was left
+    /// behind by devices that are gone, and leaves everything else alone.
+    Sync(Sync),
+    /// Keep reality matching the configuration: the daemon.
+    ///
+    /// Attaches and detaches as devices are plugged and pulled, and as VMs
+    /// start and end. SIGHUP reads the configuration again.
+    Watch,
 }
 
 /// `inspect`
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// The VM's QMP socket.
+    /// The VM's QMP socket, or its name.
     pub vm: String,
 
     /// Print one JSON document.
@@ -75,7 +92,7 @@ pub struct Inspect {
 /// `attach`
 #[derive(Debug, Args)]
 pub struct Attach {
-    /// The VM's QMP socket.
+    /// The VM's QMP socket, or its name.
     pub vm: String,
 
     /// A port `1-1.2`, bus:device `1:37`, vendor:product `152d:2338`,
@@ -95,7 +112,7 @@ pub struct Attach {
 /// `detach`
 #[derive(Debug, Args)]
 pub struct Detach {
-    /// The VM's QMP socket.
+    /// The VM's QMP socket, or its name.
     pub vm: String,
 
     /// As for attach, or an id in the VM.
@@ -110,12 +127,28 @@ pub struct Detach {
 /// `udev`
 #[derive(Debug, Args)]
 pub struct Udev {
-    /// The VM's QMP socket.
+    /// The VM's QMP socket, or its name.
     pub vm: String,
 
     /// How to attach.
     #[command(flatten)]
     pub how: How,
+}
+
+/// `sync`
+#[derive(Debug, Args)]
+pub struct Sync {
+    /// The VMs [default: all of the configuration that are running].
+    #[arg(value_name = "VM")]
+    pub vms: Vec<String>,
+
+    /// Show what would be done, and why, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How to attach.

@@ -3,7 +3,7 @@
 use crate::guest::NoSpot;
 use crate::text::escape;
 use crate::usb::{Device, ParseError};
-use crate::{host, qmp};
+use crate::{config, host, qmp};
 
 /// An error of this tool. Its message names the thing and the next step; the
 /// cause, where there is one, is its source.
@@ -15,6 +15,20 @@ pub enum Error {
     /// The host's devices.
     #[error(transparent)]
     Host(#[from] host::Error),
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// No VM has that name.
+    #[error("{0}")]
+    NoVm(String),
+    /// Something that a daemon needs of the system.
+    #[error("cannot {what}")]
+    Setup {
+        /// What cannot be done.
+        what: &'static str,
+        /// The reason.
+        source: std::io::Error,
+    },
     /// The command line, or udev's variables.
     #[error("{0}")]
     Usage(String),
@@ -73,7 +87,8 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         use qmp::ErrorKind;
         match self {
-            Error::Usage(_) | Error::Parse(_) => 2,
+            Error::Usage(_) | Error::Parse(_) | Error::Config(_) => 2,
+            Error::NoVm(_) => 4,
             Error::Host(host::Error::Ambiguous { .. }) => 2,
             Error::Host(host::Error::NoDevice(_) | host::Error::Gone(_)) => 3,
             Error::NotInVm { .. } => 3,
@@ -87,7 +102,7 @@ impl Error {
             Error::Hub(_) => 7,
             Error::Host(host::Error::RootHub(_)) => 7,
             Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
-            Error::Host(_) | Error::Write { .. } => 1,
+            Error::Host(_) | Error::Write { .. } | Error::Setup { .. } => 1,
             Error::Several { errors, .. } => errors.iter().map(Error::exit_code).max().unwrap_or(1),
         }
     }

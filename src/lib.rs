@@ -8,6 +8,10 @@
 //! - [`guest`]: a VM's USB controllers and the choice of a free port. Pure.
 //! - [`text`]: how untrusted strings and tables are shown. Pure.
 //! - [`error`]: what can go wrong, and the exit codes.
+//! - [`config`]: the configuration file; [`rule`]: which device a rule means.
+//! - [`rulebook`]: the configuration, applied to the host's devices.
+//! - [`plan`]: what a VM lacks, and what it has too many. Pure.
+//! - [`event`]: a udev event, from its variables.
 //! - [`host`]: the edge to sysfs, `/proc` and the device nodes.
 //! - [`qmp`]: the edge to a QMP socket; it knows nothing of USB.
 //! - [`vm`]: one VM's USB over a [`qmp::Session`]: inspect, attach, detach.
@@ -22,12 +26,17 @@
 
 pub mod cli;
 pub mod command;
+pub mod config;
 pub mod error;
+pub mod event;
 pub mod guest;
 pub mod host;
 pub mod log;
+pub mod plan;
 pub mod plug;
 pub mod qmp;
+pub mod rule;
+pub mod rulebook;
 pub mod text;
 pub mod usb;
 pub mod vm;

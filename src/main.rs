@@ -9,8 +9,8 @@ use usb_qmp_hotplug::{Error, command, log};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let from_udev = matches!(cli.command, Command::Udev(_));
-    log::start(from_udev, cli.quiet, cli.verbose);
+    let in_background = matches!(cli.command, Command::Udev(_) | Command::Watch);
+    log::start(in_background, cli.quiet, cli.verbose);
     let done = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()

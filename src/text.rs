@@ -68,6 +68,39 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
+/// The longest word that [`nearest`] looks at, in characters.
+const LONGEST_WORD: usize = 64;
+
+/// The candidate that a mistyped word most likely meant: the one with the
+/// fewest changes (a letter added, dropped, replaced, or two swapped; upper and
+/// lower case count the same), the first of several equally near. `None` if
+/// more than a third of the word, but at least one letter, had to change, or
+/// the word has more than 64 characters.
+///
+/// # Examples
+///
+/// ```
+/// use usb_qmp_hotplug::text::nearest;
+/// assert_eq!(nearest("vendro", ["vm", "vendor"]), Some("vendor"));
+/// assert_eq!(nearest("colour", ["vm", "vendor"]), None);
+/// ```
+pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let length = word.chars().take(LONGEST_WORD + 1).count();
+    if length > LONGEST_WORD {
+        return None;
+    }
+    let most = (length / 3).max(1);
+    let word = word.to_lowercase();
+    candidates
+        .into_iter()
+        .filter(|candidate| candidate.chars().nth(LONGEST_WORD).is_none())
+        .map(|candidate| (strsim::osa_distance(&word, &candidate.to_lowercase()), candidate))
+        // With all letters changed, nothing of the word is left.
+        .filter(|(changes, _)| *changes <= most && (*changes < length || *changes == 0))
+        .min_by_key(|(changes, _)| *changes)
+        .map(|(_, candidate)| candidate)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,7 +123,33 @@ mod tests {
         assert_eq!(table(&rows), "a   日本  x\nbb  c\n");
     }
 
+    #[test]
+    fn a_mistyped_word_finds_the_one_that_was_meant() {
+        let cases = [
+            ("vendro", Some("vendor")),
+            ("guest-bus", Some("guest_bus")),
+            ("VM", Some("vm")),
+            ("vn", Some("vm")),
+            ("prot", Some("port")),
+            ("v", None),
+            ("x", None),
+            ("", None),
+            ("something", None),
+        ];
+        let known = ["vm", "vendor", "port", "guest_bus"];
+        for (word, meant) in cases {
+            assert_eq!(nearest(word, known), meant, "{word}");
+        }
+        assert_eq!(nearest("win", ["wim", "bin"]), Some("wim"), "the first of two");
+        assert_eq!(nearest(&"a".repeat(65), [&*"a".repeat(64)]), None);
+    }
+
     proptest! {
+        #[test]
+        fn any_two_words_can_be_compared(word in any::<String>(), other in any::<String>()) {
+            let _ = nearest(&word, [&*other]);
+        }
+
         #[test]
         fn nothing_hidden_is_left(text in any::<String>()) {
             prop_assert!(!escape(&text).contains(hidden));

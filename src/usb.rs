@@ -59,6 +59,11 @@ impl Port {
         self.bus
     }
 
+    /// The port's own number on its hub.
+    pub fn last(&self) -> u8 {
+        self.chain.last().copied().unwrap_or_default()
+    }
+
     /// The port of the hub this port is on; `None` on a root hub.
     pub fn hub(&self) -> Option<Port> {
         let (_, hub) = self.chain.split_last()?;

@@ -2,7 +2,7 @@
 
 use tracing::debug;
 
-use super::{Context, how, socket, together};
+use super::{Context, how, together};
 use crate::cli::Attach;
 use crate::error::Error;
 use crate::plug::{self, Attached, Options};
@@ -11,7 +11,7 @@ use crate::vm::Vm;
 
 /// Attaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
-    let socket = socket(&arguments.vm)?;
+    let socket = context.socket(&arguments.vm)?;
     let options = how::options(&arguments.how, arguments.dry_run)?;
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;

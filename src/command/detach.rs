@@ -1,6 +1,6 @@
 //! `detach VM DEVICE...`
 
-use super::{Context, socket, together};
+use super::{Context, together};
 use crate::cli::Detach;
 use crate::error::Error;
 use crate::host::{self, Host};
@@ -10,7 +10,7 @@ use crate::vm::Vm;
 
 /// Detaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Detach) -> Result<(), Error> {
-    let socket = socket(&arguments.vm)?;
+    let socket = context.socket(&arguments.vm)?;
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
     let mut errors = Vec::new();

@@ -6,27 +6,13 @@ use crate::cli::{self, How};
 use crate::error::Error;
 use crate::guest::Wish;
 use crate::plug::{Open, Options};
+use crate::rule::reserved_option;
 use crate::text::escape;
 
 /// Properties of usb-host that take text, whatever it looks like (QEMU,
 /// hw/usb/host-libusb.c, `usb_host_dev_properties`, and hw/usb/bus.c,
 /// `usb_props`).
 const TEXT: [&str; 2] = ["pcap", "serial"];
-
-/// What this tool sets itself, and what sets it instead of `-o`.
-const OURS: [(&str, &str); 11] = [
-    ("hostbus", "name the device as DEVICE"),
-    ("hostaddr", "name the device as DEVICE"),
-    ("hostdevice", "name the device as DEVICE"),
-    ("hostport", "name the port as DEVICE"),
-    ("vendorid", "name the device as DEVICE, `152d:2338`"),
-    ("productid", "name the device as DEVICE, `152d:2338`"),
-    ("bus", "use --guest-bus"),
-    ("port", "use --guest-port"),
-    ("id", "it is made from the port"),
-    ("driver", "it is usb-host"),
-    ("attached", "it cannot be set"),
-];
 
 /// Reads the options.
 ///
@@ -50,7 +36,12 @@ pub fn options(how: &How, dry_run: bool) -> Result<Options, Error> {
 fn property(option: &str) -> Result<(String, Value), Error> {
     let usage = |what: &str| Error::Usage(format!("-o {}: {what}", escape(option)));
     let (name, value) = option.split_once('=').ok_or_else(|| usage("give NAME=VALUE"))?;
-    if let Some((_, instead)) = OURS.iter().find(|(ours, _)| *ours == name) {
+    if reserved_option(name).is_some() {
+        let instead = match name {
+            "bus" => "use --guest-bus",
+            "port" => "use --guest-port",
+            _ => "name the device as DEVICE",
+        };
         return Err(usage(&format!("this tool sets `{name}` itself; {instead}")));
     }
     let legal = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::{Context, print, socket};
+use super::{Context, json, print};
 use crate::cli::Inspect;
 use crate::error::Error;
 use crate::host::Host;
@@ -76,7 +76,7 @@ impl State {
 
 /// Shows what the VM has.
 pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
-    let socket = socket(&arguments.vm)?;
+    let socket = context.socket(&arguments.vm)?;
     let mut vm = Vm::connect(&socket, context.timeout).await?;
     let inventory = vm.inspect().await?;
     let name = vm.name();
@@ -84,9 +84,7 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     let has_controller = !inventory.controllers.is_empty();
     let report = report(&context.host, name, inventory);
     if arguments.json {
-        let json = serde_json::to_string_pretty(&report)
-            .map_err(|error| Error::Write { what: "the JSON document", source: error.into() })?;
-        return print(&format!("{json}\n"));
+        return print(&json(&report)?);
     }
     print(&shown(&report, has_controller))
 }

@@ -4,7 +4,9 @@ mod attach;
 mod detach;
 mod how;
 mod inspect;
+mod sync;
 mod udev;
+mod watch;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -13,9 +15,10 @@ use std::time::Duration;
 use tracing::{error, warn};
 
 use crate::cli::{Cli, Command};
+use crate::config::{self, Config};
 use crate::error::{Error, chain};
 use crate::host::Host;
-use crate::text::escape;
+use crate::text::{escape, nearest};
 
 /// What every command needs.
 #[derive(Debug)]
@@ -24,6 +27,8 @@ pub struct Context {
     pub host: Host,
     /// The time for one conversation with a VM.
     pub timeout: Duration,
+    /// Where the configuration is.
+    config: PathBuf,
     /// Say only what failed.
     pub quiet: bool,
 }
@@ -36,7 +41,39 @@ impl Context {
     /// [`Error::Usage`].
     pub fn new(cli: &Cli) -> Result<Self, Error> {
         let timeout = timeout(&cli.timeout)?;
-        Ok(Context { host: Host::default(), timeout, quiet: cli.quiet })
+        let config = cli.config.clone();
+        Ok(Context { host: Host::default(), timeout, config, quiet: cli.quiet })
+    }
+
+    /// Reads the configuration.
+    fn config(&self) -> Result<Config, Error> {
+        Ok(Config::read(&self.config)?)
+    }
+
+    /// The socket of a VM: a path, which has a `/`, or a name of the
+    /// configuration, which is only read for that.
+    fn socket(&self, vm: &str) -> Result<PathBuf, Error> {
+        if vm.contains('/') {
+            return Ok(PathBuf::from(vm));
+        }
+        let config = match self.config() {
+            Err(Error::Config(config::Error::Io { source, .. }))
+                if source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                Config::default()
+            }
+            config => config?,
+        };
+        if let Some(socket) = config.socket(vm) {
+            return Ok(socket.to_owned());
+        }
+        let names = config.vms.iter().map(|vm| vm.name.as_str());
+        let next = match nearest(vm, names) {
+            Some(name) => format!("did you mean `{name}`?"),
+            None => "give the path of its QMP socket, which has a `/`".to_owned(),
+        };
+        let (vm, file) = (escape(vm), self.config.to_string_lossy());
+        Err(Error::NoVm(format!("no VM `{vm}` in {}; {next}", escape(&file))))
     }
 
     /// Says what was done, on standard output.
@@ -57,18 +94,9 @@ pub async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Attach(arguments) => attach::run(&context, arguments).await,
         Command::Detach(arguments) => detach::run(&context, arguments).await,
         Command::Udev(arguments) => udev::run(&context, arguments).await,
+        Command::Sync(arguments) => sync::run(&context, arguments).await,
+        Command::Watch => watch::run(&context).await,
     }
-}
-
-/// The socket that a VM argument means.
-fn socket(vm: &str) -> Result<PathBuf, Error> {
-    if vm.contains('/') {
-        return Ok(PathBuf::from(vm));
-    }
-    Err(Error::Usage(format!(
-        "`{}` is not the path of a QMP socket: a path has a `/`, like /run/vm.qmp or ./vm.qmp",
-        escape(vm)
-    )))
 }
 
 fn timeout(text: &str) -> Result<Duration, Error> {
@@ -86,6 +114,13 @@ fn print(text: &str) -> Result<(), Error> {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         done => done.map_err(|source| Error::Write { what: "standard output", source }),
     }
+}
+
+/// A JSON document, for people too.
+fn json(document: &impl serde::Serialize) -> Result<String, Error> {
+    serde_json::to_string_pretty(document)
+        .map(|json| json + "\n")
+        .map_err(|error| Error::Write { what: "the JSON document", source: error.into() })
 }
 
 /// Reports an error to the log. A hub that udev met is no failure: a rule for

@@ -4,8 +4,10 @@
 //! Linux documents the attributes in Documentation/ABI/stable/sysfs-bus-usb.
 
 mod disk;
+mod facts;
 mod holder;
 mod node;
+mod release;
 
 use std::fs;
 use std::io;

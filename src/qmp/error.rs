@@ -58,7 +58,7 @@ pub enum ErrorKind {
         /// What came instead.
         saw: String,
     },
-    /// A message longer than [`MAX_MESSAGE`](super::frame::MAX_MESSAGE).
+    /// A message longer than 4 MiB.
     TooLong,
     /// The connection broke; without a source, at an end of file.
     Lost(Option<io::Error>),

@@ -37,6 +37,9 @@ const MAX_EVENTS: usize = 1024;
 /// at first and at most. There is no event to wait for instead.
 const RETRY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 
+/// Longer than any machine runs, and still a time that can be added to now.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
 /// QEMU's version, from its greeting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 pub struct Version {
@@ -107,6 +110,20 @@ impl Session {
             .map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?
             .map_err(|e| fail(ErrorKind::from_connect(e, socket)))?;
         Session::over(stream, socket, started, deadline).await
+    }
+
+    /// As [`Session::connect`], but waits for the greeting as long as it takes:
+    /// while another client holds the monitor, and while QEMU is stopped.
+    /// `time` begins with the greeting. Drop the future to give up.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::connect`].
+    pub async fn connect_when_free(socket: &Path, time: Duration) -> Result<Session, Error> {
+        let mut session = Session::connect(socket, FOREVER).await?;
+        session.started = Instant::now();
+        session.deadline = session.started + time;
+        Ok(session)
     }
 
     /// A session over a stream that is connected already; `socket` names it in

@@ -65,6 +65,15 @@ impl Vm {
         Ok(Vm { session: Session::connect(socket, time).await? })
     }
 
+    /// Connects as soon as the monitor is free; `time` begins then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::connect_when_free`].
+    pub async fn connect_when_free(socket: &Path, time: Duration) -> Result<Vm, Error> {
+        Ok(Vm { session: Session::connect_when_free(socket, time).await? })
+    }
+
     /// The session below, for what this module has no word for.
     pub fn session(&mut self) -> &mut Session {
         &mut self.session

@@ -1,0 +1,210 @@
+//! `sync [VM...]`: makes reality match the configuration.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+use tokio::task::JoinSet;
+use tracing::info;
+
+use super::{Context, json, print, together};
+use crate::cli::Sync;
+use crate::error::{Error, chain};
+use crate::host::Host;
+use crate::plan::{Action, Settled, Table, plan};
+use crate::plug::{self, Attached, Options};
+use crate::rulebook::Rulebook;
+use crate::text::escape;
+use crate::usb::{DeviceId, Port};
+use crate::vm::Vm;
+
+/// The JSON document.
+#[derive(Debug, Serialize)]
+struct Report {
+    vms: Vec<VmReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct VmReport {
+    vm: String,
+    socket: PathBuf,
+    running: bool,
+    actions: Vec<ActionReport>,
+    error: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct ActionReport {
+    action: &'static str,
+    id: DeviceId,
+    port: Option<Port>,
+    /// The line of the rule in the configuration.
+    rule_line: Option<usize>,
+    why: String,
+    done: bool,
+    error: Option<String>,
+}
+
+/// What one VM's sync needs.
+struct Job {
+    host: Host,
+    rulebook: Rulebook,
+    table: Table,
+    timeout: std::time::Duration,
+    dry_run: bool,
+}
+
+/// Syncs every VM it can, all at the same time, then reports what failed.
+pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
+    let rulebook = Rulebook::new(context.config()?);
+    let table = rulebook.table(&context.host)?;
+    let vms = vms(context, &rulebook, &arguments.vms)?;
+    let (host, timeout, dry_run) = (context.host.clone(), context.timeout, arguments.dry_run);
+    let job = Arc::new(Job { host, rulebook, table, timeout, dry_run });
+    let count = vms.len();
+    let mut running = JoinSet::new();
+    for (order, (name, socket)) in vms.into_iter().enumerate() {
+        let (job, named) = (job.clone(), !arguments.vms.is_empty());
+        running.spawn(async move { (order, job.vm(name, socket, named).await) });
+    }
+    let mut done = running.join_all().await;
+    done.sort_by_key(|(order, _)| *order);
+    let (mut reports, mut errors) = (Vec::new(), Vec::new());
+    for (_, (report, failed)) in done {
+        reports.push(report);
+        errors.extend(failed);
+    }
+    if arguments.json {
+        print(&json(&Report { vms: reports })?)?;
+    } else if !context.quiet {
+        print(&shown(&reports, dry_run))?;
+    }
+    together(errors, count)
+}
+
+/// The VMs that were named, or all.
+fn vms(
+    context: &Context,
+    rulebook: &Rulebook,
+    named: &[String],
+) -> Result<Vec<(String, PathBuf)>, Error> {
+    let all = rulebook.config().vms.iter();
+    if named.is_empty() {
+        return Ok(all.map(|vm| (vm.name.clone(), vm.socket.clone())).collect());
+    }
+    let one = |named: &String| {
+        let socket = context.socket(named)?;
+        let known = rulebook.config().vms.iter().find(|vm| vm.socket == socket);
+        let known = known.ok_or_else(|| {
+            let named = escape(named);
+            Error::Usage(format!("{named} is no VM of the configuration; add a [vm.NAME] for it"))
+        })?;
+        Ok((known.name.clone(), socket))
+    };
+    named.iter().map(one).collect()
+}
+
+impl Job {
+    /// Syncs one VM. One that does not run has nothing to do, unless it was
+    /// named.
+    async fn vm(&self, vm: String, socket: PathBuf, named: bool) -> (VmReport, Vec<Error>) {
+        let mut report = VmReport {
+            vm,
+            socket: socket.clone(),
+            running: true,
+            actions: Vec::new(),
+            error: None,
+        };
+        let in_vm = match self.host_devices(&socket).await {
+            Ok(in_vm) => in_vm,
+            Err(Error::Qmp(error)) if error.is_not_running() && !named => {
+                info!(vm = report.vm, "nothing to do, VM {} is not running", report.vm);
+                report.running = false;
+                return (report, Vec::new());
+            }
+            Err(error) => {
+                report.running = false;
+                report.error = Some(chain(&error));
+                return (report, vec![error]);
+            }
+        };
+        let mut errors = Vec::new();
+        for action in plan(&report.vm, &self.table, &in_vm, &Settled::new()) {
+            let (mut done, result) = match action {
+                Action::Attach(port) => self.attach(&socket, port).await,
+                Action::Detach(id, why) => (
+                    ActionReport {
+                        action: "detach",
+                        port: id.port(),
+                        rule_line: None,
+                        why: why.to_string(),
+                        done: false,
+                        error: None,
+                        id: id.clone(),
+                    },
+                    self.detach(&socket, &id).await,
+                ),
+            };
+            done.done = result.is_ok() && !self.dry_run;
+            done.error = result.as_ref().err().map(|error| chain(error));
+            errors.extend(result.err());
+            report.actions.push(done);
+        }
+        (report, errors)
+    }
+
+    async fn host_devices(
+        &self,
+        socket: &Path,
+    ) -> Result<Vec<(DeviceId, Option<crate::usb::Address>)>, Error> {
+        let mut vm = Vm::connect(socket, self.timeout).await?;
+        Ok(vm.host_devices().await?)
+    }
+
+    async fn attach(&self, socket: &Path, port: Port) -> (ActionReport, Result<(), Error>) {
+        let seen = self.table.get(&port);
+        let home = seen.and_then(|seen| seen.home.as_ref());
+        let line = home.map(|home| self.rulebook.line(home));
+        let report = ActionReport {
+            action: "attach",
+            id: DeviceId::for_port(&port),
+            rule_line: line,
+            why: line.map(|line| format!("the rule at line {line}")).unwrap_or_default(),
+            done: false,
+            error: None,
+            port: Some(port),
+        };
+        let (Some(seen), Some(home)) = (seen, home) else { return (report, Ok(())) };
+        let options = Options { dry_run: self.dry_run, ..self.rulebook.options(home) };
+        let attached = async {
+            let mut vm = Vm::connect(socket, self.timeout).await?;
+            plug::attach(&self.host, &mut vm, &seen.device, &options).await
+        };
+        (report, attached.await.map(|_: Attached| ()))
+    }
+
+    async fn detach(&self, socket: &Path, id: &DeviceId) -> Result<(), Error> {
+        if !self.dry_run {
+            Vm::connect(socket, self.timeout).await?.detach(id).await?;
+        }
+        Ok(())
+    }
+}
+
+fn shown(reports: &[VmReport], dry_run: bool) -> String {
+    let mut text = String::new();
+    for VmReport { vm, running, actions, .. } in reports {
+        if *running && actions.is_empty() {
+            text += &format!("{vm}: nothing to do\n");
+        }
+        for ActionReport { action, id, why, error, .. } in actions {
+            let did = match (dry_run, error) {
+                (_, Some(_)) => format!("could not {action}"),
+                (true, None) => format!("would {action}"),
+                (false, None) => format!("{action}ed"),
+            };
+            text += &format!("{vm}: {did} {id} ({why})\n");
+        }
+    }
+    text
+}

@@ -1,0 +1,19 @@
+//! Waiting for a descriptor to become readable.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Has the runtime tell when a descriptor can be read.
+///
+/// # Errors
+///
+/// When the kernel cannot poll it.
+pub fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    #[expect(unsafe_code, reason = "tokio has no safe way in for descriptors of other crates")]
+    // SAFETY: an OwnedFd is open until it is dropped, and always the same.
+    let registered = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };
+    Ok(registered?)
+}

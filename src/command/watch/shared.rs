@@ -1,0 +1,86 @@
+//! What the daemon's parts have in common. All of them run on one thread.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::host::Host;
+use crate::plan::Table;
+use crate::rulebook::Rulebook;
+use crate::usb::Port;
+
+/// How a VM stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Its monitor answered, and its process has not ended since.
+    pub running: bool,
+    /// How many devices of ours it has.
+    pub attached: usize,
+    /// Whether its first sync has come to an end, good or bad.
+    pub settled: bool,
+}
+
+/// What all parts of the daemon see.
+#[derive(Debug)]
+pub struct Shared {
+    /// The host.
+    pub host: Host,
+    /// The time for one conversation with a VM.
+    pub timeout: Duration,
+    /// The rules in force.
+    pub rulebook: RefCell<Rc<Rulebook>>,
+    /// The host's devices.
+    pub table: RefCell<Table>,
+    /// Which VM has the device of a port.
+    pub homes: RefCell<BTreeMap<Port, String>>,
+    /// How the VMs stand.
+    pub status: RefCell<BTreeMap<String, Status>>,
+    /// Told at every change of `status`.
+    pub changed: Notify,
+}
+
+impl Shared {
+    /// The rules in force.
+    pub fn rulebook(&self) -> Rc<Rulebook> {
+        self.rulebook.borrow().clone()
+    }
+
+    /// Changes how a VM stands.
+    pub fn set(&self, vm: &str, change: impl FnOnce(&mut Status)) {
+        let mut all = self.status.borrow_mut();
+        let status = all.entry(vm.to_owned()).or_default();
+        let before = *status;
+        change(status);
+        if *status != before {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Whether a VM is known to run.
+    pub fn is_running(&self, vm: &str) -> bool {
+        self.status.borrow().get(vm).is_some_and(|status| status.running)
+    }
+
+    /// The line that `systemctl status` shows: `3 VMs, 2 running, 5 devices
+    /// attached`.
+    pub fn summary(&self) -> String {
+        let all = self.status.borrow();
+        let running = all.values().filter(|status| status.running).count();
+        let attached: usize = all.values().map(|status| status.attached).sum();
+        let plural = |count| if count == 1 { "" } else { "s" };
+        format!(
+            "{} VM{}, {running} running, {attached} device{} attached",
+            all.len(),
+            plural(all.len()),
+            plural(attached)
+        )
+    }
+
+    /// Whether every VM has had its first sync.
+    pub fn is_settled(&self) -> bool {
+        self.status.borrow().values().all(|status| status.settled)
+    }
+}

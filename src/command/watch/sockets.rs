@@ -1,0 +1,182 @@
+//! Notices that a VM starts: its socket appears. inotify(7) watches the
+//! socket's directory, or as long as there is none, the nearest one above.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+use tokio::io::unix::AsyncFd;
+use tracing::warn;
+
+use super::readable::readable;
+use crate::text::escape;
+
+/// The sockets of the configured VMs.
+#[derive(Debug)]
+pub struct Sockets {
+    inotify: AsyncFd<OwnedFd>,
+    /// The VMs' names and sockets.
+    targets: Vec<(String, PathBuf)>,
+    /// The watched directories, by inotify's number for them.
+    directories: HashMap<i32, PathBuf>,
+}
+
+/// An entry of a directory that changed; without a name, the directory itself.
+type Change = (PathBuf, Option<PathBuf>);
+
+impl Sockets {
+    /// Watches for the sockets of these VMs.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel gives no inotify instance.
+    pub fn watch(targets: Vec<(String, PathBuf)>) -> io::Result<Self> {
+        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+        let inotify = readable(inotify)?;
+        let mut sockets = Sockets { inotify, targets, directories: HashMap::new() };
+        for index in 0..sockets.targets.len() {
+            sockets.arm(index);
+        }
+        Ok(sockets)
+    }
+
+    /// The names of VMs whose sockets appeared, as soon as one does.
+    ///
+    /// # Errors
+    ///
+    /// When inotify cannot be read.
+    pub async fn appeared(&mut self) -> io::Result<Vec<String>> {
+        loop {
+            let mut ready = self.inotify.readable().await?;
+            let read = ready.try_io(|inotify| read(inotify.get_ref(), &self.directories));
+            let Ok(changes) = read else { continue };
+            let names = self.concerned(&changes?);
+            if !names.is_empty() {
+                return Ok(names);
+            }
+        }
+    }
+
+    /// The VMs that changes mean something for, their watches moved to where
+    /// their sockets can now appear.
+    fn concerned(&mut self, changes: &[Change]) -> Vec<String> {
+        let mut names = Vec::new();
+        for index in 0..self.targets.len() {
+            let Some((name, socket)) = self.targets.get(index).cloned() else { continue };
+            let concerns = |(directory, entry): &&Change| match entry {
+                Some(entry) => socket.starts_with(directory.join(entry)),
+                None => socket.starts_with(directory),
+            };
+            let mut concerning = changes.iter().filter(concerns).peekable();
+            if concerning.peek().is_none() {
+                continue;
+            }
+            let mut is_socket = false;
+            for (directory, entry) in concerning {
+                is_socket |= entry.as_ref().is_some_and(|entry| directory.join(entry) == socket);
+            }
+            // A directory that came may hold the socket already.
+            if is_socket || (self.arm(index) && socket.exists()) {
+                names.push(name);
+            }
+        }
+        names
+    }
+
+    /// Watches the nearest directory of a socket's that there is; true if that
+    /// is the socket's own.
+    fn arm(&mut self, index: usize) -> bool {
+        let Some((name, socket)) = self.targets.get(index) else { return false };
+        let flags = WatchFlags::CREATE
+            | WatchFlags::MOVED_TO
+            | WatchFlags::DELETE_SELF
+            | WatchFlags::MOVE_SELF
+            | WatchFlags::ONLYDIR;
+        let above: Vec<&Path> = socket.ancestors().skip(1).collect();
+        let mut armed = None;
+        // Again, if a nearer one came into being meanwhile.
+        loop {
+            let added = above.iter().enumerate().find_map(|(distance, directory)| {
+                let number = inotify::add_watch(&self.inotify, *directory, flags).ok()?;
+                Some((distance, number, *directory))
+            });
+            let Some((distance, number, directory)) = added else {
+                let socket = socket.to_string_lossy();
+                warn!(vm = name, "cannot watch for the socket {}", escape(&socket));
+                return false;
+            };
+            self.directories.insert(number, directory.to_owned());
+            if armed == Some(distance) || distance == 0 {
+                return distance == 0;
+            }
+            armed = Some(distance);
+        }
+    }
+}
+
+/// Reads all there is to read. What got lost concerns everybody.
+fn read(inotify: &OwnedFd, directories: &HashMap<i32, PathBuf>) -> io::Result<Vec<Change>> {
+    let mut space = [MaybeUninit::uninit(); 4096];
+    let mut reader = inotify::Reader::new(inotify, &mut space);
+    let mut changes = Vec::new();
+    loop {
+        let event = match reader.next() {
+            Ok(event) => event,
+            Err(rustix::io::Errno::AGAIN) if !changes.is_empty() => return Ok(changes),
+            Err(error) => return Err(error.into()),
+        };
+        if event.events().contains(ReadFlags::QUEUE_OVERFLOW) {
+            changes.push((PathBuf::from("/"), None));
+        }
+        let Some(directory) = directories.get(&event.wd()) else { continue };
+        let name = event.file_name().map(|name| PathBuf::from(OsStr::from_bytes(name.to_bytes())));
+        changes.push((directory.clone(), name));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::time::Duration;
+
+    async fn appeared(sockets: &mut Sockets) -> Vec<String> {
+        tokio::time::timeout(Duration::from_secs(10), sockets.appeared()).await.unwrap().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_appears_is_noticed_however_often() {
+        let root = tempfile::tempdir().unwrap();
+        let socket = root.path().join("a.qmp");
+        let other = root.path().join("b.qmp");
+        let targets = vec![("a".into(), socket.clone()), ("b".into(), other)];
+        let mut sockets = Sockets::watch(targets).unwrap();
+        for _ in 0..3 {
+            fs::write(&socket, "").unwrap();
+            assert_eq!(appeared(&mut sockets).await, ["a"]);
+            fs::remove_file(&socket).unwrap();
+        }
+        fs::write(root.path().join("new"), "").unwrap();
+        fs::rename(root.path().join("new"), &socket).unwrap();
+        assert_eq!(appeared(&mut sockets).await, ["a"]);
+    }
+
+    #[tokio::test]
+    async fn directories_may_come_later_and_go_again() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("run/vm");
+        let socket = directory.join("a.qmp");
+        let mut sockets = Sockets::watch(vec![("a".into(), socket.clone())]).unwrap();
+        for _ in 0..3 {
+            fs::create_dir_all(&directory).unwrap();
+            fs::write(&socket, "").unwrap();
+            assert_eq!(appeared(&mut sockets).await, ["a"]);
+            fs::remove_dir_all(root.path().join("run")).unwrap();
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! What a rule may ask about a device beyond its ids.
+
+use std::fs;
+
+use super::{Host, read_if_there};
+use crate::usb::Port;
+
+impl Host {
+    /// The other half of a physical USB 3 socket: the kernel has one port on a
+    /// USB 2 bus and one on a USB 3 bus, and a link between the two (Linux,
+    /// Documentation/ABI/testing/sysfs-bus-usb, `peer`).
+    pub fn twin(&self, port: &Port) -> Option<Port> {
+        let last = port.last();
+        // A hub's ports lie below its only interface.
+        let (hub, link) = match port.hub() {
+            Some(hub) => {
+                (self.directory(&hub).join(format!("{hub}:1.0")), format!("{hub}-port{last}"))
+            }
+            None => {
+                let bus = port.bus();
+                let root = self.path(format!("/sys/bus/usb/devices/usb{bus}/{bus}-0:1.0"));
+                (root, format!("usb{bus}-port{last}"))
+            }
+        };
+        let target = fs::read_link(hub.join(link).join("peer")).ok()?;
+        let (hub, last) = target.file_name()?.to_str()?.split_once("-port")?;
+        match hub.strip_prefix("usb") {
+            Some(bus) => format!("{bus}-{last}").parse().ok(),
+            None => format!("{hub}.{last}").parse().ok(),
+        }
+    }
+
+    /// The class codes of the device at a port and of its interfaces.
+    pub fn classes(&self, port: &Port) -> Vec<u8> {
+        let device = self.directory(port).join("bDeviceClass");
+        let interfaces = self.interfaces(port).into_iter().map(|i| i.join("bInterfaceClass"));
+        let code = |path: std::path::PathBuf| {
+            u8::from_str_radix(read_if_there(&path).ok()??.trim(), 16).ok()
+        };
+        std::iter::once(device).chain(interfaces).filter_map(code).collect()
+    }
+
+    /// A property that udev knows of the device at a port.
+    pub fn property(&self, port: &Port, name: &str) -> Option<String> {
+        let device = udev::Device::from_syspath(&self.directory(port).canonicalize().ok()?).ok()?;
+        Some(device.property_value(name)?.to_string_lossy().into_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn the_two_halves_of_a_socket_know_each_other() {
+        let root = tempfile::tempdir().unwrap();
+        let devices = root.path().join("sys/bus/usb/devices");
+        let peer = |ports: &str, other: &str| {
+            let directory = devices.join(ports);
+            fs::create_dir_all(&directory).unwrap();
+            symlink(other, directory.join("peer")).unwrap();
+        };
+        peer("usb1/1-0:1.0/usb1-port3", "../../../usb2/2-0:1.0/usb2-port1");
+        peer("1-1/1-1:1.0/1-1-port2", "../../../../usb2/2-4/2-4:1.0/2-4-port2");
+        let host = Host::at(root.path());
+        let twin = |port: &str| host.twin(&port.parse().unwrap()).map(|twin| twin.to_string());
+        assert_eq!(twin("1-3").as_deref(), Some("2-1"));
+        assert_eq!(twin("1-1.2").as_deref(), Some("2-4.2"));
+        assert_eq!(twin("1-2"), None);
+    }
+
+    #[test]
+    fn the_classes_of_all_interfaces_count() {
+        let root = tempfile::tempdir().unwrap();
+        let device = root.path().join("sys/bus/usb/devices/1-1");
+        for (path, class) in [
+            ("bDeviceClass", "00\n"),
+            ("1-1:1.0/bInterfaceClass", "08\n"),
+            ("1-1:1.1/bInterfaceClass", "ff\n"),
+        ] {
+            fs::create_dir_all(device.join(path).parent().unwrap()).unwrap();
+            fs::write(device.join(path), class).unwrap();
+        }
+        let mut classes = Host::at(root.path()).classes(&"1-1".parse().unwrap());
+        classes.sort_unstable();
+        assert_eq!(classes, [0, 8, 0xff]);
+    }
+}

@@ -1,0 +1,167 @@
+//! What is to be done so that a VM has the devices that are its own. Pure.
+
+use std::collections::BTreeMap;
+
+use crate::usb::{Address, Device, DeviceId, Port};
+
+/// A device of the host, and where it belongs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// The device.
+    pub device: Device,
+    /// The VM it belongs to, if it belongs to one.
+    pub home: Option<Home>,
+}
+
+/// Where a device belongs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Home {
+    /// The VM's name.
+    pub vm: String,
+    /// Which rule says so: its place among the rules, from 0.
+    pub rule: usize,
+}
+
+/// The host's devices, by port.
+pub type Table = BTreeMap<Port, Seen>;
+
+/// What was done for the devices at these ports already, since the VM
+/// started: who is not in the VM in spite of it was detached by a person.
+pub type Settled = BTreeMap<Port, Address>;
+
+/// Something to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Attach the device at this port.
+    Attach(Port),
+    /// Detach what an earlier device left behind.
+    Detach(DeviceId, Leftover),
+}
+
+/// Why a VM's device is a leftover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leftover {
+    /// Nothing is at its port any more.
+    Gone,
+    /// Another device is at its port.
+    Replaced,
+}
+
+impl std::fmt::Display for Leftover {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Leftover::Gone => "its device is gone",
+            Leftover::Replaced => "another device is at its port",
+        })
+    }
+}
+
+/// What to do in a VM that has these devices: leftovers out, what belongs
+/// there in. Ids that are not ours are nobody's business.
+pub fn plan(
+    vm: &str,
+    table: &Table,
+    in_vm: &[(DeviceId, Option<Address>)],
+    settled: &Settled,
+) -> Vec<Action> {
+    let belongs = |seen: &&Seen| seen.home.as_ref().is_some_and(|home| home.vm == vm);
+    let mut actions = Vec::new();
+    let mut present = Settled::new();
+    for (id, address) in in_vm {
+        let Some(port) = id.port() else { continue };
+        match table.get(&port) {
+            Some(seen) if *address == Some(seen.device.address) => {
+                present.insert(port, seen.device.address);
+            }
+            // Its attach replaces it.
+            Some(seen) if belongs(&seen) => {}
+            Some(_) => actions.push(Action::Detach(id.clone(), Leftover::Replaced)),
+            None => actions.push(Action::Detach(id.clone(), Leftover::Gone)),
+        }
+    }
+    let wanted = table.values().filter(belongs).map(|seen| &seen.device);
+    let missing = wanted.filter(|device| {
+        let is_there = |known: &Settled| known.get(&device.port) == Some(&device.address);
+        !is_there(&present) && !is_there(settled)
+    });
+    actions.extend(missing.map(|device| Action::Attach(device.port.clone())));
+    actions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(devices: &[(&str, &str, Option<&str>)]) -> Table {
+        let seen = |(port, address, vm): &(&str, &str, Option<&str>)| {
+            let port: Port = port.parse().unwrap();
+            let device = Device {
+                port: port.clone(),
+                address: address.parse().unwrap(),
+                id: "152d:2338".parse().unwrap(),
+                class: 0,
+            };
+            let home = vm.map(|vm| Home { vm: vm.into(), rule: 0 });
+            (port, Seen { device, home })
+        };
+        devices.iter().map(seen).collect()
+    }
+
+    fn in_vm(ids: &[(&str, &str)]) -> Vec<(DeviceId, Option<Address>)> {
+        ids.iter().map(|(id, at)| (id.parse().unwrap(), at.parse().ok())).collect()
+    }
+
+    fn attach(port: &str) -> Action {
+        Action::Attach(port.parse().unwrap())
+    }
+
+    fn detach(id: &str, why: Leftover) -> Action {
+        Action::Detach(id.parse().unwrap(), why)
+    }
+
+    #[test]
+    fn what_belongs_to_the_vm_comes_in_and_nothing_else() {
+        let table =
+            table(&[("1-1", "1:2", Some("a")), ("1-2", "1:3", Some("b")), ("1-3", "1:4", None)]);
+        assert_eq!(plan("a", &table, &[], &Settled::new()), [attach("1-1")]);
+        let there = in_vm(&[("usb-host-1-1", "1:2")]);
+        assert_eq!(plan("a", &table, &there, &Settled::new()), []);
+    }
+
+    #[test]
+    fn leftovers_go_and_foreign_ids_stay() {
+        let table = table(&[("1-1", "1:9", None)]);
+        let there = in_vm(&[
+            ("usb-host-1-1", "1:2"),
+            ("usb-host-1-2", "1:3"),
+            ("hostdev0", "1:3"),
+            ("usb-host-nonsense", "1:3"),
+        ]);
+        let expected =
+            [detach("usb-host-1-1", Leftover::Replaced), detach("usb-host-1-2", Leftover::Gone)];
+        assert_eq!(plan("a", &table, &there, &Settled::new()), expected);
+    }
+
+    #[test]
+    fn a_device_that_came_back_at_its_port_replaces_itself() {
+        let table = table(&[("1-1", "1:9", Some("a"))]);
+        let there = in_vm(&[("usb-host-1-1", "1:2")]);
+        assert_eq!(plan("a", &table, &there, &Settled::new()), [attach("1-1")]);
+    }
+
+    #[test]
+    fn a_device_attached_by_hand_stays() {
+        let table = table(&[("1-1", "1:2", None)]);
+        let there = in_vm(&[("usb-host-1-1", "1:2")]);
+        assert_eq!(plan("a", &table, &there, &Settled::new()), []);
+    }
+
+    #[test]
+    fn a_detach_by_hand_stands_until_the_next_plug() {
+        let settled = Settled::from([("1-1".parse().unwrap(), "1:2".parse().unwrap())]);
+        let before = table(&[("1-1", "1:2", Some("a"))]);
+        assert_eq!(plan("a", &before, &[], &settled), []);
+        let plugged_again = table(&[("1-1", "1:3", Some("a"))]);
+        assert_eq!(plan("a", &plugged_again, &[], &settled), [attach("1-1")]);
+    }
+}

@@ -1,0 +1,295 @@
+//! The machine's USB controllers and what is plugged into them: the emulator's monitor, seen from inside.
+
+use crate::qmp::Qmp;
+use crate::udev;
+use crate::wait::{wait_for, wait_until};
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+/// Shared with the emulator, which takes file names relative to it.
+const SHARED: &str = "/run/lab";
+
+pub struct Hardware {
+    qmp: Qmp<File>,
+    plugged: u32,
+}
+
+/// What can be plugged in.
+#[derive(Clone)]
+pub enum Device {
+    Stick(Stick),
+    Mouse,
+    Keyboard,
+    Tablet,
+    Hub,
+}
+
+#[derive(Clone)]
+pub struct Stick {
+    serial: String,
+    content: Vec<u8>,
+    size: u64,
+}
+
+impl Stick {
+    /// An empty stick of one MiB; a serial has at most 20 characters.
+    pub fn new(serial: &str) -> Stick {
+        Stick { serial: serial.to_owned(), content: Vec::new(), size: 1 << 20 }
+    }
+
+    pub fn content(self, content: Vec<u8>) -> Stick {
+        Stick { size: self.size.max(content.len() as u64), content, ..self }
+    }
+
+    pub fn mebibytes(self, size: u64) -> Stick {
+        Stick { size: size << 20, ..self }
+    }
+
+    /// A stick whose boot sector writes `word` to the firmware's debug port, then halts.
+    pub fn bootable(serial: &str, word: &str) -> Stick {
+        let mut sector = vec![0xba, 0x02, 0x04]; // mov dx, 0x402
+        for byte in word.bytes() {
+            sector.extend([0xb0, byte, 0xee]); // mov al, byte; out dx, al
+        }
+        sector.extend([0xfa, 0xf4, 0xeb, 0xfd]); // cli; hlt; jmp to the hlt
+        sector.resize(510, 0);
+        sector.extend([0x55, 0xaa]);
+        Stick::new(serial).content(sector)
+    }
+}
+
+impl From<Stick> for Device {
+    fn from(stick: Stick) -> Device {
+        Device::Stick(stick)
+    }
+}
+
+/// Where something is plugged in.
+#[derive(Clone)]
+pub struct Socket {
+    bus: &'static str,
+    pci_class: &'static str,
+    port: String,
+}
+
+/// Sockets 1 to 15 of the xHCI controller: two kernel buses, sticks appear on the SuperSpeed one.
+pub fn xhci(port: u32) -> Socket {
+    Socket { bus: "hw.0", pci_class: "0x0c0330", port: port.to_string() }
+}
+
+/// Sockets 1 to 6 of the high-speed controller.
+pub fn ehci(port: u32) -> Socket {
+    Socket { bus: "ehci.0", pci_class: "0x0c0320", port: port.to_string() }
+}
+
+/// Sockets 1 and 2 of the full-speed controller.
+pub fn uhci(port: u32) -> Socket {
+    Socket { bus: "uhci.0", pci_class: "0x0c0300", port: port.to_string() }
+}
+
+impl Socket {
+    /// A socket of the hub that is plugged in here.
+    pub fn below(&self, port: u32) -> Socket {
+        Socket { port: format!("{}.{port}", self.port), ..self.clone() }
+    }
+
+    /// The kernel's directories for this socket: one for each bus of the controller.
+    fn candidates(&self) -> Vec<PathBuf> {
+        let devices = Path::new("/sys/bus/usb/devices");
+        let name = |entry: fs::DirEntry| {
+            entry.file_name().into_string().ok()?.strip_prefix("usb")?.parse::<u32>().ok()
+        };
+        fs::read_dir(devices)
+            .expect("sysfs")
+            .filter_map(|entry| name(entry.ok()?))
+            .filter(|bus| {
+                read(&devices.join(format!("usb{bus}/../class"))).as_deref() == Some(self.pci_class)
+            })
+            .map(|bus| devices.join(format!("{bus}-{}", self.port)))
+            .collect()
+    }
+}
+
+/// A device that the kernel and udevd have seen.
+#[derive(Clone, Debug)]
+pub struct Plugged {
+    /// The emulator's name for it.
+    id: String,
+    /// The kernel's name for the port, `2-3`.
+    pub port: String,
+    pub sysfs: PathBuf,
+    pub bus: u32,
+    pub address: u32,
+}
+
+impl Plugged {
+    pub fn node(&self) -> PathBuf {
+        format!("/dev/bus/usb/{:03}/{:03}", self.bus, self.address).into()
+    }
+
+    /// `/sys/...` without the `/sys`, as udev says it.
+    pub fn devpath(&self) -> String {
+        let path = self.sysfs.canonicalize().expect("still plugged in");
+        path.to_str().unwrap().trim_start_matches("/sys").to_owned()
+    }
+
+    /// The driver of the first interface, if one is bound.
+    pub fn driver(&self) -> Option<String> {
+        let link = self.sysfs.join(format!("{}:1.0/driver", self.port));
+        Some(fs::read_link(link).ok()?.file_name()?.to_str()?.to_owned())
+    }
+
+    /// The node of the stick's disk, `/dev/sda`, once it is there.
+    pub fn disk(&self) -> PathBuf {
+        let disk = || {
+            let scsi = fs::read_dir(self.sysfs.join(format!("{}:1.0", self.port))).ok()?.flatten();
+            let host = scsi
+                .map(|entry| entry.path())
+                .find(|path| path.file_name().unwrap().to_str().unwrap().starts_with("host"))?;
+            let below = |path: PathBuf, prefix: &str| {
+                fs::read_dir(path).ok()?.flatten().map(|entry| entry.path()).find(|path| {
+                    let name = path.file_name().unwrap().to_str().unwrap();
+                    name.starts_with(prefix) || name.chars().next().unwrap().is_ascii_digit()
+                })
+            };
+            let block = below(below(host, "target")?, "0")?.join("block");
+            let node =
+                Path::new("/dev").join(fs::read_dir(block).ok()?.flatten().next()?.file_name());
+            File::open(&node).is_ok().then_some(node)
+        };
+        wait_for(&format!("a disk for {}", self.port), disk)
+    }
+}
+
+impl Hardware {
+    pub fn open() -> Hardware {
+        let port = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/virtio-ports/hardware")
+            .expect("the lab's monitor");
+        Hardware { qmp: Qmp::new(port), plugged: 0 }
+    }
+
+    pub fn plug(&mut self, device: impl Into<Device>, socket: Socket) -> Plugged {
+        self.plug_all(vec![(device.into(), socket)]).remove(0)
+    }
+
+    /// Plugs in everything at the same instant, and waits for all of it.
+    pub fn plug_all(&mut self, devices: Vec<(Device, Socket)>) -> Vec<Plugged> {
+        let mut commands = Vec::new();
+        let mut ids = Vec::new();
+        for (device, socket) in &devices {
+            self.plugged += 1;
+            let id = format!("plugged{}", self.plugged);
+            commands.push(("device_add", self.arguments(&id, device, socket)));
+            ids.push(id);
+        }
+        self.qmp.must_all(&commands);
+        ids.into_iter().zip(devices).map(|(id, (_, socket))| arrived(id, &socket)).collect()
+    }
+
+    fn arguments(&mut self, id: &str, device: &Device, socket: &Socket) -> Value {
+        let mut arguments = json!({"id": id, "bus": socket.bus, "port": socket.port});
+        match device {
+            Device::Stick(stick) => {
+                let file = format!("{id}.img");
+                let image = Path::new(SHARED).join(&file);
+                fs::write(&image, &stick.content).expect("the stick's image");
+                File::options()
+                    .write(true)
+                    .open(&image)
+                    .and_then(|file| file.set_len(stick.size))
+                    .expect("the stick's image");
+                let file = json!({"driver": "file", "filename": file});
+                self.qmp
+                    .must("blockdev-add", json!({"driver": "raw", "node-name": id, "file": file}));
+                arguments["driver"] = "usb-storage".into();
+                arguments["drive"] = id.into();
+                arguments["serial"] = stick.serial.as_str().into();
+            }
+            Device::Mouse => arguments["driver"] = "usb-mouse".into(),
+            Device::Keyboard => arguments["driver"] = "usb-kbd".into(),
+            Device::Tablet => arguments["driver"] = "usb-tablet".into(),
+            Device::Hub => arguments["driver"] = "usb-hub".into(),
+        }
+        arguments
+    }
+
+    /// Pulls it out and waits until the kernel has noticed.
+    pub fn pull(&mut self, device: &Plugged) {
+        self.pull_all(std::slice::from_ref(device));
+    }
+
+    /// Pulls out everything at the same instant.
+    pub fn pull_all(&mut self, devices: &[Plugged]) {
+        let commands: Vec<_> =
+            devices.iter().map(|device| ("device_del", json!({"id": device.id}))).collect();
+        self.qmp.must_all(&commands);
+        for device in devices {
+            let node = device.node();
+            wait_until(&format!("{} leaves the kernel", device.port), || !node.exists());
+        }
+        self.forget_images();
+    }
+
+    /// Pulls out what an earlier test has left.
+    pub fn clear(&mut self) {
+        let left = self.qmp.must("qom-list", json!({"path": "/machine/peripheral"}));
+        let left: Vec<&str> = left
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|child| child["name"].as_str())
+            .filter(|name| name.starts_with("plugged"))
+            .collect();
+        for id in left {
+            // A hub takes what is behind it along.
+            let _ = self.qmp.execute("device_del", json!({"id": id}));
+        }
+        wait_until("nothing is plugged in", || {
+            fs::read_dir("/sys/bus/usb/devices").unwrap().flatten().all(|entry| {
+                let name = entry.file_name().into_string().unwrap();
+                name.starts_with("usb") || name.contains("-0:")
+            })
+        });
+        udev::settle();
+        self.forget_images();
+    }
+
+    /// An image outlives its stick, and its name is to be used again.
+    fn forget_images(&mut self) {
+        let nodes = self.qmp.must("query-named-block-nodes", json!({"flat": true}));
+        for node in nodes
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|node| node["node-name"].as_str())
+            .filter(|name| name.starts_with("plugged"))
+        {
+            if self.qmp.execute("blockdev-del", json!({"node-name": node})).is_ok() {
+                let _ = fs::remove_file(Path::new(SHARED).join(format!("{node}.img")));
+            }
+        }
+    }
+}
+
+fn arrived(id: String, socket: &Socket) -> Plugged {
+    wait_for(&format!("{} {} in the kernel and udevd", socket.bus, socket.port), || {
+        let sysfs = socket.candidates().into_iter().find(|path| path.exists())?;
+        let plugged = Plugged {
+            id: id.clone(),
+            port: sysfs.file_name()?.to_str()?.to_owned(),
+            bus: read(&sysfs.join("busnum"))?.parse().ok()?,
+            address: read(&sysfs.join("devnum"))?.parse().ok()?,
+            sysfs,
+        };
+        let number = read(&plugged.sysfs.join("dev"))?;
+        Path::new("/run/udev/data").join(format!("c{number}")).exists().then_some(plugged)
+    })
+}
+
+fn read(attribute: &Path) -> Option<String> {
+    Some(fs::read_to_string(attribute).ok()?.trim().to_owned())
+}

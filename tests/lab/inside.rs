@@ -1,0 +1,88 @@
+//! In the machine: runs the tests one after the other, each in a process of its own, and reports every result at once.
+
+use crate::hardware::Hardware;
+use crate::wait::wait_at_most;
+use crate::{Test, all_tests, journal, udev, vm};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::Write;
+use std::panic;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+pub const RUN: &str = "--inside-the-lab";
+pub const RUN_ONE: &str = "--one-inside-the-lab";
+
+/// No test takes half as long, unless it hangs.
+pub const DEADLINE: Duration = Duration::from_secs(120);
+
+/// One line of standard output.
+#[derive(Serialize, Deserialize)]
+pub struct Report {
+    pub test: String,
+    /// What is to be shown of a test that failed.
+    pub failure: Option<String>,
+    pub seconds: f64,
+}
+
+pub fn run(names: &[String]) -> ExitCode {
+    for name in names {
+        let start = Instant::now();
+        let report = Report {
+            test: name.clone(),
+            failure: run_apart(name).err(),
+            seconds: start.elapsed().as_secs_f64(),
+        };
+        let mut line = serde_json::to_string(&report).expect("plain data");
+        line.push('\n');
+        std::io::stdout().write_all(line.as_bytes()).expect("the lab's standard output");
+    }
+    ExitCode::SUCCESS
+}
+
+/// Runs a test in a process of its own, on a clean machine.
+fn run_apart(name: &str) -> Result<(), String> {
+    const OUTPUT: &str = "/run/output";
+    let output = File::create(OUTPUT).expect("a file below /run");
+    let mut child = Command::new(std::env::current_exe().expect("this program"))
+        .args([RUN_ONE, name])
+        .stdin(Stdio::null())
+        .stdout(output.try_clone().expect("a descriptor"))
+        .stderr(output)
+        .spawn()
+        .expect("this program starts");
+    let kernel_before = kernel_log().len();
+    let ended = panic::catch_unwind(panic::AssertUnwindSafe(|| {
+        wait_at_most(DEADLINE, "the test's end", || child.try_wait().expect("a child"))
+    }));
+    if ended.as_ref().is_ok_and(std::process::ExitStatus::success) {
+        return Ok(());
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+    let ending = match ended {
+        Ok(_) => String::new(),
+        Err(_) => format!("It was killed after {DEADLINE:?}.\n"),
+    };
+    let output = fs::read(OUTPUT).unwrap_or_default();
+    let kernel = kernel_log().split_off(kernel_before).join("\n");
+    Err(format!("{}{ending}--- the kernel's log\n{kernel}", String::from_utf8_lossy(&output)))
+}
+
+pub fn run_one(name: &str) -> ExitCode {
+    let Some(Test { run, .. }) = all_tests().find(|test| test.name == name) else {
+        eprintln!("no such test: {name}");
+        return ExitCode::FAILURE;
+    };
+    vm::clear();
+    udev::forget_rules();
+    journal::forget();
+    Hardware::open().clear();
+    run();
+    ExitCode::SUCCESS
+}
+
+fn kernel_log() -> Vec<String> {
+    let log = Command::new("dmesg").output().expect("dmesg").stdout;
+    String::from_utf8_lossy(&log).lines().map(str::to_owned).collect()
+}

@@ -1,0 +1,79 @@
+//! Tests with real USB events: a kernel, udevd and QEMU in a disposable machine (`contrib/lab`).
+//!
+//! Outside the machine this is an ordinary test program: `cargo test --test lab [FILTER]`. It boots one machine
+//! for each QEMU version that a selected test needs and runs itself in there ([`outside`]). Inside, each test
+//! is a process of its own, one after the other, and starts with every device unplugged, no QEMU running
+//! and no rule of an earlier test ([`inside`]). What a failed test printed, and the QEMUs it started, is shown.
+//!
+//! A test is a function without arguments that panics when it fails, named after the behaviour it shows and
+//! listed in its file's `TESTS`. Its parts:
+//!
+//! - [`hardware`]: plug and pull sticks, mice and hubs on the machine's controllers
+//! - [`vm`]: a QEMU in the machine, and what it says of itself on a monitor of its own
+//! - [`udev`]: rules, and waiting for udevd
+//! - [`tool`]: the program under test, as a user runs it
+//! - [`journal`]: what was logged
+//! - [`wait`]: there are no fixed sleeps, only conditions with deadlines
+//!
+//! ```ignore
+//! let mut hardware = Hardware::open();
+//! let vm = Vm::new("a").start();
+//! let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+//! tool::run(["attach", &vm.socket(), &stick.port]).succeeds();
+//! assert_eq!(vm.usb_devices().len(), 1);
+//! ```
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+#![allow(dead_code)]
+
+mod hardware;
+mod inside;
+mod journal;
+mod machine;
+mod outside;
+mod qmp;
+mod tool;
+mod udev;
+mod vm;
+mod wait;
+
+use std::process::ExitCode;
+
+/// A test that runs inside the machine.
+#[derive(Clone, Copy)]
+struct Test {
+    name: &'static str,
+    run: fn(),
+}
+
+/// `tests![a, b]`: the functions `a` and `b` of this file, named `file::a` and `file::b`.
+macro_rules! tests {
+    ($($name:ident),+ $(,)?) => {
+        pub(crate) const TESTS: &[crate::Test] = &[$(crate::Test {
+            name: concat!(module_path!(), "::", stringify!($name)),
+            run: $name,
+        }),+];
+    };
+}
+use tests;
+
+fn all_tests() -> impl Iterator<Item = Test> {
+    [machine::TESTS]
+        .concat()
+        .into_iter()
+        .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.split_first() {
+        Some((mode, names)) if mode == inside::RUN => inside::run(names),
+        Some((mode, names)) if mode == inside::RUN_ONE => inside::run_one(&names[0]),
+        _ => outside::run(),
+    }
+}

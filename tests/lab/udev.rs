@@ -1,0 +1,33 @@
+//! Rules for the real udevd, and waiting for it.
+
+use std::fs;
+use std::process::Command;
+
+const RULES: &str = "/etc/udev/rules.d/90-test.rules";
+
+/// Makes these the test's rules.
+pub fn rules(text: &str) {
+    fs::write(RULES, text).expect("udev's rules");
+    udevadm(&["control", "--reload"]);
+}
+
+pub fn forget_rules() {
+    if fs::remove_file(RULES).is_ok() {
+        udevadm(&["control", "--reload"]);
+    }
+}
+
+/// Waits until udevd has dealt with every event so far, RUN programs included.
+pub fn settle() {
+    udevadm(&["settle", "--timeout=60"]);
+}
+
+/// Replays an event for a device.
+pub fn trigger(action: &str, sysfs: &std::path::Path) {
+    udevadm(&["trigger", "--action", action, sysfs.to_str().unwrap()]);
+}
+
+fn udevadm(arguments: &[&str]) {
+    let status = Command::new("udevadm").args(arguments).status().expect("udevadm");
+    assert!(status.success(), "udevadm {arguments:?}: {status}");
+}

@@ -1,0 +1,225 @@
+//! A virtual machine inside the machine: the QEMU that devices are attached to.
+
+use crate::qmp::Qmp;
+use crate::wait::{wait_for, wait_until};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use std::cell::RefCell;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+const DIRECTORY: &str = "/run/vm";
+const FULL_SANDBOX: &str =
+    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// How a QEMU is to be started.
+pub struct Builder {
+    name: String,
+    wrapper: Vec<String>,
+    arguments: Vec<String>,
+    controller: bool,
+    paused: bool,
+}
+
+pub struct Vm {
+    name: String,
+    pid: Pid,
+    child: Child,
+    qmp: RefCell<Qmp<UnixStream>>,
+}
+
+impl Vm {
+    /// A VM that is paused, has an xHCI controller `xhci` and nothing else.
+    #[allow(clippy::new_ret_no_self, reason = "reads as the thing that is built")]
+    pub fn new(name: &str) -> Builder {
+        Builder {
+            name: name.to_owned(),
+            wrapper: Vec::new(),
+            arguments: Vec::new(),
+            controller: true,
+            paused: true,
+        }
+    }
+}
+
+impl Builder {
+    pub fn argument(mut self, option: &str, value: &str) -> Builder {
+        self.arguments.extend([option.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// Leaves out the xHCI controller; the test adds its own, or none.
+    pub fn without_controller(self) -> Builder {
+        Builder { controller: false, ..self }
+    }
+
+    /// Lets the guest's firmware run: it boots from what it finds.
+    pub fn running(self) -> Builder {
+        Builder { paused: false, ..self }
+    }
+
+    /// As user and group 65534 under everything QEMU's own sandbox can deny.
+    pub fn unprivileged(mut self) -> Builder {
+        self.wrapper = words("setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all");
+        self.argument("-sandbox", FULL_SANDBOX)
+    }
+
+    /// Besides, in namespaces of its own with an empty /dev and /sys.
+    pub fn isolated(self) -> Builder {
+        let mut builder = self.unprivileged();
+        builder.wrapper.extend(words("unshare --user --map-root-user --mount --net --ipc --uts --pid --fork --kill-child sh -c"));
+        let hide = "mount -t tmpfs none /sys && mount -t tmpfs none /dev && exec \"$@\"";
+        builder.wrapper.extend([hide.to_owned(), "sh".to_owned()]);
+        builder
+    }
+
+    pub fn start(self) -> Vm {
+        fs::create_dir_all(DIRECTORY).unwrap();
+        fs::set_permissions(DIRECTORY, fs::Permissions::from_mode(0o777)).unwrap();
+        let file = |kind: &str| format!("{DIRECTORY}/{}.{kind}", self.name);
+        let mut words = self.wrapper.clone();
+        words.extend(self::words(
+            "qemu-system-x86_64 -nodefaults -no-user-config -display none -accel tcg -m 64",
+        ));
+        let (qmp, check, debug) = (file("qmp"), file("check"), file("debug"));
+        for (option, value) in [
+            ("-name", self.name.as_str()),
+            ("-qmp", &format!("unix:{qmp},server=on,wait=off")),
+            ("-qmp", &format!("unix:{check},server=on,wait=off")),
+            ("-chardev", &format!("file,id=debug,path={debug}")),
+            ("-device", "isa-debugcon,iobase=0x402,chardev=debug"),
+        ] {
+            words.extend([option.to_owned(), value.to_owned()]);
+        }
+        if self.controller {
+            words.extend(self::words("-device qemu-xhci,id=xhci,p2=15,p3=15"));
+        }
+        if self.paused {
+            words.push("-S".to_owned());
+        }
+        words.extend(self.arguments);
+        let mut child = Command::new(&words[0])
+            .args(&words[1..])
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("QEMU starts");
+        let stream = wait_for(&format!("{} listens", self.name), || {
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("QEMU ended: {status}: {words:?}");
+            }
+            UnixStream::connect(&check).ok()
+        });
+        let pid = socket_peercred(&stream).expect("QEMU's process").pid;
+        Vm { name: self.name, pid, child, qmp: RefCell::new(Qmp::new(stream)) }
+    }
+}
+
+impl Vm {
+    /// The monitor for the program under test.
+    pub fn socket(&self) -> String {
+        format!("{DIRECTORY}/{}.qmp", self.name)
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
+    /// On a second monitor, so the first stays free.
+    pub fn qmp(&self, command: &str, arguments: Value) -> Value {
+        self.qmp.borrow_mut().must(command, arguments)
+    }
+
+    pub fn try_qmp(&self, command: &str, arguments: Value) -> Result<Value, String> {
+        self.qmp.borrow_mut().execute(command, arguments)
+    }
+
+    /// The lines of `info usb`, one a device.
+    pub fn usb_devices(&self) -> Vec<String> {
+        let text = self.qmp("human-monitor-command", json!({"command-line": "info usb"}));
+        text.as_str()
+            .unwrap()
+            .lines()
+            .map(str::trim)
+            .filter(|line| line.starts_with("Device "))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// The ids of the devices that were added to the VM by hand or by the program under test.
+    pub fn ids(&self) -> Vec<String> {
+        let children = self.qmp("qom-list", json!({"path": "/machine/peripheral"}));
+        let mut ids: Vec<String> = children
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|child| {
+                child["type"].as_str().is_some_and(|kind| kind.starts_with("child<usb-"))
+            })
+            .map(|child| child["name"].as_str().unwrap().to_owned())
+            .collect();
+        ids.sort();
+        ids
+    }
+
+    /// The USB nodes that QEMU has open.
+    pub fn open_nodes(&self) -> Vec<PathBuf> {
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("QEMU runs");
+        descriptors
+            .flatten()
+            .filter_map(|entry| fs::read_link(entry.path()).ok())
+            .filter(|path| path.starts_with("/dev/bus/usb"))
+            .collect()
+    }
+
+    /// What the guest's firmware, or the boot sector, has written to the debug port.
+    pub fn wait_for_debug(&self, text: &str) {
+        let file = Path::new(DIRECTORY).join(format!("{}.debug", self.name));
+        wait_until(&format!("{text:?} from the guest"), || {
+            fs::read_to_string(&file).unwrap_or_default().contains(text)
+        });
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid, signal).expect("QEMU runs");
+    }
+
+    /// Ends QEMU as a crash would.
+    pub fn kill(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        let _ = kill_process(self.pid, Signal::KILL);
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Ends what an earlier test has left running, and removes its sockets.
+pub fn clear() {
+    for process in fs::read_dir("/proc").unwrap().flatten() {
+        let is_qemu = fs::read_to_string(process.path().join("comm"))
+            .is_ok_and(|name| name.starts_with("qemu-system"));
+        let pid =
+            process.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+        if let (true, Some(pid)) = (is_qemu, pid) {
+            let _ = kill_process(pid, Signal::KILL);
+            wait_until("a QEMU that was left ends", || !process.path().join("exe").exists());
+        }
+    }
+    let _ = fs::remove_dir_all(DIRECTORY);
+}
+
+fn words(text: &str) -> Vec<String> {
+    text.split(' ').map(str::to_owned).collect()
+}

@@ -1,0 +1,32 @@
+//! Waiting for conditions, never for a fixed time.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long anything may take. Emulation inside emulation is slow, and a second machine may be running.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The first `Some` that `condition` gives, or a panic that says `what` did not happen.
+pub fn wait_for<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    wait_at_most(PATIENCE, what, condition)
+}
+
+pub fn wait_at_most<T>(
+    patience: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> Option<T>,
+) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(start.elapsed() < patience, "not within {patience:?}: {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Waits until `condition` holds.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    wait_for(what, || condition().then_some(()));
+}
