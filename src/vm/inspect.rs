@@ -4,7 +4,7 @@ use qapi::qmp::{qom_list_types, query_name, query_status};
 
 use super::{Object, Vm};
 use crate::guest::{Controller, UsbLine, parse_info_usb};
-use crate::qmp::{Error, Version};
+use crate::qmp::{Error, ErrorKind, Version};
 use crate::usb::{Address, Speed};
 
 /// A VM's USB.
@@ -73,7 +73,11 @@ impl Vm {
         let objects = self.ask_objects()?;
         let info = self.ask_info_usb()?;
 
-        let status = self.session.reply(status).await.ok();
+        let status = match self.answer(status).await {
+            // A state of a newer QEMU.
+            Err(Error { kind: ErrorKind::Unexpected { .. }, .. }) => None,
+            status => status?,
+        };
         let status = status.and_then(|s| serde_json::to_value(s.status).ok());
         let name = self.answer(name).await?.and_then(|name| name.name);
         let types = self.answer(types).await?.unwrap_or_default();
