@@ -31,12 +31,16 @@
 )]
 #![allow(dead_code)]
 
+mod attach;
+mod by_hand;
+mod by_udev_rule;
 mod hardware;
 mod inside;
 mod journal;
 mod machine;
 mod outside;
 mod qmp;
+mod refused;
 mod tool;
 mod udev;
 mod vm;
@@ -63,7 +67,7 @@ macro_rules! tests {
 use tests;
 
 fn all_tests() -> impl Iterator<Item = Test> {
-    [machine::TESTS]
+    [machine::TESTS, by_udev_rule::TESTS, attach::TESTS, refused::TESTS, by_hand::TESTS]
         .concat()
         .into_iter()
         .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
