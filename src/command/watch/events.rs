@@ -12,12 +12,12 @@ use crate::error::chain;
 use crate::event::Event;
 
 /// What the socket had.
-#[derive(Debug, Default)]
-pub struct Batch {
+#[derive(Debug)]
+pub enum Batch {
     /// Events, in order.
-    pub events: Vec<Event>,
-    /// Whether some got lost before them, because the socket was full.
-    pub lost: bool,
+    Events(Vec<Event>),
+    /// Some got lost, because the socket was full.
+    Lost,
 }
 
 /// The socket that udev's events arrive on.
@@ -45,24 +45,38 @@ impl Events {
     ///
     /// # Errors
     ///
-    /// When the socket cannot be read.
+    /// When the socket cannot be waited for.
     pub async fn next(&self) -> io::Result<Batch> {
         loop {
             let mut ready = self.ready.readable().await?;
-            // The kernel tells once that it had no room (netlink(7), ENOBUFS).
-            // libudev would tell nobody.
-            let lost = match rustix::net::sockopt::socket_error(&self.socket)? {
-                Err(rustix::io::Errno::NOBUFS) => true,
-                Err(error) => return Err(error.into()),
-                Ok(()) => false,
-            };
-            let events: Vec<Event> = self.socket.iter().filter_map(|e| read(&e)).collect();
+            let batch = self.read();
             ready.clear_ready();
-            if lost || !events.is_empty() {
-                return Ok(Batch { events, lost });
+            match batch {
+                Batch::Events(events) if events.is_empty() => {}
+                batch => return Ok(batch),
             }
         }
     }
+
+    /// Reads all there is to read.
+    fn read(&self) -> Batch {
+        let (mut events, mut lost) = (Vec::new(), false);
+        let mut received = self.socket.iter();
+        loop {
+            match received.next() {
+                Some(event) => events.extend(read(&event)),
+                // The kernel tells once that it had no room (netlink(7),
+                // ENOBUFS), and libudev tells it like any other error.
+                None if is_no_room(&io::Error::last_os_error()) => lost = true,
+                None if lost => return Batch::Lost,
+                None => return Batch::Events(events),
+            }
+        }
+    }
+}
+
+fn is_no_room(error: &io::Error) -> bool {
+    rustix::io::Errno::from_io_error(error) == Some(rustix::io::Errno::NOBUFS)
 }
 
 fn read(event: &udev::Event) -> Option<Event> {
