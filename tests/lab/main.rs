@@ -34,6 +34,7 @@
 mod attach;
 mod by_hand;
 mod by_udev_rule;
+mod daemon;
 mod hardware;
 mod inside;
 mod journal;
@@ -45,6 +46,7 @@ mod tool;
 mod udev;
 mod vm;
 mod wait;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -67,10 +69,17 @@ macro_rules! tests {
 use tests;
 
 fn all_tests() -> impl Iterator<Item = Test> {
-    [machine::TESTS, by_udev_rule::TESTS, attach::TESTS, refused::TESTS, by_hand::TESTS]
-        .concat()
-        .into_iter()
-        .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
+    [
+        machine::TESTS,
+        by_udev_rule::TESTS,
+        attach::TESTS,
+        refused::TESTS,
+        by_hand::TESTS,
+        watch::TESTS,
+    ]
+    .concat()
+    .into_iter()
+    .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
 }
 
 fn main() -> ExitCode {
