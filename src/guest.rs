@@ -58,8 +58,8 @@ impl Controller {
     }
 
     /// The ports that a device of this speed can use, the best first. QEMU
-    /// lets a fast device run slower where the port is slow (QEMU,
-    /// hw/usb/host-libusb.c, `usb_host_open`), never the reverse.
+    /// lets most fast devices run slower where the port is slow (QEMU,
+    /// hw/usb/host-libusb.c, `usb_host_speed_compat`), never the reverse.
     fn fitting(&self, speed: Option<Speed>) -> Vec<u32> {
         let all = 1..=self.ports();
         let slow = speed.is_some_and(|speed| speed <= Speed::FULL);
@@ -140,7 +140,7 @@ pub enum NoSpot {
 }
 
 /// The option that adds a controller with as many ports as there can be
-/// (QEMU, hw/usb/hcd-xhci.h, `XHCI_MAXPORTS_2`), under an id not yet taken.
+/// (QEMU, include/hw/usb/xhci.h, `XHCI_MAXPORTS_2`), under an id not yet taken.
 fn line_to_add(buses: &[String]) -> String {
     let taken = |id: &str| buses.iter().any(|bus| bus.strip_suffix(".0") == Some(id));
     let id = ["xhci", "xhci2", "xhci3"].into_iter().find(|id| !taken(id)).unwrap_or("xhci4");

@@ -409,7 +409,7 @@ impl Machine {
         machine.write("sys/bus/usb/devices/1-1.2/uevent", uevent);
         machine.write("sys/bus/usb/devices/1-1.2/speed", "480\n");
         let node = machine.write("dev/bus/usb/001/037", "");
-        fs::set_permissions(node, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(node, fs::Permissions::from_mode(0o000)).unwrap();
         obey_permissions();
         machine
     }

@@ -20,7 +20,7 @@ const MAX_DEVICE: u8 = 127;
 
 /// A port as the kernel names it: the bus number, and the port numbers from
 /// the root hub down, `1-1.2`. It is the name of the device's directory under
-/// `/sys/bus/usb/devices` (Linux, Documentation/ABI/stable/sysfs-bus-usb).
+/// `/sys/bus/usb/devices` (Linux, drivers/usb/core/usb.c, `usb_alloc_dev`).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Port {
     bus: u16,

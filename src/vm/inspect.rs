@@ -7,6 +7,12 @@ use crate::guest::{Controller, UsbLine, parse_info_usb};
 use crate::qmp::{Error, ErrorKind, Version};
 use crate::usb::{Address, Speed};
 
+/// Where QEMU keeps the devices of its user; the machine's own are elsewhere.
+const USERS_DEVICES: &str = "/machine/peripheral";
+
+/// What QEMU's hub says it is (QEMU, hw/usb/dev-hub.c).
+const HUB_PRODUCT: &str = "QEMU USB Hub";
+
 /// A VM's USB.
 #[derive(Debug)]
 pub struct Inventory {
@@ -126,8 +132,11 @@ fn address_of_node(node: &str) -> Option<Address> {
 /// Joins what QOM says with the lines of `info usb`.
 fn join(mut facts: Vec<Facts>, lines: &[UsbLine]) -> Vec<GuestDevice> {
     // QEMU numbers its own names for devices without id in the order of their
-    // creation, which is also the order of the text's lines.
-    facts.sort_by_cached_key(|fact| natural(&fact.object.path));
+    // creation, which is also the order of the text's lines. Those that come
+    // with the machine are created before those of the user.
+    facts.sort_by_cached_key(|fact| {
+        (fact.object.path.starts_with(USERS_DEVICES), natural(&fact.object.path))
+    });
     let mut line_of: Vec<Option<&UsbLine>> = facts.iter().map(|fact| by_id(fact, lines)).collect();
 
     // The devices without id, bus by bus: where as many are left as lines,
@@ -150,18 +159,26 @@ fn join(mut facts: Vec<Facts>, lines: &[UsbLine]) -> Vec<GuestDevice> {
             Some(number) => line.bus == number,
             None => unknown == 1 && !taken.contains(&line.bus),
         };
-        let its_lines: Vec<&UsbLine> = left.iter().filter(on_this_bus).copied().collect();
-        let without: Vec<usize> = facts
-            .iter()
-            .zip(&line_of)
-            .enumerate()
-            .filter(|(_, (fact, line))| {
-                fact.bus_path == path && fact.object.id.is_none() && line.is_none()
-            })
-            .map(|(i, _)| i)
-            .collect();
-        if its_lines.len() == without.len() {
-            for (i, line) in without.into_iter().zip(its_lines) {
+        // Hubs apart from the rest: QEMU adds one wherever it runs out of ports.
+        for hubs in [true, false] {
+            let is_hub = |line: &&&UsbLine| (line.product(None) == Some(HUB_PRODUCT)) == hubs;
+            let its_lines = left.iter().filter(on_this_bus).filter(is_hub).copied();
+            let without = facts.iter().enumerate().zip(&line_of).filter(|((_, fact), line)| {
+                let is_hub = fact.object.driver == "usb-hub";
+                fact.bus_path == path
+                    && fact.object.id.is_none()
+                    && line.is_none()
+                    && is_hub == hubs
+            });
+            let without: Vec<(usize, &Facts)> = without.map(|(fact, _)| fact).collect();
+            let its_lines: Vec<&UsbLine> = its_lines.collect();
+            let asked_elsewhere = without.iter().zip(&its_lines).any(|((_, fact), line)| {
+                fact.asked_port.as_ref().is_some_and(|port| *port != line.port)
+            });
+            if its_lines.len() != without.len() || asked_elsewhere {
+                continue;
+            }
+            for ((i, _), line) in without.into_iter().zip(its_lines) {
                 if let Some(slot) = line_of.get_mut(i) {
                     *slot = Some(line);
                 }
