@@ -132,7 +132,6 @@ impl Qemu {
             "qmp_capabilities" => Ok(json!({})),
             "query-status" => Ok(json!({"running": true, "status": self.status})),
             "query-name" => Ok(json!({"name": "played"})),
-            "qom-list-types" => Ok(json!([{"name": "usb-host", "parent": "usb-device"}])),
             "qom-list" => self.list(&text("path")).ok_or(()).or_else(|()| not_found(&text("path"))),
             "qom-get" => {
                 let found = self.get(&text("path"), &text("property"));
@@ -409,7 +408,7 @@ impl Machine {
         machine.write("sys/bus/usb/devices/1-1.2/uevent", uevent);
         machine.write("sys/bus/usb/devices/1-1.2/speed", "480\n");
         let node = machine.write("dev/bus/usb/001/037", "");
-        fs::set_permissions(node, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(node, fs::Permissions::from_mode(0o0)).unwrap();
         obey_permissions();
         machine
     }
