@@ -34,6 +34,8 @@
 mod attach;
 mod by_hand;
 mod by_udev_rule;
+mod claims;
+mod controllers;
 mod hardware;
 mod inside;
 mod journal;
@@ -67,10 +69,18 @@ macro_rules! tests {
 use tests;
 
 fn all_tests() -> impl Iterator<Item = Test> {
-    [machine::TESTS, by_udev_rule::TESTS, attach::TESTS, refused::TESTS, by_hand::TESTS]
-        .concat()
-        .into_iter()
-        .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
+    [
+        machine::TESTS,
+        by_udev_rule::TESTS,
+        attach::TESTS,
+        refused::TESTS,
+        by_hand::TESTS,
+        claims::TESTS,
+        controllers::TESTS,
+    ]
+    .concat()
+    .into_iter()
+    .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
 }
 
 fn main() -> ExitCode {
