@@ -17,7 +17,7 @@ use tracing::warn;
 
 pub use disk::{Claims, Use};
 pub use holder::Holder;
-pub use node::Node;
+pub use node::{Node, unlock};
 
 use crate::text::escape;
 use crate::usb::{self, Address, Device, ParseError, Port, Selector, Speed, VendorProduct};
