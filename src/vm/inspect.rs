@@ -1,6 +1,6 @@
 //! What a VM really has.
 
-use qapi::qmp::{qom_list_types, query_name, query_status};
+use qapi::qmp::{query_name, query_status};
 
 use super::{Object, Vm};
 use crate::guest::{Controller, UsbLine, parse_info_usb};
@@ -74,8 +74,6 @@ impl Vm {
     pub async fn inspect(&mut self) -> Result<Inventory, Error> {
         let status = self.session.send(&query_status {})?;
         let name = self.session.send(&query_name {})?;
-        let implements = Some("usb-device".to_owned());
-        let types = self.session.send(&qom_list_types { implements, abstract_: None })?;
         let objects = self.ask_objects()?;
         let info = self.ask_info_usb()?;
 
@@ -86,14 +84,15 @@ impl Vm {
         };
         let status = status.and_then(|s| serde_json::to_value(s.status).ok());
         let name = self.answer(name).await?.and_then(|name| name.name);
-        let types = self.answer(types).await?.unwrap_or_default();
         let objects = self.answer_objects(objects).await?;
         let lines = parse_info_usb(&self.answer(info).await?.unwrap_or_default());
 
         let controllers = self.ask_controllers(&objects)?;
-        let is_usb = |object: &Object| types.iter().any(|t| t.name == object.driver);
+        // A device is USB when its bus is. The types would tell, too, but to
+        // list them QEMU loads all of its modules, and QEMU 10.0 aborts when a
+        // package upgrade has replaced them under it (util/module.c).
         let mut asked = Vec::new();
-        for object in objects.into_iter().filter(is_usb) {
+        for object in objects {
             let bus = self.ask(&object.path, "parent_bus")?;
             let port = self.ask(&object.path, "port")?;
             let host = if object.driver == "usb-host" {
@@ -107,6 +106,8 @@ impl Vm {
         let mut facts = Vec::new();
         for (object, bus, port, host) in asked {
             let bus_path = self.answer_text(bus).await?;
+            let on_usb = |c: &Controller| Some(&c.bus_path) == bus_path.as_ref();
+            let is_usb = object.driver == "usb-host" || controllers.iter().any(on_usb);
             let asked_port = self.answer_text(port).await?.filter(|port| !port.is_empty());
             let mut address = None;
             if let Some((tickets, node)) = host {
@@ -114,7 +115,9 @@ impl Vm {
                 let node = self.answer_text(node).await?;
                 address = address.or_else(|| address_of_node(&node?));
             }
-            facts.push(Facts { object, bus_path, asked_port, address });
+            if is_usb {
+                facts.push(Facts { object, bus_path, asked_port, address });
+            }
         }
         let version = self.session.version();
         let devices = join(facts, &lines);
