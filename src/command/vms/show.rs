@@ -109,8 +109,11 @@ fn monitor_lines(monitor: &MonitorReport, screen: Screen) -> String {
 fn advice_lines(vm: &VmReport, advice: &Advice) -> String {
     match advice {
         Advice::Qemu(option) => {
-            let what =
-                if vm.monitors.is_empty() { "start it with" } else { "or start it with one more" };
+            let what = if vm.monitors.is_empty() {
+                "start it with"
+            } else {
+                "start it with one more monitor"
+            };
             format!("  To attach devices, {what}:\n    {option}\n")
         }
         Advice::Libvirt(lines) => {
