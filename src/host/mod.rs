@@ -3,11 +3,15 @@
 //!
 //! Linux documents the attributes in Documentation/ABI/testing/sysfs-bus-usb.
 
+mod bus;
+pub mod cmdline;
 mod disk;
 mod facts;
 mod holder;
 mod node;
+mod process;
 mod release;
+mod socket;
 
 use std::fs;
 use std::io;
@@ -15,9 +19,12 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-pub use disk::{Claims, Use};
+pub use bus::Bus;
+pub use disk::{Claims, Use, UsedBy};
 pub use holder::Holder;
-pub use node::Node;
+pub use node::{Node, unlock};
+pub use process::Qemu;
+pub use socket::{Reach, UnixSockets};
 
 use crate::text::escape;
 use crate::usb::{self, Address, Device, ParseError, Port, Selector, Speed, VendorProduct};

@@ -38,7 +38,9 @@ mod claims;
 mod controllers;
 mod hardware;
 mod inside;
+mod inspect;
 mod journal;
+mod leftovers;
 mod machine;
 mod outside;
 mod qmp;
@@ -77,6 +79,8 @@ fn all_tests() -> impl Iterator<Item = Test> {
         by_hand::TESTS,
         claims::TESTS,
         controllers::TESTS,
+        inspect::TESTS,
+        leftovers::TESTS,
     ]
     .concat()
     .into_iter()
