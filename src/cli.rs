@@ -76,6 +76,16 @@ pub enum Command {
     /// Attaches and detaches as devices are plugged and pulled, and as VMs
     /// start and end. SIGHUP reads the configuration again.
     Watch,
+    /// Print the udev rule that gives a device, or a port, to a VM.
+    ///
+    /// The rule attaches what is plugged in and detaches it when it is pulled.
+    /// A port means both halves of a USB 3 socket, and a hub means everything
+    /// behind it. What is printed can be installed as it is.
+    #[command(after_help = "Whatever is plugged into one port:\n  \
+        usb-qmp-hotplug rule 1-1.2 --vm /run/vm.qmp\n\n\
+        Find the port by plugging something in, and install the rule:\n  \
+        usb-qmp-hotplug rule --learn --vm win11 --install")]
+    Rule(Rule),
 }
 
 /// `inspect`
@@ -149,6 +159,51 @@ pub struct Sync {
     /// Print one JSON document.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `rule`
+#[derive(Debug, Args)]
+pub struct Rule {
+    /// As for attach; a hub means everything behind it, and a port may be
+    /// empty.
+    #[arg(required_unless_present = "learn", conflicts_with = "learn")]
+    pub device: Option<String>,
+
+    /// The VM's QMP socket, or its name.
+    #[arg(long)]
+    pub vm: String,
+
+    /// What the rule goes by.
+    #[arg(long, value_enum, default_value_t)]
+    pub by: By,
+
+    /// Wait until a device is plugged in, and take that.
+    #[arg(long)]
+    pub learn: bool,
+
+    /// How long to wait for it, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "60", requires = "learn")]
+    pub wait: String,
+
+    /// Print the configuration, for sync and watch, instead of a udev rule.
+    #[arg(long, conflicts_with = "install")]
+    pub toml: bool,
+
+    /// Write the rule to /etc/udev/rules.d, and have udev read it.
+    #[arg(long)]
+    pub install: bool,
+}
+
+/// What a rule goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum By {
+    /// The port: whatever is plugged in there.
+    #[default]
+    Port,
+    /// Vendor and product id: every such device, at any port.
+    Product,
+    /// Vendor, product and serial number: that one device, at any port.
+    Serial,
 }
 
 /// How to attach.

@@ -4,6 +4,7 @@ mod attach;
 mod detach;
 mod how;
 mod inspect;
+mod rule;
 mod sync;
 mod udev;
 mod watch;
@@ -40,7 +41,7 @@ impl Context {
     ///
     /// [`Error::Usage`].
     pub fn new(cli: &Cli) -> Result<Self, Error> {
-        let timeout = timeout(&cli.timeout)?;
+        let timeout = seconds("--timeout", &cli.timeout)?;
         let config = cli.config.clone();
         Ok(Context { host: Host::default(), timeout, config, quiet: cli.quiet })
     }
@@ -96,14 +97,16 @@ pub async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Udev(arguments) => udev::run(&context, arguments).await,
         Command::Sync(arguments) => sync::run(&context, arguments).await,
         Command::Watch => watch::run(&context).await,
+        Command::Rule(arguments) => rule::run(&context, arguments).await,
     }
 }
 
-fn timeout(text: &str) -> Result<Duration, Error> {
+/// The time that an option names.
+fn seconds(option: &str, text: &str) -> Result<Duration, Error> {
     let seconds: Option<f64> = text.parse().ok().filter(|s| (0.001..=86_400.0).contains(s));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| {
         let text = escape(text);
-        Error::Usage(format!("--timeout {text}: give seconds, more than 0 and at most 86400"))
+        Error::Usage(format!("{option} {text}: give seconds, more than 0 and at most 86400"))
     })
 }
 

@@ -37,6 +37,7 @@ mod journal;
 mod machine;
 mod outside;
 mod qmp;
+mod rule;
 mod tool;
 mod udev;
 mod vm;
@@ -63,7 +64,7 @@ macro_rules! tests {
 use tests;
 
 fn all_tests() -> impl Iterator<Item = Test> {
-    [machine::TESTS]
+    [machine::TESTS, rule::TESTS]
         .concat()
         .into_iter()
         .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
