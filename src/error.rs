@@ -112,7 +112,7 @@ impl Error {
             Error::Host(host::Error::NoDevice(_) | host::Error::Gone(_)) => 3,
             Error::NotInVm { .. } | Error::NothingCame(_) => 3,
             Error::Qmp(error) => match error.kind {
-                ErrorKind::NoSocket(_) | ErrorKind::NobodyListens(_) => 4,
+                ErrorKind::NoSocket(_) | ErrorKind::NotASocket | ErrorKind::NobodyListens(_) => 4,
                 ErrorKind::NoGreeting { .. } | ErrorKind::NoReply { .. } => 5,
                 ErrorKind::Refused(_) => 6,
                 _ => 1,

@@ -67,7 +67,7 @@ pub async fn attach(
     }
     let id = DeviceId::for_port(&device.port);
     let speed = host.speed(&device.port);
-    let mut survey = vm.survey(&id, speed, &options.wish).await?;
+    let survey = vm.survey(&id, speed, &options.wish).await?;
 
     // From here to the end of the attach, nobody mounts its disks.
     let claims = if options.force { Claims::default() } else { host.claim_disks(&device.port)? };
@@ -79,7 +79,6 @@ pub async fn attach(
     if survey.present.is_some() && !options.dry_run {
         debug!(%id, "detaching what an earlier device left behind");
         vm.detach(&id).await?;
-        survey = vm.survey(&id, speed, &options.wish).await?;
     }
     let spots = survey.spots.map_err(|source| Error::NoSpot { vm: vm.name(), source })?;
     if let (true, Some(spot)) = (options.dry_run, spots.first()) {

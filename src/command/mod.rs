@@ -128,13 +128,13 @@ fn json(document: &impl serde::Serialize) -> Result<String, Error> {
 
 /// Reports an error to the log. A hub that udev met is no failure: a rule for
 /// all that is behind a hub meets the hubs there, too.
-pub fn report(error: &Error) {
+pub fn report(error: &Error, in_background: bool) {
     match error {
         Error::Several { errors, .. } => {
-            errors.iter().for_each(report);
+            errors.iter().for_each(|error| report(error, in_background));
             error!("{error}");
         }
-        Error::Hub(_) => warn!("{error}"),
+        Error::Hub(_) if in_background => warn!("{error}"),
         _ => error!("{}", chain(error)),
     }
 }

@@ -9,7 +9,7 @@ use crate::usb::Port;
 impl Host {
     /// The other half of a physical USB 3 socket: the kernel has one port on a
     /// USB 2 bus and one on a USB 3 bus, and a link between the two (Linux,
-    /// Documentation/ABI/testing/sysfs-bus-usb, `peer`).
+    /// drivers/usb/core/port.c, `link_peers`).
     pub fn twin(&self, port: &Port) -> Option<Port> {
         let target = fs::read_link(self.socket(port).join("peer")).ok()?;
         let (hub, last) = target.file_name()?.to_str()?.split_once("-port")?;

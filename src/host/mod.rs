@@ -1,7 +1,7 @@
 //! The edge to the host: its USB devices as sysfs shows them. Everything is
 //! read below a root directory, so that tests can bring their own.
 //!
-//! Linux documents the attributes in Documentation/ABI/stable/sysfs-bus-usb.
+//! Linux documents the attributes in Documentation/ABI/testing/sysfs-bus-usb.
 
 mod absent;
 mod disk;

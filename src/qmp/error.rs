@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -42,6 +43,8 @@ pub enum ErrorKind {
     NoSocket(io::Error),
     /// There is a socket that no process listens on: QEMU has ended.
     NobodyListens(io::Error),
+    /// What is at the path is no socket.
+    NotASocket,
     /// The socket could not be reached for another reason.
     Connect(io::Error),
     /// No greeting before the deadline: another client holds the monitor, or
@@ -97,9 +100,12 @@ impl Refusal {
 }
 
 impl ErrorKind {
-    pub(super) fn from_connect(error: io::Error) -> Self {
+    pub(super) fn from_connect(error: io::Error, path: &Path) -> Self {
+        // The kernel refuses a connection to any file that is no socket.
+        let other = || path.metadata().is_ok_and(|found| !found.file_type().is_socket());
         match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ErrorKind::NoSocket(error),
+            io::ErrorKind::ConnectionRefused if other() => ErrorKind::NotASocket,
             io::ErrorKind::ConnectionRefused => ErrorKind::NobodyListens(error),
             _ => ErrorKind::Connect(error),
         }
@@ -117,6 +123,9 @@ impl fmt::Display for Error {
             ),
             ErrorKind::NobodyListens(_) => {
                 write!(f, "VM {vm}: nobody listens on the socket; start the VM")
+            }
+            ErrorKind::NotASocket => {
+                write!(f, "VM {vm}: this is not a socket; give the path of its `-qmp` socket")
             }
             ErrorKind::Connect(_) => write!(f, "VM {vm}: cannot connect to the socket"),
             ErrorKind::NoGreeting { waited } => write!(

@@ -108,7 +108,7 @@ impl Session {
         let connected = timeout_at(deadline, connect_when_possible(socket)).await;
         let stream = connected
             .map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?
-            .map_err(|e| fail(ErrorKind::from_connect(e)))?;
+            .map_err(|e| fail(ErrorKind::from_connect(e, socket)))?;
         Session::over(stream, socket, started, deadline).await
     }
 
@@ -266,7 +266,7 @@ impl Session {
                 break reply;
             }
             match self.message().await? {
-                // Ours, and not answered before.
+                // To a command that was sent.
                 Message::Reply { id, reply } if id < self.next_id => {
                     self.replies.insert(id, reply);
                 }
@@ -355,7 +355,7 @@ impl Session {
 }
 
 /// Connects; tries again while the queue of connections is full. A connect
-/// that need not wait says so with EAGAIN (unix(7)).
+/// that must not wait says so with EAGAIN (connect(2)).
 async fn connect_when_possible(socket: &Path) -> io::Result<UnixStream> {
     let (mut pause, longest) = RETRY;
     loop {

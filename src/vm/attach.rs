@@ -45,7 +45,7 @@ pub struct Survey {
     /// The host device that has the id already: where on the host it is, if
     /// the VM was told.
     pub present: Option<Option<Address>>,
-    /// Where the device can go, the best place first.
+    /// Where the device can go once the id is free, the best place first.
     pub spots: Result<Vec<Spot>, NoSpot>,
 }
 
@@ -104,7 +104,9 @@ impl Vm {
             let bus = names.get(&line.bus).or(only)?.clone();
             Some(Spot { bus, port: line.port })
         };
-        let taken: Vec<Spot> = lines.into_iter().filter_map(spot).collect();
+        // What an earlier device left behind gives its place to the new one.
+        let stays = |line: &UsbLine| present.is_none() || line.product(Some(id.as_str())).is_none();
+        let taken: Vec<Spot> = lines.into_iter().filter(stays).filter_map(spot).collect();
         Ok(Survey { present, spots: spots(&controllers, &taken, speed, wish) })
     }
 
@@ -166,7 +168,8 @@ impl Vm {
         })?;
         // The removal is on its way before the addition is answered: whatever
         // becomes of it or of us, no descriptor stays in the set. The device
-        // keeps a copy of its own.
+        // keeps a copy of its own. (Before QEMU 9.1, those of a paused VM stay
+        // until it runs: monitor/fds.c, `monitor_fdset_cleanup`.)
         let removed = match added {
             Some(_) => Some(self.session.send(&remove_fd { fdset_id, fd: None })?),
             None => None,
@@ -175,7 +178,9 @@ impl Vm {
             self.session.reply(added).await?;
         }
         let attached = self.session.reply(attached).await;
-        if let Some(removed) = removed {
+        // Of a broken session the first error is the one that tells.
+        let goes_on = attached.as_ref().map_or_else(|error| error.refusal().is_some(), |_| true);
+        if let (Some(removed), true) = (removed, goes_on) {
             self.answer(removed).await?;
         }
         attached.map(|_| ())

@@ -128,6 +128,11 @@ impl Plugged {
         format!("/dev/bus/usb/{:03}/{:03}", self.bus, self.address).into()
     }
 
+    /// What the program under test calls it in a VM.
+    pub fn id_in_vm(&self) -> String {
+        format!("usb-host-{}", self.port)
+    }
+
     /// `/sys/...` without the `/sys`, as udev says it.
     pub fn devpath(&self) -> String {
         let path = self.sysfs.canonicalize().expect("still plugged in");

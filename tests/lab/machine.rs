@@ -58,11 +58,11 @@ fn every_socket_is_where_it_says() {
 fn qemu_boots_from_a_stick_attached_by_address() {
     let mut hardware = Hardware::open();
     let stick = hardware.plug(Stick::bootable("SN1", "booted from SN1"), xhci(3));
-    let vm = Vm::new("a").start();
+    let vm = Vm::new("a").paused().start();
     vm.qmp("device_add", json!({"driver": "usb-host", "id": "stick", "hostbus": stick.bus, "hostaddr": stick.address}));
     assert_eq!(vm.open_nodes(), [stick.node()]);
     assert_eq!(stick.driver(), None);
-    vm.qmp("cont", json!({}));
+    vm.boot();
     vm.wait_for_debug("booted from SN1");
     assert_eq!(stick.driver().as_deref(), Some("usbfs"));
     vm.qmp("device_del", json!({"id": "stick"}));

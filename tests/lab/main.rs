@@ -31,12 +31,18 @@
 )]
 #![allow(dead_code)]
 
+mod attach;
+mod by_hand;
+mod by_udev_rule;
+mod claims;
+mod controllers;
 mod hardware;
 mod inside;
 mod journal;
 mod machine;
 mod outside;
 mod qmp;
+mod refused;
 mod rule;
 mod tool;
 mod udev;
@@ -64,10 +70,19 @@ macro_rules! tests {
 use tests;
 
 fn all_tests() -> impl Iterator<Item = Test> {
-    [machine::TESTS, rule::TESTS]
-        .concat()
-        .into_iter()
-        .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
+    [
+        machine::TESTS,
+        by_udev_rule::TESTS,
+        attach::TESTS,
+        refused::TESTS,
+        by_hand::TESTS,
+        claims::TESTS,
+        controllers::TESTS,
+        rule::TESTS,
+    ]
+    .concat()
+    .into_iter()
+    .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
 }
 
 fn main() -> ExitCode {

@@ -1,9 +1,18 @@
 //! The program under test, run as its users run it.
 
+use crate::vm::Vm;
 use std::ffi::OsStr;
 use std::process::{Command, Output};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_usb-qmp-hotplug");
+
+/// A rule that runs the program at the events of what matches.
+pub fn rule(matches: &str, vm: &Vm) -> String {
+    let run = format!("'{PROGRAM}' udev {}", vm.socket());
+    format!(
+        "SUBSYSTEM==\"usb\", ENV{{DEVTYPE}}==\"usb_device\", ACTION==\"add|remove\", {matches}, RUN+=\"{run}\"\n"
+    )
+}
 
 /// What a run of the program came to.
 #[derive(Debug)]
@@ -21,15 +30,27 @@ where
     run_with::<_, _, [(&str, &str); 0]>(arguments, [])
 }
 
+/// As the user and group 65534, who may not open device nodes.
+pub fn run_as_nobody<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+    // Not everybody may enter the directory it was built in.
+    const COPY: &str = "/run/usb-qmp-hotplug";
+    std::fs::copy(PROGRAM, COPY).expect("space below /run");
+    let mut command = Command::new("setpriv");
+    command.args("--reuid 65534 --regid 65534 --clear-groups --inh-caps=-all".split(' '));
+    outcome(command.arg(COPY).args(arguments))
+}
+
 /// With these environment variables besides.
-pub fn run_with<I, S, E>(arguments: I, environment: E) -> Outcome
+pub fn run_with<'a, I, S, E>(arguments: I, environment: E) -> Outcome
 where
     I: IntoIterator<Item = S>,
     S: AsRef<OsStr>,
-    E: IntoIterator<Item = (&'static str, &'static str)>,
+    E: IntoIterator<Item = (&'static str, &'a str)>,
 {
-    let mut command = Command::new(PROGRAM);
-    command.args(arguments).envs(environment);
+    outcome(Command::new(PROGRAM).args(arguments).envs(environment))
+}
+
+fn outcome(command: &mut Command) -> Outcome {
     let Output { status, stdout, stderr } = command.output().expect("the program starts");
     let outcome = Outcome {
         status: status.code().unwrap_or_else(|| panic!("{command:?}: {status}")),

@@ -1,5 +1,6 @@
 //! A virtual machine inside the machine: the QEMU that devices are attached to.
 
+use crate::hardware::Plugged;
 use crate::qmp::Qmp;
 use crate::wait::{wait_for, wait_until};
 use rustix::net::sockopt::socket_peercred;
@@ -22,7 +23,7 @@ pub struct Builder {
     wrapper: Vec<String>,
     arguments: Vec<String>,
     controller: bool,
-    paused: bool,
+    boots: bool,
 }
 
 pub struct Vm {
@@ -33,7 +34,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM that is paused, has an xHCI controller `xhci` and nothing else.
+    /// A VM that has an xHCI controller `xhci` and nothing else. It runs, but all its processor does is to halt.
     #[allow(clippy::new_ret_no_self, reason = "reads as the thing that is built")]
     pub fn new(name: &str) -> Builder {
         Builder {
@@ -41,7 +42,7 @@ impl Vm {
             wrapper: Vec::new(),
             arguments: Vec::new(),
             controller: true,
-            paused: true,
+            boots: false,
         }
     }
 }
@@ -57,9 +58,9 @@ impl Builder {
         Builder { controller: false, ..self }
     }
 
-    /// Lets the guest's firmware run: it boots from what it finds.
-    pub fn running(self) -> Builder {
-        Builder { paused: false, ..self }
+    /// With firmware that boots from what it finds, once [`Vm::boot`] lets it run.
+    pub fn paused(self) -> Builder {
+        Builder { boots: true, ..self }
     }
 
     /// As user and group 65534 under everything QEMU's own sandbox can deny.
@@ -98,8 +99,12 @@ impl Builder {
         if self.controller {
             words.extend(self::words("-device qemu-xhci,id=xhci,p2=15,p3=15"));
         }
-        if self.paused {
+        if self.boots {
             words.push("-S".to_owned());
+        } else {
+            let firmware = file("firmware");
+            fs::write(&firmware, halting_firmware()).unwrap();
+            words.extend(["-bios".to_owned(), firmware]);
         }
         words.extend(self.arguments);
         let mut child = Command::new(&words[0])
@@ -149,16 +154,14 @@ impl Vm {
             .collect()
     }
 
-    /// The ids of the devices that were added to the VM by hand or by the program under test.
+    /// The ids of the host devices in the VM.
     pub fn ids(&self) -> Vec<String> {
         let children = self.qmp("qom-list", json!({"path": "/machine/peripheral"}));
         let mut ids: Vec<String> = children
             .as_array()
             .unwrap()
             .iter()
-            .filter(|child| {
-                child["type"].as_str().is_some_and(|kind| kind.starts_with("child<usb-"))
-            })
+            .filter(|child| child["type"] == "child<usb-host>")
             .map(|child| child["name"].as_str().unwrap().to_owned())
             .collect();
         ids.sort();
@@ -173,6 +176,60 @@ impl Vm {
             .filter_map(|entry| fs::read_link(entry.path()).ok())
             .filter(|path| path.starts_with("/dev/bus/usb"))
             .collect()
+    }
+
+    /// How many descriptors QEMU has open, of whatever kind.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("QEMU runs").count()
+    }
+
+    /// Waits until it has exactly these host devices.
+    #[track_caller]
+    pub fn gets(&self, devices: &[&Plugged]) {
+        let mut ids: Vec<String> = devices.iter().map(|device| device.id_in_vm()).collect();
+        ids.sort();
+        wait_until(&format!("{} gets {ids:?}", self.name), || self.ids() == ids);
+        for device in devices {
+            self.must_have(device);
+        }
+    }
+
+    /// Waits until it has no device any more, and asserts that QEMU keeps nothing of them.
+    #[track_caller]
+    pub fn loses_all(&self) {
+        wait_until(&format!("{} loses its devices", self.name), || self.ids().is_empty());
+        self.must_be_clean();
+    }
+
+    /// Asserts that this very device is in the VM, under the id of its port and with its node open.
+    #[track_caller]
+    pub fn must_have(&self, device: &Plugged) {
+        let get = |property: &str| {
+            let path = format!("/machine/peripheral/{}", device.id_in_vm());
+            self.qmp("qom-get", json!({"path": path, "property": property}))
+        };
+        assert_eq!((get("hostbus"), get("hostaddr")), (device.bus.into(), device.address.into()));
+        assert!(self.open_nodes().contains(&device.node()), "{:?}", self.open_nodes());
+    }
+
+    /// Asserts that QEMU keeps nothing of the devices it had.
+    #[track_caller]
+    pub fn must_be_clean(&self) {
+        assert_eq!(self.open_nodes(), [""; 0].map(PathBuf::from));
+        self.must_have_no_spare_descriptors();
+    }
+
+    /// Asserts that no descriptor waits in QEMU for a device that is to use it.
+    #[track_caller]
+    pub fn must_have_no_spare_descriptors(&self) {
+        let sets = self.qmp("query-fdsets", json!({}));
+        let is_empty = |set: &Value| set["fds"].as_array().is_some_and(Vec::is_empty);
+        assert!(sets.as_array().unwrap().iter().all(is_empty), "{sets}");
+    }
+
+    /// Lets a paused VM run.
+    pub fn boot(&self) {
+        self.qmp("cont", json!({}));
     }
 
     /// What the guest's firmware, or the boot sector, has written to the debug port.
@@ -203,6 +260,14 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Firmware that does nothing, and costs no time under emulation.
+fn halting_firmware() -> Vec<u8> {
+    let mut image = vec![0; 1 << 16];
+    // Where a processor starts: cli; hlt; jmp to the hlt.
+    image[0xfff0..0xfff4].copy_from_slice(&[0xfa, 0xf4, 0xeb, 0xfd]);
+    image
 }
 
 /// Ends what an earlier test has left running, and removes its sockets.

@@ -1,0 +1,71 @@
+//! What users set up: a rule, and from then on nothing but plugging and pulling.
+
+use crate::hardware::{Device, Hardware, Stick, xhci};
+use crate::vm::Vm;
+use crate::{tool, udev};
+
+crate::tests![
+    a_stick_comes_and_goes_five_times_at_one_port,
+    a_rule_on_the_product_attaches_and_detaches,
+    six_devices_plugged_at_once_all_arrive_and_all_leave,
+    what_was_plugged_in_before_arrives_when_udev_replays,
+];
+
+fn a_stick_comes_and_goes_five_times_at_one_port() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    let mut descriptors = None;
+    for round in 1..=5 {
+        let stick = hardware.plug(Stick::new(&format!("SN{round}")), xhci(3));
+        vm.gets(&[&stick]);
+        assert_ne!(stick.driver().as_deref(), Some("usb-storage"));
+        hardware.pull(&stick);
+        vm.loses_all();
+        // The first one has QEMU set up its USB library.
+        let open = vm.descriptors();
+        assert_eq!(open, *descriptors.get_or_insert(open), "descriptors in round {round}");
+    }
+}
+
+fn a_rule_on_the_product_attaches_and_detaches() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    udev::rules(&tool::rule(r#"ENV{PRODUCT}=="46f4/1/*""#, &vm));
+    let stick = hardware.plug(Stick::new("SN1"), xhci(7));
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    vm.gets(&[&stick]);
+    udev::settle();
+    assert_eq!(mouse.driver().as_deref(), Some("usbhid"));
+    hardware.pull_all(&[mouse, stick]);
+    vm.loses_all();
+}
+
+fn six_devices_plugged_at_once_all_arrive_and_all_leave() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    udev::rules(&tool::rule(r#"DEVPATH=="*/[12]-*""#, &vm));
+    let devices = [Device::Mouse, Device::Tablet, Device::Keyboard];
+    let sticks = ["SN1", "SN2", "SN3"].map(|serial| Device::from(Stick::new(serial)));
+    let all = devices.into_iter().chain(sticks).zip(1..).map(|(device, n)| (device, xhci(n)));
+    let plugged = hardware.plug_all(all.collect());
+    vm.gets(&plugged.iter().collect::<Vec<_>>());
+    hardware.pull_all(&plugged);
+    vm.loses_all();
+}
+
+fn what_was_plugged_in_before_arrives_when_udev_replays() {
+    let mut hardware = Hardware::open();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let vm = Vm::new("a").start();
+    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    for _ in 0..2 {
+        udev::trigger("add", &stick.sysfs);
+        udev::settle();
+        vm.gets(&[&stick]);
+    }
+    // Other events of the same device change nothing.
+    udev::trigger("change", &stick.sysfs);
+    udev::settle();
+    vm.gets(&[&stick]);
+}
