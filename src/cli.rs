@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 /// Give a virtual machine a USB port, or a USB device, of this host.
 ///
@@ -24,6 +24,7 @@ pub struct Cli {
 
     /// The configuration, for names of VMs, for sync and for watch.
     #[arg(long, global = true, value_name = "FILE", default_value = "/etc/usb-qmp-hotplug.toml")]
+    #[arg(value_hint = ValueHint::FilePath)]
     pub config: PathBuf,
 
     /// Say less: only errors.
@@ -86,6 +87,17 @@ pub enum Command {
         Find the port by plugging something in, and install the rule:\n  \
         usb-qmp-hotplug rule --learn --vm win11 --install")]
     Rule(Rule),
+    /// Print the completion script of a shell.
+    #[command(after_help = "In this shell only:\n  \
+        source <(usb-qmp-hotplug completions bash)\n\n\
+        For good:\n  \
+        usb-qmp-hotplug completions bash > ~/.local/share/bash-completion/completions/usb-qmp-hotplug\n  \
+        usb-qmp-hotplug completions zsh > ~/.zfunc/_usb-qmp-hotplug   # a directory of $fpath\n  \
+        usb-qmp-hotplug completions fish > ~/.config/fish/completions/usb-qmp-hotplug.fish")]
+    Completions(Completions),
+    /// What can stand in place of the last word; for the completion scripts.
+    #[command(hide = true)]
+    Complete(Complete),
 }
 
 /// `inspect`
@@ -192,6 +204,35 @@ pub struct Rule {
     /// Write the rule to /etc/udev/rules.d, and have udev read it.
     #[arg(long)]
     pub install: bool,
+}
+
+/// `completions`
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell.
+    pub shell: Shell,
+}
+
+/// `complete`
+#[derive(Debug, Args)]
+pub struct Complete {
+    /// The shell that asks.
+    pub shell: Shell,
+
+    /// The words after the program's name, the last one unfinished.
+    #[arg(last = true)]
+    pub words: Vec<String>,
+}
+
+/// A shell with completion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Shell {
+    /// bash, 4.4 or newer.
+    Bash,
+    /// zsh.
+    Zsh,
+    /// fish.
+    Fish,
 }
 
 /// What a rule goes by.

@@ -1,6 +1,8 @@
 //! The commands, one file each: what it does, and how it shows the result.
 
 mod attach;
+mod complete;
+mod completions;
 mod detach;
 mod how;
 mod inspect;
@@ -98,6 +100,8 @@ pub async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Sync(arguments) => sync::run(&context, arguments).await,
         Command::Watch => watch::run(&context).await,
         Command::Rule(arguments) => rule::run(&context, arguments).await,
+        Command::Completions(arguments) => completions::run(arguments),
+        Command::Complete(arguments) => complete::run(&context, arguments).await,
     }
 }
 

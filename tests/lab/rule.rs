@@ -195,8 +195,7 @@ fn learn_takes_what_is_plugged_in_next() {
 fn the_configuration_it_prints_is_one() {
     const FILE: &str = "/run/rule.toml";
     let mut hardware = Hardware::open();
-    // A paused QEMU 7.2 keeps what remove-fd removed, and with it the lock, past the detach.
-    let vm = Vm::new("a").running().start();
+    let vm = Vm::new("a").start();
     let hub = hardware.plug(Device::Hub, xhci(4));
     let mouse = hardware.plug(Device::Mouse, xhci(4).below(1));
     let stick = hardware.plug(Stick::new("a*\"b\n"), xhci(6));
