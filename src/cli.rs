@@ -72,6 +72,24 @@ pub enum Command {
     /// Attaches what belongs to a VM and is not in it, detaches what was left
     /// behind by devices that are gone, and leaves everything else alone.
     Sync(Sync),
+    /// Show this host's USB devices.
+    ///
+    /// As a tree by port, with what each is, what this host uses it for, which
+    /// VM has it, and which rule of the configuration is for it. TWIN is the
+    /// other half of a USB 3 socket: one socket is two ports. Lines are cut to
+    /// the terminal's width, or to 80 columns; --flat and --json cut nothing.
+    #[command(after_help = LIST_HELP)]
+    List(List),
+    /// Show the QEMU processes on this host, and their monitors.
+    ///
+    /// Whatever started them: they are looked for in /proc, and their monitors
+    /// on their command lines. A monitor is `free`, or held by another client,
+    /// or out of reach; a free one is asked how many USB ports are free. Where
+    /// no monitor is free, what to add to the VM is shown. Monitors that QEMU
+    /// reads from a file (-readconfig) are not seen, and another user's VMs
+    /// only as far as this user may.
+    #[command(after_help = VMS_HELP)]
+    Vms(Vms),
     /// Keep reality matching the configuration: the daemon.
     ///
     /// Attaches and detaches as devices are plugged and pulled, and as VMs
@@ -156,6 +174,45 @@ pub struct Udev {
     #[command(flatten)]
     pub how: How,
 }
+
+/// `list`
+#[derive(Debug, Args)]
+pub struct List {
+    /// One line a device, with tabs between the fields: for scripts.
+    #[arg(long, conflicts_with_all = ["json", "watch"])]
+    pub flat: bool,
+
+    /// Print one JSON document; with --watch, one a line.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Follow plugs and pulls, one line each, until interrupted.
+    #[arg(short, long)]
+    pub watch: bool,
+}
+
+const LIST_HELP: &str = "The fields of --flat, `-` where there is nothing to say: port, \
+    bus:device, vendor:product, Mb/s, drivers, name, serial, use by this host, holder, rule, twin.\n\n\
+    Which ports have mass storage?\n  \
+    usb-qmp-hotplug list --flat | awk -F'\\t' '$5 == \"usb-storage\" { print $1 }'";
+
+/// `vms`
+#[derive(Debug, Args)]
+pub struct Vms {
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+}
+
+const VMS_HELP: &str = "A monitor's state:\n  \
+    free         it answers, and takes commands\n  \
+    held         another client has it; a monitor serves one at a time\n  \
+    silent       it accepts, and does not answer within two seconds\n  \
+    stopped      QEMU's process is stopped, and answers nobody\n  \
+    gone         its socket was removed, or nobody listens on it\n  \
+    taken        another process listens on its path now\n  \
+    forbidden    this user may not connect to it, or not see where it is\n  \
+    unusable     no Unix socket that QEMU listens on: TCP, standard input";
 
 /// `sync`
 #[derive(Debug, Args)]

@@ -45,7 +45,7 @@ impl fmt::Display for Absent {
         write!(f, "{} on this host; ", self.selector)?;
         match &self.nearest {
             Some(nearest) => write!(f, "did you mean `{}`?", escape(nearest)),
-            None => f.write_str("`lsusb -t` shows what is plugged in"),
+            None => f.write_str("`usb-qmp-hotplug list` shows what is plugged in"),
         }
     }
 }
@@ -68,6 +68,6 @@ mod tests {
         assert!(error("1-1.3").ends_with("did you mean `1-1.2`?"), "{}", error("1-1.3"));
         assert!(error("152d:2339").contains("`152d:2338`"));
         assert!(error("serial=SN123").contains("`SN\\u{1b}123`"));
-        assert!(error("4-2").ends_with("`lsusb -t` shows what is plugged in"));
+        assert!(error("4-2").ends_with("`usb-qmp-hotplug list` shows what is plugged in"));
     }
 }

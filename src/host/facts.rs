@@ -48,6 +48,22 @@ impl Host {
         std::iter::once(device).chain(interfaces).filter_map(code).collect()
     }
 
+    /// The drivers that the interfaces of the device at a port have, each once;
+    /// `usbfs` is a program that has claimed one (a QEMU, say).
+    pub fn drivers(&self, port: &Port) -> Vec<String> {
+        let mut interfaces = self.interfaces(port);
+        interfaces.sort();
+        let mut drivers: Vec<String> = Vec::new();
+        for interface in interfaces {
+            let Ok(link) = fs::read_link(interface.join("driver")) else { continue };
+            let driver = link.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if !drivers.contains(&driver) {
+                drivers.push(driver);
+            }
+        }
+        drivers
+    }
+
     /// A property that udev knows of the device at a port.
     pub fn property(&self, port: &Port, name: &str) -> Option<String> {
         let device = udev::Device::from_syspath(&self.directory(port).canonicalize().ok()?).ok()?;

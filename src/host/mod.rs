@@ -4,11 +4,15 @@
 //! Linux documents the attributes in Documentation/ABI/testing/sysfs-bus-usb.
 
 mod absent;
+mod bus;
+pub mod cmdline;
 mod disk;
 mod facts;
 mod holder;
 mod node;
+mod process;
 mod release;
+mod socket;
 
 use std::fs;
 use std::io;
@@ -17,9 +21,12 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 
 pub use absent::Absent;
-pub use disk::{Claims, Use};
+pub use bus::Bus;
+pub use disk::{Claims, Use, UsedBy};
 pub use holder::Holder;
-pub use node::Node;
+pub use node::{Node, unlock};
+pub use process::Qemu;
+pub use socket::{Reach, UnixSockets};
 
 use crate::text::escape;
 use crate::usb::{self, Address, Device, ParseError, Port, Selector, Speed, VendorProduct};

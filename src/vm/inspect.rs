@@ -28,6 +28,19 @@ pub struct Inventory {
     pub devices: Vec<GuestDevice>,
 }
 
+impl Inventory {
+    /// How many ports of a controller have nothing plugged in. What is behind
+    /// a hub takes none.
+    pub fn free_ports(&self, controller: &Controller) -> u32 {
+        let on_it = |device: &&GuestDevice| {
+            device.bus.as_ref() == Some(&controller.bus)
+                && device.port.as_ref().is_none_or(|port| !port.contains('.'))
+        };
+        let taken = u32::try_from(self.devices.iter().filter(on_it).count()).unwrap_or(u32::MAX);
+        controller.ports().saturating_sub(taken)
+    }
+}
+
 /// A USB device in a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestDevice {

@@ -101,7 +101,7 @@ fn a_busy_or_stopped_monitor_hangs_nobody() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
-    let attach = || run(["attach", "--timeout", "0.5", &vm.socket(), &stick.port]);
+    let attach = || tool::run_hastily(["attach", &vm.socket(), &stick.port]);
     let held = std::os::unix::net::UnixStream::connect(vm.socket()).unwrap();
     let refused = attach().exits(5);
     assert!(refused.stderr.contains("another client holds"), "{}", refused.stderr);

@@ -38,7 +38,9 @@ mod claims;
 mod controllers;
 mod hardware;
 mod inside;
+mod inspect;
 mod journal;
+mod leftovers;
 mod machine;
 mod outside;
 mod qmp;
@@ -79,6 +81,8 @@ fn all_tests() -> impl Iterator<Item = Test> {
         claims::TESTS,
         controllers::TESTS,
         rule::TESTS,
+        inspect::TESTS,
+        leftovers::TESTS,
     ]
     .concat()
     .into_iter()

@@ -2,15 +2,29 @@
 
 use super::Candidate;
 use crate::command::Context;
-use crate::host::Strings;
+use crate::host::cmdline::Endpoint;
+use crate::host::{Reach, Strings};
 use crate::usb::{Device, DeviceId};
 use crate::vm::Vm;
 
-/// The VMs of the configuration.
+/// The VMs of the configuration, by name; and the monitors of the QEMUs that
+/// run, by path, that have no name.
 pub fn vms(context: &Context) -> Vec<Candidate> {
     let config = context.config().unwrap_or_default();
     let names = config.vms.iter();
-    names.map(|vm| Candidate::new(vm.name.clone(), vm.socket.to_string_lossy())).collect()
+    let mut candidates: Vec<Candidate> =
+        names.map(|vm| Candidate::new(vm.name.clone(), vm.socket.to_string_lossy())).collect();
+    for qemu in context.host.qemus() {
+        for monitor in &qemu.command_line.monitors {
+            let Endpoint::Unix(path) = monitor else { continue };
+            let Reach::Here(socket) = context.host.reach(qemu.pid, path) else { continue };
+            if config.vms.iter().all(|vm| vm.socket != socket) {
+                let name = qemu.command_line.name.as_deref().unwrap_or(&qemu.program);
+                candidates.push(Candidate::new(socket.to_string_lossy(), name));
+            }
+        }
+    }
+    candidates
 }
 
 /// The host's devices, by port; once something was typed, also by their other

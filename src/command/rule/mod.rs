@@ -8,6 +8,7 @@ mod udev;
 mod what;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tracing::info;
 
@@ -16,6 +17,9 @@ use crate::cli::{By, Rule};
 use crate::config::DEFAULT_PATH;
 use crate::error::Error;
 use what::What;
+
+/// What `--timeout` is when nothing is said.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The VM that a rule is for.
 struct Vm {
@@ -74,6 +78,9 @@ fn command(context: &Context, vm: &Vm) -> Result<Vec<String>, Error> {
     let program = std::env::current_exe()
         .map_err(|source| Error::Setup { what: "tell where this program is", source })?;
     let mut command = vec![text(&program)?];
+    if context.timeout != DEFAULT_TIMEOUT {
+        command.extend(["--timeout".to_owned(), context.timeout.as_secs_f64().to_string()]);
+    }
     // Only a name is looked up.
     if vm.configured && context.config != Path::new(DEFAULT_PATH) {
         let config = std::path::absolute(&context.config)
