@@ -45,6 +45,7 @@ mod machine;
 mod outside;
 mod qmp;
 mod refused;
+mod rule;
 mod tool;
 mod udev;
 mod vm;
@@ -79,6 +80,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         by_hand::TESTS,
         claims::TESTS,
         controllers::TESTS,
+        rule::TESTS,
         inspect::TESTS,
         leftovers::TESTS,
     ]

@@ -4,7 +4,7 @@ use crate::vm::Vm;
 use std::ffi::OsStr;
 use std::process::{Command, Output};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_usb-qmp-hotplug");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_usb-qmp-hotplug");
 
 /// Instead of the program's own, which are for real machines that are not busy with other tests.
 const SECONDS: &str = "30";
