@@ -1,6 +1,6 @@
 //! `watch`, as systemd runs it: with a configuration, and somebody who listens to what it says of itself.
 
-use crate::tool::PROGRAM;
+use crate::tool::{self, PROGRAM};
 use crate::wait::{wait_for, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
@@ -33,7 +33,7 @@ pub fn rule(vm: &str, matches: &str) -> String {
 impl Daemon {
     /// Starts it and waits until it is ready.
     pub fn start() -> Daemon {
-        let daemon = Daemon::launch(&[], &[]);
+        let daemon = Daemon::launch(&["--timeout", tool::SECONDS], &[]);
         daemon.wait_until_it_says("READY=1");
         daemon
     }

@@ -34,14 +34,19 @@
 mod attach;
 mod by_hand;
 mod by_udev_rule;
+mod claims;
+mod controllers;
 mod daemon;
 mod hardware;
 mod inside;
+mod inspect;
 mod journal;
+mod leftovers;
 mod machine;
 mod outside;
 mod qmp;
 mod refused;
+mod rule;
 mod tool;
 mod udev;
 mod vm;
@@ -75,6 +80,11 @@ fn all_tests() -> impl Iterator<Item = Test> {
         attach::TESTS,
         refused::TESTS,
         by_hand::TESTS,
+        claims::TESTS,
+        controllers::TESTS,
+        rule::TESTS,
+        inspect::TESTS,
+        leftovers::TESTS,
         watch::TESTS,
     ]
     .concat()

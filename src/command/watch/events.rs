@@ -12,12 +12,12 @@ use crate::error::chain;
 use crate::event::Event;
 
 /// What the socket had.
-#[derive(Debug)]
-pub enum Batch {
+#[derive(Debug, Default)]
+pub struct Batch {
     /// Events, in order.
-    Events(Vec<Event>),
-    /// Some got lost, because the socket was full.
-    Lost,
+    pub events: Vec<Event>,
+    /// Whether some of them got lost, because the socket was full.
+    pub lost: bool,
 }
 
 /// The socket that udev's events arrive on.
@@ -51,25 +51,23 @@ impl Events {
             let mut ready = self.ready.readable().await?;
             let batch = self.read();
             ready.clear_ready();
-            match batch {
-                Batch::Events(events) if events.is_empty() => {}
-                batch => return Ok(batch),
+            if batch.lost || !batch.events.is_empty() {
+                return Ok(batch);
             }
         }
     }
 
     /// Reads all there is to read.
     fn read(&self) -> Batch {
-        let (mut events, mut lost) = (Vec::new(), false);
+        let mut batch = Batch::default();
         let mut received = self.socket.iter();
         loop {
             match received.next() {
-                Some(event) => events.extend(read(&event)),
+                Some(event) => batch.events.extend(read(&event)),
                 // The kernel tells once that it had no room (netlink(7),
                 // ENOBUFS), and libudev tells it like any other error.
-                None if is_no_room(&io::Error::last_os_error()) => lost = true,
-                None if lost => return Batch::Lost,
-                None => return Batch::Events(events),
+                None if is_no_room(&io::Error::last_os_error()) => batch.lost = true,
+                None => return batch,
             }
         }
     }

@@ -2,7 +2,7 @@
 //! gives each VM's keeper its work. Between events it holds no monitor and
 //! does nothing at all.
 
-mod events;
+pub(super) mod events;
 mod keeper;
 mod qemu;
 mod queue;
@@ -166,11 +166,11 @@ impl<'a> Watch<'a> {
     }
 
     fn heard(&self, batch: Batch) {
-        let events = match batch {
-            Batch::Events(events) => events,
-            Batch::Lost => return self.look_again(),
-        };
-        for event in events {
+        if batch.lost {
+            // What did arrive is seen as well, and is older.
+            return self.look_again();
+        }
+        for event in batch.events {
             if let Err(error) = self.event(&event) {
                 warn!("passed over an event of udev: {}", chain(&error));
             }
