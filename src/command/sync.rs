@@ -158,6 +158,9 @@ impl Job {
         socket: &Path,
     ) -> Result<Vec<(DeviceId, Option<crate::usb::Address>)>, Error> {
         let mut vm = Vm::connect(socket, self.timeout).await?;
+        if !self.dry_run {
+            vm.drop_descriptors().await?;
+        }
         Ok(vm.host_devices().await?)
     }
 

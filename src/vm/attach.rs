@@ -186,6 +186,19 @@ impl Vm {
         attached.map(|_| ())
     }
 
+    /// Closes what an attach has left that was cut off, when its process was
+    /// killed, say. A descriptor in the set claims its device for ever.
+    ///
+    /// # Errors
+    ///
+    /// As for [`crate::qmp::Session::reply`].
+    pub async fn drop_descriptors(&mut self) -> Result<(), qmp::Error> {
+        let fdset_id = self.fdset_id();
+        let ticket = self.session.send(&remove_fd { fdset_id, fd: None })?;
+        // QEMU refuses, as there is hardly ever such a set.
+        self.answer(ticket).await.map(|_| ())
+    }
+
     /// The set that our descriptors go through. QEMU keeps an emptied set for
     /// ever, so each socket always uses the same one; and QEMU opens any
     /// descriptor of a set, so two sockets must not share one.

@@ -77,6 +77,7 @@ impl Keeper {
 
     /// Finds what is missing and what is left over.
     async fn look(&mut self, mut vm: Vm) -> Result<Vec<Work>, Error> {
+        vm.drop_descriptors().await?;
         let in_vm = vm.host_devices().await?;
         let Some(qemu) = &mut self.qemu else { return Ok(Vec::new()) };
         let ours = in_vm.iter().filter_map(|(id, address)| id.port().zip(*address));
