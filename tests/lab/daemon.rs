@@ -40,6 +40,11 @@ impl Daemon {
 
     /// Starts it with options and variables.
     pub fn launch(options: &[&str], environment: &[(&str, &str)]) -> Daemon {
+        Daemon::launch_in(&[], options, environment)
+    }
+
+    /// Starts it below another program.
+    pub fn launch_in(wrapper: &[&str], options: &[&str], environment: &[(&str, &str)]) -> Daemon {
         let _ = fs::remove_file(NOTIFY);
         let socket = UnixDatagram::bind(NOTIFY).expect("the service manager's socket");
         let said = Arc::new(Mutex::new(Vec::new()));
@@ -53,7 +58,9 @@ impl Daemon {
         });
         let log = File::options().create(true).append(true).open(LOG).unwrap();
         let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", PROGRAM, "--config", CONFIG])
+            .args(["--pdeathsig", "KILL"])
+            .args(wrapper)
+            .args([PROGRAM, "--config", CONFIG])
             .args(options)
             .arg("watch")
             .env("NOTIFY_SOCKET", NOTIFY)
@@ -142,6 +149,11 @@ impl Daemon {
     /// The memory it has, in kibibytes.
     pub fn memory(&self) -> u64 {
         self.field("status", "VmRSS:").trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// Waits until nothing is left of the threads that waited for the hardware.
+    pub fn is_idle(&self) {
+        wait_until("it has one thread", || fs::read_dir(self.proc("task")).unwrap().count() == 1);
     }
 
     /// How often all of its threads together have slept and woken.

@@ -52,6 +52,9 @@ mod udev;
 mod vm;
 mod wait;
 mod watch;
+mod watch_endurance;
+mod watch_service;
+mod watch_vms;
 
 use std::process::ExitCode;
 
@@ -86,6 +89,9 @@ fn all_tests() -> impl Iterator<Item = Test> {
         inspect::TESTS,
         leftovers::TESTS,
         watch::TESTS,
+        watch_vms::TESTS,
+        watch_service::TESTS,
+        watch_endurance::TESTS,
     ]
     .concat()
     .into_iter()

@@ -1,7 +1,7 @@
 //! Outside the machine: an ordinary test program, whose trials wait for what the machines report.
 
 use crate::all_tests;
-use crate::inside::{DEADLINE, RUN, Report};
+use crate::inside::{CYCLES, RUN, Report, deadline};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Read};
@@ -129,7 +129,7 @@ impl Machine {
     }
 
     fn run(&self) {
-        let timeout = (self.tests.len() as u64 + 1) * DEADLINE.as_secs();
+        let timeout = (self.tests.len() as u64 + 1) * deadline().as_secs();
         // More processors than there are real ones make emulation slower.
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let cpus = if processors / QEMU_VERSIONS.len() > 1 { "2" } else { "1" };
@@ -139,6 +139,8 @@ impl Machine {
             .arg(Path::new(PROJECT).join("contrib/lab"))
             .args(["--qemu", self.version])
             .args(["--cpus", cpus, "--timeout", &timeout.to_string()])
+            .arg("env")
+            .args(std::env::var(CYCLES).map(|cycles| format!("{CYCLES}={cycles}")))
             .arg(std::env::current_exe().expect("this program"))
             .arg(RUN)
             .args(&self.tests)

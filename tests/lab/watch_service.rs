@@ -1,0 +1,152 @@
+//! The daemon as a service: what it tells systemd, signals, and a configuration that changes.
+
+use crate::daemon::{CONFIG, Daemon, configure, rule};
+use crate::hardware::{Device, Hardware, Stick, xhci};
+use crate::journal::Journal;
+use crate::vm::Vm;
+use crate::wait::wait_until;
+use rustix::process::Signal;
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+crate::tests![
+    it_is_ready_when_the_first_sync_is_done_and_says_how_things_stand,
+    a_good_configuration_takes_over,
+    a_bad_configuration_changes_nothing_and_is_told_line_by_line,
+    a_bad_configuration_at_the_start_is_an_error,
+    the_watchdog_is_told_that_it_lives,
+    it_ends_at_once_and_what_is_attached_stays,
+    idle_it_never_wakes,
+];
+
+fn it_is_ready_when_the_first_sync_is_done_and_says_how_things_stand() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    configure(&["a", "b", "c"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    vm.must_have(&stick);
+    let said = daemon.said();
+    let ready = said.iter().position(|line| line == "READY=1").unwrap();
+    assert_eq!(said[ready + 1], "STATUS=3 VMs, 1 running, 1 device attached");
+    hardware.pull(&stick);
+    daemon.wait_for_status("3 VMs, 1 running, 0 devices attached");
+    vm.kill();
+    daemon.wait_for_status("3 VMs, 0 running, 0 devices attached");
+}
+
+fn a_good_configuration_takes_over() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let mouse = hardware.plug(Device::Mouse, xhci(4));
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    configure(&["a", "b"], &(rule("b", "port = \"1-4\"") + &rule("a", "port = \"1-5\"")));
+    daemon.reload();
+    b.gets(&[&mouse]);
+    let said = daemon.said();
+    let reloading = said.iter().position(|line| line == "RELOADING=1").unwrap();
+    assert!(said[reloading + 1].starts_with("MONOTONIC_USEC="), "{said:?}");
+    assert!(said[reloading..].iter().any(|line| line == "READY=1"), "{said:?}");
+    // What is attached stays until it is pulled.
+    a.must_have(&stick);
+    hardware.pull(&stick);
+    a.loses_all();
+    let mouse = hardware.plug(Device::Mouse, xhci(5));
+    a.gets(&[&mouse]);
+    // A VM that is not in it any more is left alone.
+    configure(&["b"], "");
+    daemon.reload();
+    daemon.wait_for_status("1 VM, 1 running, 1 device attached");
+    a.must_have(&mouse);
+}
+
+fn a_bad_configuration_changes_nothing_and_is_told_line_by_line() {
+    let mut hardware = Hardware::open();
+    let journal = Journal::journald();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    configure(&["b"], &rule("a", "prot = \"2-4\""));
+    daemon.reload();
+    let unknown = journal.wait_for(&format!("{CONFIG}:4:6: "));
+    let misspelt = journal.wait_for(&format!("{CONFIG}:5:1: "));
+    assert!(misspelt["MESSAGE"].contains("`port`"), "{misspelt:?}");
+    for entry in [unknown, misspelt, journal.wait_for("the old configuration stays")] {
+        assert_eq!((&*entry["PRIORITY"], entry["MESSAGE"].lines().count()), ("3", 1), "{entry:?}");
+    }
+    let status = "1 VM, 1 running, 0 devices attached";
+    let bad = "; the configuration is bad, the one before it stays in force";
+    daemon.wait_for_status(&format!("{status}{bad}"));
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    vm.gets(&[&stick]);
+    hardware.pull(&stick);
+    vm.loses_all();
+    fs::remove_file(CONFIG).unwrap();
+    daemon.reload();
+    journal.wait_for("cannot read the configuration");
+    configure(&["a"], &rule("a", "port = \"2-4\""));
+    daemon.reload();
+    daemon.wait_for_status(status);
+}
+
+fn a_bad_configuration_at_the_start_is_an_error() {
+    fs::write(CONFIG, "[vm.a]\n").unwrap();
+    let mut daemon = Daemon::launch(&[], &[]);
+    assert_eq!(daemon.wait().code(), Some(2));
+    daemon.wait_for_log(&[&format!("{CONFIG}:1:"), "qmp"]);
+    assert_eq!(daemon.said(), [""; 0]);
+}
+
+fn the_watchdog_is_told_that_it_lives() {
+    configure(&["a"], "");
+    let daemon = Daemon::launch(&[], &[("WATCHDOG_USEC", "300000")]);
+    let told = || daemon.said().iter().filter(|line| *line == "WATCHDOG=1").count();
+    wait_until("the watchdog is told", || told() > 3);
+    daemon.freeze();
+    let before = told();
+    thread::sleep(Duration::from_millis(300));
+    assert!(told() <= before + 1, "somebody else tells it");
+    daemon.thaw();
+    wait_until("the watchdog is told again", || told() > before + 3);
+}
+
+fn it_ends_at_once_and_what_is_attached_stays() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    configure(&["a", "b"], &(rule("a", "port = \"2-3\"") + &rule("b", "port = \"1-4\"")));
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut daemon = Daemon::start();
+        a.gets(&[&stick]);
+        // Not even a VM that hangs holds it up.
+        b.signal(Signal::STOP);
+        let mouse = hardware.plug(Device::Mouse, xhci(4));
+        let asked = Instant::now();
+        daemon.signal(signal);
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
+        wait_until("it says so", || daemon.said().last().is_some_and(|line| line == "STOPPING=1"));
+        a.must_have(&stick);
+        hardware.pull(&mouse);
+        b.signal(Signal::CONT);
+    }
+}
+
+fn idle_it_never_wakes() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    configure(&["a", "b"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    vm.must_have(&stick);
+    // Nor while it waits for a monitor that somebody holds.
+    let holder = std::os::unix::net::UnixStream::connect(vm.socket()).unwrap();
+    daemon.is_idle();
+    let before = daemon.switches();
+    thread::sleep(Duration::from_secs(5));
+    assert_eq!(daemon.switches(), before);
+    drop(holder);
+}

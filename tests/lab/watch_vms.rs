@@ -1,0 +1,186 @@
+//! The daemon, and VMs that start, end, hang and are talked to by others.
+
+use crate::daemon::{Daemon, configure, rule};
+use crate::hardware::{Device, Hardware, Stick, ehci, xhci};
+use crate::vm::Vm;
+use crate::wait::wait_until;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
+
+crate::tests![
+    a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts,
+    a_stopped_vm_delays_no_other_and_gets_its_devices_later,
+    a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
+    a_socket_that_is_replaced_is_a_new_vm,
+    a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready,
+    a_vm_whose_process_cannot_be_seen_gets_its_device_after_a_restart_too,
+    sixty_four_vms_cost_an_event_no_more_than_one,
+];
+
+/// A client that has the monitor to itself.
+fn hold(socket: &str) -> UnixStream {
+    let stream = UnixStream::connect(socket).unwrap();
+    let mut greeting = String::new();
+    BufReader::new(&stream).read_line(&mut greeting).unwrap();
+    assert!(greeting.contains("QMP"), "{greeting}");
+    stream
+}
+
+fn a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts() {
+    let mut hardware = Hardware::open();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let mut vm = Vm::new("a").start();
+    for _ in 0..3 {
+        vm.gets(&[&stick]);
+        assert_ne!(stick.driver().as_deref(), Some("usb-storage"));
+        vm.kill();
+        wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
+        daemon.wait_for_status("1 VM, 0 running, 0 devices attached");
+        vm = Vm::new("a").start();
+        let answers = Instant::now();
+        vm.gets(&[&stick]);
+        eprintln!("back {:?} after the monitor answered", answers.elapsed());
+    }
+}
+
+fn a_stopped_vm_delays_no_other_and_gets_its_devices_later() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    configure(&["a", "b"], &(rule("a", "serial = \"SNA\"") + &rule("b", "serial = \"SNB\"")));
+    let daemon = Daemon::launch(&["--timeout", "1"], &[]);
+    daemon.wait_until_it_says("READY=1");
+    a.signal(Signal::STOP);
+    let of_a = hardware.plug(Stick::new("SNA"), xhci(3));
+    daemon.wait_for_log(&["a does not answer"]);
+    for _ in 0..2 {
+        let of_b = hardware.plug(Stick::new("SNB"), xhci(4));
+        b.gets(&[&of_b]);
+        hardware.pull(&of_b);
+        b.loses_all();
+    }
+    a.signal(Signal::CONT);
+    a.gets(&[&of_a]);
+    assert_eq!(daemon.log().matches("does not answer").count(), 1, "{}", daemon.log());
+}
+
+fn a_monitor_that_another_client_held_for_long_is_used_when_it_is_free() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::launch(&["--timeout", "1"], &[]);
+    daemon.wait_until_it_says("READY=1");
+    let holder = hold(&vm.socket());
+    let first = hardware.plug(Stick::new("SN1"), xhci(3));
+    daemon.wait_for_log(&["a does not answer", "another client holds its monitor"]);
+    // What counts is what is there when the monitor is free.
+    hardware.pull(&first);
+    let second = hardware.plug(Stick::new("SN2"), xhci(3));
+    assert!(vm.ids().is_empty());
+    drop(holder);
+    vm.gets(&[&second]);
+    // Between events it is free, for anybody.
+    drop(hold(&vm.socket()));
+}
+
+fn a_socket_that_is_replaced_is_a_new_vm() {
+    let mut hardware = Hardware::open();
+    let old = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    old.gets(&[&stick]);
+    // The lab's own monitor; QEMU replaces the daemon's.
+    fs::remove_file("/run/vm/a.check").unwrap();
+    let new = Vm::new("a").start();
+    daemon.wait_for_log(&["is held by VM a", &old.pid().to_string()]);
+    old.must_have(&stick);
+    assert!(new.ids().is_empty());
+    // The old one's end sets it free.
+    old.kill();
+    new.gets(&[&stick]);
+}
+
+fn a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let sticks = hardware
+        .plug_all(vec![(Stick::new("SNA").into(), xhci(3)), (Stick::new("SNB").into(), xhci(4))]);
+    configure(&["a", "b"], &(rule("a", "serial = \"SNA\"") + &rule("b", "serial = \"SNB\"")));
+    let holder = hold(&a.socket());
+    let daemon = Daemon::launch(&["--timeout", "1"], &[]);
+    daemon.wait_until_it_says("READY=1");
+    b.gets(&[&sticks[1]]);
+    assert!(a.ids().is_empty());
+    drop(holder);
+    a.gets(&[&sticks[0]]);
+    daemon.wait_for_status("2 VMs, 2 running, 2 devices attached");
+}
+
+fn a_vm_whose_process_cannot_be_seen_gets_its_device_after_a_restart_too() {
+    let mut hardware = Hardware::open();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    // In a PID namespace of its own, the daemon sees no process of others.
+    let apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let daemon = Daemon::launch_in(&apart, &["--timeout", "30"], &[]);
+    daemon.wait_until_it_says("READY=1");
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    for _ in 0..2 {
+        let vm = Vm::new("a").start();
+        vm.gets(&[&stick]);
+        vm.kill();
+    }
+}
+
+fn sixty_four_vms_cost_an_event_no_more_than_one() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    // Of the others, one in eight runs and the rest does not even exist.
+    let names: Vec<String> = (1..64).map(|n| format!("b{n}")).collect();
+    let talks = Arc::new(AtomicUsize::new(0));
+    for name in names.iter().step_by(8) {
+        stand_in(name, Arc::clone(&talks));
+    }
+    let vms: Vec<&str> = ["a"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    configure(&vms, &rule("a", "port = \"*\""));
+    let daemon = Daemon::start();
+    daemon.wait_for_status("64 VMs, 9 running, 0 devices attached");
+    assert_eq!(talks.load(Ordering::SeqCst), 8, "each has had its sync");
+    for _ in 0..2 {
+        let plugged = hardware.plug_all(vec![
+            (Stick::new("SN1").into(), xhci(3)),
+            (Device::Mouse, ehci(2)),
+            (Device::Tablet, xhci(4)),
+        ]);
+        vm.gets(&plugged.iter().collect::<Vec<_>>());
+        hardware.pull_all(&plugged);
+        vm.loses_all();
+    }
+    assert_eq!(talks.load(Ordering::SeqCst), 8, "a VM was asked that is not concerned");
+}
+
+/// Stands in for a VM that has no device, and counts who talks to it.
+fn stand_in(name: &str, talks: Arc<AtomicUsize>) {
+    let listener = UnixListener::bind(format!("/run/vm/{name}.qmp")).unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            talks.fetch_add(1, Ordering::SeqCst);
+            let version = json!({"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": ""});
+            let greeting = json!({"QMP": {"version": version, "capabilities": []}});
+            writeln!(&stream, "{greeting}\r").unwrap();
+            for line in BufReader::new(&stream).lines().map_while(Result::ok) {
+                let command: Value = serde_json::from_str(&line).unwrap();
+                let result = if command["execute"] == "qom-list" { json!([]) } else { json!({}) };
+                writeln!(&stream, "{}\r", json!({"return": result, "id": command["id"]})).unwrap();
+            }
+        }
+    });
+}
