@@ -82,7 +82,8 @@ pub enum Command {
     /// Show the QEMU processes on this host, and their monitors.
     ///
     /// Whatever started them: they are looked for in /proc, and their monitors
-    /// on their command lines. A monitor is `free`, or held by another client,
+    /// on their command lines. VMs of the configuration that do not run are
+    /// shown, too. A monitor is `free`, or held by another client,
     /// or out of reach; a free one is asked how many USB ports are free. Where
     /// no monitor is free, what to add to the VM is shown. Monitors that QEMU
     /// reads from a file (-readconfig) are not seen, and another user's VMs

@@ -39,6 +39,7 @@ mod controllers;
 mod hardware;
 mod inside;
 mod journal;
+mod list;
 mod machine;
 mod outside;
 mod qmp;
@@ -46,6 +47,7 @@ mod refused;
 mod tool;
 mod udev;
 mod vm;
+mod vms;
 mod wait;
 
 use std::process::ExitCode;
@@ -77,6 +79,8 @@ fn all_tests() -> impl Iterator<Item = Test> {
         by_hand::TESTS,
         claims::TESTS,
         controllers::TESTS,
+        list::TESTS,
+        vms::TESTS,
     ]
     .concat()
     .into_iter()

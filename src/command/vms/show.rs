@@ -52,12 +52,15 @@ fn title(vm: &VmReport) -> Line {
     line.add(Style::Bold, escape(name)).add(Style::Plain, "  ");
     let mut words = Vec::new();
     words.extend(vm.status.as_deref().map(|status| escape(status).into_owned()));
-    words.push(match &vm.qemu {
-        Some(version) => format!("QEMU {version}"),
-        None => escape(&vm.program).into_owned(),
-    });
+    let version = vm.qemu.as_ref().map(|version| format!("QEMU {version}"));
+    let program = || vm.program.as_deref().map(|program| escape(program).into_owned());
+    words.extend(version.or_else(program));
     let user = vm.user.as_deref().map(|user| format!(" of user {}", escape(user)));
-    words.push(format!("process {}{}", vm.pid, user.unwrap_or_default()));
+    words.push(match vm.pid {
+        Some(pid) => format!("process {pid}{}", user.unwrap_or_default()),
+        None if vm.monitors.iter().all(|m| m.state == State::Gone) => "not running".to_owned(),
+        None => "its process is not seen".to_owned(),
+    });
     if vm.libvirt {
         words.push("libvirt's".to_owned());
     }
@@ -109,8 +112,11 @@ fn monitor_lines(monitor: &MonitorReport, screen: Screen) -> String {
 fn advice_lines(vm: &VmReport, advice: &Advice) -> String {
     match advice {
         Advice::Qemu(option) => {
-            let what =
-                if vm.monitors.is_empty() { "start it with" } else { "or start it with one more" };
+            let what = if vm.monitors.is_empty() {
+                "start it with"
+            } else {
+                "start it with one more monitor"
+            };
             format!("  To attach devices, {what}:\n    {option}\n")
         }
         Advice::Libvirt(lines) => {
