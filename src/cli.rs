@@ -188,7 +188,7 @@ const VMS_HELP: &str = "A monitor's state:\n  \
     held         another client has it; a monitor serves one at a time\n  \
     silent       it accepts, and does not answer within two seconds\n  \
     stopped      QEMU's process is stopped, and answers nobody\n  \
-    gone         its socket was removed, or nobody listens on it\n  \
+    gone         there is no such socket, or nobody listens on it\n  \
     taken        another process listens on its path now\n  \
     forbidden    this user may not connect to it, or not see where it is\n  \
     unusable     no Unix socket that QEMU listens on: TCP, standard input";

@@ -133,7 +133,7 @@ fn print(text: &str) -> Result<(), Error> {
     print_more(text).map(drop)
 }
 
-/// As [`print`]; false if nobody reads any more.
+/// As [`print()`]; false if nobody reads any more.
 fn print_more(text: &str) -> Result<bool, Error> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

@@ -136,19 +136,18 @@ fn plugs_and_pulls_are_followed() {
     hardware.pull(&here);
     hardware.pull_all(std::slice::from_ref(&hub));
     for file in [&lines, &documents] {
-        wait_until("six lines", || fs::read_to_string(file).unwrap().lines().count() == 6);
+        wait_until("five lines", || fs::read_to_string(file).unwrap().lines().count() == 5);
     }
     let text = fs::read_to_string(lines).unwrap();
-    let mut words: Vec<(&str, &str)> = text
+    let words: Vec<(&str, &str)> = text
         .lines()
         .map(|line| line.split_whitespace())
         .map(|mut words| (words.next().unwrap(), words.next().unwrap()))
         .collect();
-    // The kernel tells of a hub before or after what is behind it.
-    words[4..].sort();
     let [hub, mouse, stick] = [&hub, &mouse, &here].map(|device| device.port.as_str());
     assert_eq!(words[..3], [("plugged", hub), ("plugged", mouse), ("pulled", stick)]);
-    assert_eq!(words[3].0, "pulled");
+    // udev may tell of the hub before or after what is behind it.
+    assert!(words[3..].contains(&("pulled", hub)) && words[3..].contains(&("pulled", mouse)));
     assert!(text.contains("QEMU USB HARDDRIVE"), "known from before: {text}");
     for line in fs::read_to_string(documents).unwrap().lines() {
         let document: Value = serde_json::from_str(line).unwrap();

@@ -213,7 +213,7 @@ async fn connect(socket: &Path, left: Duration) -> Result<Option<Vm>, qmp::Error
 
 fn failed(probe: &mut Probe, error: &qmp::Error) {
     let (state, note) = match &error.kind {
-        ErrorKind::NoSocket(_) => (State::Gone, "the socket was removed".to_owned()),
+        ErrorKind::NoSocket(_) => (State::Gone, "there is no such socket".to_owned()),
         ErrorKind::NobodyListens(_) => (State::Gone, "nobody listens on the socket".to_owned()),
         ErrorKind::Connect(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
             (State::Forbidden, "this user may not connect to it; root may".to_owned())
