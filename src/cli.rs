@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 /// Give a virtual machine a USB port, or a USB device, of this host.
 ///
@@ -24,6 +24,7 @@ pub struct Cli {
 
     /// The configuration, for names of VMs, for sync and for watch.
     #[arg(long, global = true, value_name = "FILE", default_value = "/etc/usb-qmp-hotplug.toml")]
+    #[arg(value_hint = ValueHint::FilePath)]
     pub config: PathBuf,
 
     /// Say less: only errors.
@@ -95,6 +96,27 @@ pub enum Command {
     /// Attaches and detaches as devices are plugged and pulled, and as VMs
     /// start and end. SIGHUP reads the configuration again.
     Watch,
+    /// Print the udev rule that gives a device, or a port, to a VM.
+    ///
+    /// The rule attaches what is plugged in and detaches it when it is pulled.
+    /// A port means both halves of a USB 3 socket, and a hub means everything
+    /// behind it. What is printed can be installed as it is.
+    #[command(after_help = "Whatever is plugged into one port:\n  \
+        usb-qmp-hotplug rule 1-1.2 --vm /run/vm.qmp\n\n\
+        Find the port by plugging something in, and install the rule:\n  \
+        usb-qmp-hotplug rule --learn --vm win11 --install")]
+    Rule(Rule),
+    /// Print the completion script of a shell.
+    #[command(after_help = "In this shell only:\n  \
+        source <(usb-qmp-hotplug completions bash)\n\n\
+        For good:\n  \
+        usb-qmp-hotplug completions bash > ~/.local/share/bash-completion/completions/usb-qmp-hotplug\n  \
+        usb-qmp-hotplug completions zsh > ~/.zfunc/_usb-qmp-hotplug   # a directory of $fpath\n  \
+        usb-qmp-hotplug completions fish > ~/.config/fish/completions/usb-qmp-hotplug.fish")]
+    Completions(Completions),
+    /// What can stand in place of the last word; for the completion scripts.
+    #[command(hide = true)]
+    Complete(Complete),
 }
 
 /// `inspect`
@@ -207,6 +229,80 @@ pub struct Sync {
     /// Print one JSON document.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `rule`
+#[derive(Debug, Args)]
+pub struct Rule {
+    /// As for attach; a hub means everything behind it, and a port may be
+    /// empty.
+    #[arg(required_unless_present = "learn", conflicts_with = "learn")]
+    pub device: Option<String>,
+
+    /// The VM's QMP socket, or its name.
+    #[arg(long)]
+    pub vm: String,
+
+    /// What the rule goes by.
+    #[arg(long, value_enum, default_value_t)]
+    pub by: By,
+
+    /// Wait until a device is plugged in, and take that.
+    #[arg(long)]
+    pub learn: bool,
+
+    /// How long to wait for it, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "60", requires = "learn")]
+    pub wait: String,
+
+    /// Print the configuration, for sync and watch, instead of a udev rule.
+    #[arg(long, conflicts_with = "install")]
+    pub toml: bool,
+
+    /// Write the rule to /etc/udev/rules.d, and have udev read it.
+    #[arg(long)]
+    pub install: bool,
+}
+
+/// `completions`
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell.
+    pub shell: Shell,
+}
+
+/// `complete`
+#[derive(Debug, Args)]
+pub struct Complete {
+    /// The shell that asks.
+    pub shell: Shell,
+
+    /// The words after the program's name, the last one unfinished.
+    #[arg(last = true)]
+    pub words: Vec<String>,
+}
+
+/// A shell with completion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Shell {
+    /// bash, 4.4 or newer.
+    Bash,
+    /// zsh.
+    Zsh,
+    /// fish.
+    Fish,
+}
+
+/// What a rule goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum By {
+    /// The port: whatever is plugged in there.
+    #[default]
+    Port,
+    /// Vendor and product id: every such device, at any port.
+    Product,
+    /// Vendor, product and serial number: that one device, at any port.
+    Serial,
 }
 
 /// How to attach.

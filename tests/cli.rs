@@ -38,7 +38,7 @@ fn subcommands() -> Vec<String> {
 #[test]
 fn every_command_has_help_on_standard_output() {
     let commands = subcommands();
-    for known in ["inspect", "attach", "detach", "udev", "sync", "watch", "help"] {
+    for known in ["inspect", "attach", "detach", "udev", "sync", "watch", "list", "vms", "help"] {
         assert!(commands.iter().any(|command| command == known), "{known}: {commands:?}");
     }
     let each = commands.iter().map(|command| vec![command.as_str(), "--help"]);

@@ -64,6 +64,7 @@ fn main() -> ExitCode {
         a_port_in_use_is_passed_over_for_the_next,
         a_failed_attach_leaves_no_descriptor_in_a_set,
         a_survey_finds_the_free_ports_of_all_controllers,
+        a_survey_finds_the_controller_of_the_board,
         only_devices_of_the_host_can_be_detached,
         a_removal_of_what_the_vm_does_not_have_is_nothing_to_do,
         a_closed_standard_output_is_no_failure,
@@ -448,6 +449,16 @@ fn a_survey_finds_the_free_ports_of_all_controllers() {
     assert_eq!(slow[0], "xhci.0 port 1");
     assert!(slow.contains(&"usb-bus.0 port 2".to_owned()), "{slow:?}");
     assert!(slow.contains(&"usb-bus.1 port 2".to_owned()), "{slow:?}");
+}
+
+fn a_survey_finds_the_controller_of_the_board() {
+    for board in ["-usb", "-machine usb=on", "-machine q35 -usb"] {
+        let qemu = Qemu::start(board);
+        let speed = Some("480".parse().unwrap());
+        let survey = qemu.talk(async |vm| vm.survey(&id(), speed, &Wish::default()).await);
+        let spots = survey.unwrap().spots.unwrap();
+        assert_eq!(spots[..2], [spot("usb-bus.0", "1"), spot("usb-bus.0", "2")], "{board}");
+    }
 }
 
 // detach and udev

@@ -1,10 +1,13 @@
 //! The commands, one file each: what it does, and how it shows the result.
 
 mod attach;
+mod complete;
+mod completions;
 mod detach;
 mod how;
 mod inspect;
 mod list;
+mod rule;
 mod screen;
 mod sync;
 mod udev;
@@ -43,7 +46,7 @@ impl Context {
     ///
     /// [`Error::Usage`].
     pub fn new(cli: &Cli) -> Result<Self, Error> {
-        let timeout = timeout(&cli.timeout)?;
+        let timeout = seconds("--timeout", &cli.timeout)?;
         let config = cli.config.clone();
         Ok(Context { host: Host::default(), timeout, config, quiet: cli.quiet })
     }
@@ -117,14 +120,18 @@ pub async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Vms(arguments) => vms::run(&context, arguments).await,
         Command::Sync(arguments) => sync::run(&context, arguments).await,
         Command::Watch => watch::run(&context).await,
+        Command::Rule(arguments) => rule::run(&context, arguments).await,
+        Command::Completions(arguments) => completions::run(arguments),
+        Command::Complete(arguments) => complete::run(&context, arguments).await,
     }
 }
 
-fn timeout(text: &str) -> Result<Duration, Error> {
+/// The time that an option names.
+fn seconds(option: &str, text: &str) -> Result<Duration, Error> {
     let seconds: Option<f64> = text.parse().ok().filter(|s| (0.001..=86_400.0).contains(s));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| {
         let text = escape(text);
-        Error::Usage(format!("--timeout {text}: give seconds, more than 0 and at most 86400"))
+        Error::Usage(format!("{option} {text}: give seconds, more than 0 and at most 86400"))
     })
 }
 

@@ -89,10 +89,12 @@ impl Host {
         let descriptors = fs::read_dir(self.path(format!("/proc/{pid}/fd"))).ok()?;
         let rdev = rustix::fs::makedev(USB_DEVICE_MAJOR, address.minor());
         // Following the link looks at the open file itself, in whatever mount
-        // namespace it was opened.
+        // namespace it was opened. A node that has no name any more is that of
+        // an earlier device, which had the same address.
         let found = descriptors
             .filter_map(|descriptor| fs::metadata(descriptor.ok()?.path()).ok())
-            .any(|file| file.file_type().is_char_device() && file.rdev() == rdev);
+            .filter(|file| file.file_type().is_char_device() && file.nlink() > 0)
+            .any(|file| file.rdev() == rdev);
         Some(found)
     }
 

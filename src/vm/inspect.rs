@@ -120,7 +120,11 @@ impl Vm {
         for (object, bus, port, host) in asked {
             let bus_path = self.answer_text(bus).await?;
             let on_usb = |c: &Controller| Some(&c.bus_path) == bus_path.as_ref();
-            let is_usb = object.driver == "usb-host" || controllers.iter().any(on_usb);
+            // A board may have a controller where nobody looked for it.
+            let bus = bus_path.as_deref().and_then(|path| path.rsplit('/').next());
+            let is_usb = object.driver == "usb-host"
+                || bus.is_some_and(|name| name.starts_with("usb-bus."))
+                || controllers.iter().any(on_usb);
             let asked_port = self.answer_text(port).await?.filter(|port| !port.is_empty());
             let mut address = None;
             if let Some((tickets, node)) = host {

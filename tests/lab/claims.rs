@@ -14,6 +14,7 @@ crate::tests![
     a_guest_of_an_isolated_qemu_boots_from_the_stick,
     two_monitors_of_one_vm_do_not_mix_devices_up,
     a_busy_or_stopped_monitor_hangs_nobody,
+    a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another,
 ];
 
 fn a_second_vm_is_kept_out_until_the_first_is_killed() {
@@ -101,7 +102,7 @@ fn a_busy_or_stopped_monitor_hangs_nobody() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
-    let attach = || run(["attach", "--timeout", "0.5", &vm.socket(), &stick.port]);
+    let attach = || tool::run_hastily(["attach", &vm.socket(), &stick.port]);
     let held = std::os::unix::net::UnixStream::connect(vm.socket()).unwrap();
     let refused = attach().exits(5);
     assert!(refused.stderr.contains("another client holds"), "{}", refused.stderr);
@@ -114,4 +115,19 @@ fn a_busy_or_stopped_monitor_hangs_nobody() {
     vm.loses_all();
     run(["attach", &vm.socket(), &stick.port]).succeeds();
     vm.gets(&[&stick]);
+}
+
+fn a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another() {
+    let mut hardware = Hardware::open();
+    let (first, second) = (Vm::new("first").start(), Vm::new("second").start());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    for _ in 0..3 {
+        run(["attach", &first.socket(), &stick.port]).succeeds();
+        first.gets(&[&stick]);
+        run(["attach", &second.socket(), &stick.port]).exits(7);
+        run(["detach", &first.socket(), &stick.port]).succeeds();
+        first.loses_all();
+    }
+    run(["attach", &second.socket(), &stick.port]).succeeds();
+    second.gets(&[&stick]);
 }

@@ -38,12 +38,15 @@ mod claims;
 mod controllers;
 mod hardware;
 mod inside;
+mod inspect;
 mod journal;
+mod leftovers;
 mod list;
 mod machine;
 mod outside;
 mod qmp;
 mod refused;
+mod rule;
 mod tool;
 mod udev;
 mod vm;
@@ -81,6 +84,9 @@ fn all_tests() -> impl Iterator<Item = Test> {
         controllers::TESTS,
         list::TESTS,
         vms::TESTS,
+        rule::TESTS,
+        inspect::TESTS,
+        leftovers::TESTS,
     ]
     .concat()
     .into_iter()
