@@ -213,7 +213,8 @@ const VMS_HELP: &str = "A monitor's state:\n  \
     gone         there is no such socket, or nobody listens on it\n  \
     taken        another process listens on its path now\n  \
     forbidden    this user may not connect to it, or not see where it is\n  \
-    unusable     no Unix socket that QEMU listens on: TCP, standard input";
+    unusable     no Unix socket that QEMU listens on: TCP, standard input\n  \
+    broken       it answers something that is not QMP, or an error";
 
 /// `sync`
 #[derive(Debug, Args)]
