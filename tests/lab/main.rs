@@ -35,6 +35,7 @@ mod attach;
 mod by_hand;
 mod by_udev_rule;
 mod claims;
+mod completions;
 mod controllers;
 mod hardware;
 mod inside;
@@ -79,6 +80,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         refused::TESTS,
         by_hand::TESTS,
         claims::TESTS,
+        completions::TESTS,
         controllers::TESTS,
         rule::TESTS,
         inspect::TESTS,
