@@ -43,6 +43,7 @@ mod inspect;
 mod journal;
 mod leftovers;
 mod machine;
+mod man;
 mod outside;
 mod qmp;
 mod refused;
@@ -84,6 +85,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         controllers::TESTS,
         rule::TESTS,
         inspect::TESTS,
+        man::TESTS,
         leftovers::TESTS,
     ]
     .concat()
