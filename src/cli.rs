@@ -114,6 +114,8 @@ pub enum Command {
         usb-qmp-hotplug completions zsh > ~/.zfunc/_usb-qmp-hotplug   # a directory of $fpath\n  \
         usb-qmp-hotplug completions fish > ~/.config/fish/completions/usb-qmp-hotplug.fish")]
     Completions(Completions),
+    /// Write the manual pages to a directory.
+    Man(Man),
     /// What can stand in place of the last word; for the completion scripts.
     #[command(hide = true)]
     Complete(Complete),
@@ -270,6 +272,14 @@ pub struct Rule {
 pub struct Completions {
     /// The shell.
     pub shell: Shell,
+}
+
+/// `man`
+#[derive(Debug, Args)]
+pub struct Man {
+    /// The directory; it is made if it is not there.
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub dir: PathBuf,
 }
 
 /// `complete`

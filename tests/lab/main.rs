@@ -35,6 +35,7 @@ mod attach;
 mod by_hand;
 mod by_udev_rule;
 mod claims;
+mod completions;
 mod controllers;
 mod hardware;
 mod inside;
@@ -43,6 +44,7 @@ mod journal;
 mod leftovers;
 mod list;
 mod machine;
+mod man;
 mod outside;
 mod qmp;
 mod refused;
@@ -81,11 +83,13 @@ fn all_tests() -> impl Iterator<Item = Test> {
         refused::TESTS,
         by_hand::TESTS,
         claims::TESTS,
+        completions::TESTS,
         controllers::TESTS,
         list::TESTS,
         vms::TESTS,
         rule::TESTS,
         inspect::TESTS,
+        man::TESTS,
         leftovers::TESTS,
     ]
     .concat()
