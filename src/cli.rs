@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 /// Give a virtual machine a USB port, or a USB device, of this host.
 ///
@@ -24,6 +24,7 @@ pub struct Cli {
 
     /// The configuration, for names of VMs, for sync and for watch.
     #[arg(long, global = true, value_name = "FILE", default_value = "/etc/usb-qmp-hotplug.toml")]
+    #[arg(value_hint = ValueHint::FilePath)]
     pub config: PathBuf,
 
     /// Say less: only errors.
@@ -71,11 +72,50 @@ pub enum Command {
     /// Attaches what belongs to a VM and is not in it, detaches what was left
     /// behind by devices that are gone, and leaves everything else alone.
     Sync(Sync),
+    /// Show this host's USB devices.
+    ///
+    /// As a tree by port, with what each is, what this host uses it for, which
+    /// VM has it, and which rule of the configuration is for it. TWIN is the
+    /// other half of a USB 3 socket: one socket is two ports. Lines are cut to
+    /// the terminal's width, or to 80 columns; --flat and --json cut nothing.
+    #[command(after_help = LIST_HELP)]
+    List(List),
+    /// Show the QEMU processes on this host, and their monitors.
+    ///
+    /// Whatever started them: they are looked for in /proc, and their monitors
+    /// on their command lines. A monitor is `free`, or held by another client,
+    /// or out of reach; a free one is asked how many USB ports are free. Where
+    /// no monitor is free, what to add to the VM is shown. Monitors that QEMU
+    /// reads from a file (-readconfig) are not seen, and another user's VMs
+    /// only as far as this user may.
+    #[command(after_help = VMS_HELP)]
+    Vms(Vms),
     /// Keep reality matching the configuration: the daemon.
     ///
     /// Attaches and detaches as devices are plugged and pulled, and as VMs
     /// start and end. SIGHUP reads the configuration again.
     Watch,
+    /// Print the udev rule that gives a device, or a port, to a VM.
+    ///
+    /// The rule attaches what is plugged in and detaches it when it is pulled.
+    /// A port means both halves of a USB 3 socket, and a hub means everything
+    /// behind it. What is printed can be installed as it is.
+    #[command(after_help = "Whatever is plugged into one port:\n  \
+        usb-qmp-hotplug rule 1-1.2 --vm /run/vm.qmp\n\n\
+        Find the port by plugging something in, and install the rule:\n  \
+        usb-qmp-hotplug rule --learn --vm win11 --install")]
+    Rule(Rule),
+    /// Print the completion script of a shell.
+    #[command(after_help = "In this shell only:\n  \
+        source <(usb-qmp-hotplug completions bash)\n\n\
+        For good:\n  \
+        usb-qmp-hotplug completions bash > ~/.local/share/bash-completion/completions/usb-qmp-hotplug\n  \
+        usb-qmp-hotplug completions zsh > ~/.zfunc/_usb-qmp-hotplug   # a directory of $fpath\n  \
+        usb-qmp-hotplug completions fish > ~/.config/fish/completions/usb-qmp-hotplug.fish")]
+    Completions(Completions),
+    /// What can stand in place of the last word; for the completion scripts.
+    #[command(hide = true)]
+    Complete(Complete),
 }
 
 /// `inspect`
@@ -135,6 +175,45 @@ pub struct Udev {
     pub how: How,
 }
 
+/// `list`
+#[derive(Debug, Args)]
+pub struct List {
+    /// One line a device, with tabs between the fields: for scripts.
+    #[arg(long, conflicts_with_all = ["json", "watch"])]
+    pub flat: bool,
+
+    /// Print one JSON document; with --watch, one a line.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Follow plugs and pulls, one line each, until interrupted.
+    #[arg(short, long)]
+    pub watch: bool,
+}
+
+const LIST_HELP: &str = "The fields of --flat, `-` where there is nothing to say: port, \
+    bus:device, vendor:product, Mb/s, drivers, name, serial, use by this host, holder, rule, twin.\n\n\
+    Which ports have mass storage?\n  \
+    usb-qmp-hotplug list --flat | awk -F'\\t' '$5 == \"usb-storage\" { print $1 }'";
+
+/// `vms`
+#[derive(Debug, Args)]
+pub struct Vms {
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+}
+
+const VMS_HELP: &str = "A monitor's state:\n  \
+    free         it answers, and takes commands\n  \
+    held         another client has it; a monitor serves one at a time\n  \
+    silent       it accepts, and does not answer within two seconds\n  \
+    stopped      QEMU's process is stopped, and answers nobody\n  \
+    gone         its socket was removed, or nobody listens on it\n  \
+    taken        another process listens on its path now\n  \
+    forbidden    this user may not connect to it, or not see where it is\n  \
+    unusable     no Unix socket that QEMU listens on: TCP, standard input";
+
 /// `sync`
 #[derive(Debug, Args)]
 pub struct Sync {
@@ -149,6 +228,80 @@ pub struct Sync {
     /// Print one JSON document.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `rule`
+#[derive(Debug, Args)]
+pub struct Rule {
+    /// As for attach; a hub means everything behind it, and a port may be
+    /// empty.
+    #[arg(required_unless_present = "learn", conflicts_with = "learn")]
+    pub device: Option<String>,
+
+    /// The VM's QMP socket, or its name.
+    #[arg(long)]
+    pub vm: String,
+
+    /// What the rule goes by.
+    #[arg(long, value_enum, default_value_t)]
+    pub by: By,
+
+    /// Wait until a device is plugged in, and take that.
+    #[arg(long)]
+    pub learn: bool,
+
+    /// How long to wait for it, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "60", requires = "learn")]
+    pub wait: String,
+
+    /// Print the configuration, for sync and watch, instead of a udev rule.
+    #[arg(long, conflicts_with = "install")]
+    pub toml: bool,
+
+    /// Write the rule to /etc/udev/rules.d, and have udev read it.
+    #[arg(long)]
+    pub install: bool,
+}
+
+/// `completions`
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell.
+    pub shell: Shell,
+}
+
+/// `complete`
+#[derive(Debug, Args)]
+pub struct Complete {
+    /// The shell that asks.
+    pub shell: Shell,
+
+    /// The words after the program's name, the last one unfinished.
+    #[arg(last = true)]
+    pub words: Vec<String>,
+}
+
+/// A shell with completion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Shell {
+    /// bash, 4.4 or newer.
+    Bash,
+    /// zsh.
+    Zsh,
+    /// fish.
+    Fish,
+}
+
+/// What a rule goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum By {
+    /// The port: whatever is plugged in there.
+    #[default]
+    Port,
+    /// Vendor and product id: every such device, at any port.
+    Product,
+    /// Vendor, product and serial number: that one device, at any port.
+    Serial,
 }
 
 /// How to attach.

@@ -62,6 +62,25 @@ pub enum Error {
         /// The reason.
         source: std::io::Error,
     },
+    /// Nothing was plugged in while there was time.
+    #[error("nothing was plugged in within {0} s; --wait SECONDS waits longer")]
+    NothingCame(u64),
+    /// A rule of udev could not be installed.
+    #[error("cannot install {}; --install needs root", escape(&.path.to_string_lossy()))]
+    Install {
+        /// The rule's file.
+        path: std::path::PathBuf,
+        /// The reason.
+        source: std::io::Error,
+    },
+    /// udev does not take a rule.
+    #[error("{} is not installed, udevadm says: {complaint}", escape(&.path.to_string_lossy()))]
+    BadRule {
+        /// The rule's file.
+        path: std::path::PathBuf,
+        /// What udevadm said.
+        complaint: String,
+    },
     /// Several things failed, each reported already.
     #[error("{} of {of} failed", .errors.len())]
     Several {
@@ -91,7 +110,7 @@ impl Error {
             Error::NoVm(_) => 4,
             Error::Host(host::Error::Ambiguous { .. }) => 2,
             Error::Host(host::Error::NoDevice(_) | host::Error::Gone(_)) => 3,
-            Error::NotInVm { .. } => 3,
+            Error::NotInVm { .. } | Error::NothingCame(_) => 3,
             Error::Qmp(error) => match error.kind {
                 ErrorKind::NoSocket(_) | ErrorKind::NotASocket | ErrorKind::NobodyListens(_) => 4,
                 ErrorKind::NoGreeting { .. } | ErrorKind::NoReply { .. } => 5,
@@ -103,6 +122,7 @@ impl Error {
             Error::Host(host::Error::RootHub(_)) => 7,
             Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
             Error::Host(_) | Error::Write { .. } | Error::Setup { .. } => 1,
+            Error::Install { .. } | Error::BadRule { .. } => 1,
             Error::Several { errors, .. } => errors.iter().map(Error::exit_code).max().unwrap_or(1),
         }
     }

@@ -5,10 +5,16 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use usb_qmp_hotplug::cli::{Cli, Command};
+use usb_qmp_hotplug::text::escape;
 use usb_qmp_hotplug::{Error, command, log};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        // clap repeats what it does not understand, and a terminal would obey
+        // it: the second time it gets it escaped.
+        let shown = std::env::args_os().map(|word| escape(&word.to_string_lossy()).into_owned());
+        Cli::try_parse_from(shown).err().unwrap_or(error).exit()
+    });
     let in_background = matches!(cli.command, Command::Udev(_) | Command::Watch);
     log::start(in_background, cli.quiet, cli.verbose);
     let done = tokio::runtime::Builder::new_current_thread()
@@ -20,7 +26,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            command::report(&error);
+            command::report(&error, in_background);
             ExitCode::from(error.exit_code())
         }
     }

@@ -86,9 +86,15 @@ pub async fn attach(
     }
     let options = &options.properties;
     let attachment = Attachment { id: &id, address: device.address, options };
-    let spot = vm.attach(&attachment, &access, &spots).await?;
+    let attached = vm.attach(&attachment, &access, &spots).await;
     drop(claims);
-    Ok(Attached::There(spot))
+    let refused = matches!(&attached, Err(Error::Qmp(error)) if error.refusal().is_some());
+    if let (true, Access::Descriptor(node)) = (refused, &access) {
+        // QEMU may keep a copy open that it could not use (QEMU,
+        // hw/usb/host-libusb.c, `usb_host_realize`); that must claim nothing.
+        host::unlock(node);
+    }
+    Ok(Attached::There(attached?))
 }
 
 /// Whether the VM's QEMU holds the node. An id with the right address is not

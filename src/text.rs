@@ -41,6 +41,38 @@ fn hidden(c: char) -> bool {
             | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
+/// The text, or what of its beginning fits so many columns of a terminal, with
+/// `…` for the rest.
+///
+/// # Examples
+///
+/// ```
+/// use usb_qmp_hotplug::text::fit;
+/// assert_eq!(fit("Tablet", 6), "Tablet");
+/// assert_eq!(fit("Tablet", 4), "Tab…");
+/// assert_eq!(fit("日本語", 4), "日…");
+/// ```
+pub fn fit(text: &str, columns: usize) -> Cow<'_, str> {
+    // No character is so wide, and none so long, that this takes from what fits.
+    let bounded = text.char_indices().nth(columns.saturating_mul(4) + 64);
+    if bounded.is_none() && text.width() <= columns {
+        return Cow::Borrowed(text);
+    }
+    if columns == 0 {
+        return Cow::Borrowed("");
+    }
+    let mut end = 0;
+    for (start, c) in text.char_indices() {
+        let next = start + c.len_utf8();
+        // The width of a text is not the sum of its characters': some join.
+        match text.get(..next) {
+            Some(beginning) if beginning.width() < columns => end = next,
+            _ => break,
+        }
+    }
+    Cow::Owned(format!("{}…", text.get(..end).unwrap_or_default()))
+}
+
 /// Rows as lines of aligned columns, two blanks apart; the last column is not
 /// padded. The cells must be escaped already.
 pub fn table(rows: &[Vec<String>]) -> String {
@@ -144,7 +176,28 @@ mod tests {
         assert_eq!(nearest(&"a".repeat(65), [&*"a".repeat(64)]), None);
     }
 
+    #[test]
+    fn what_does_not_fit_is_cut_by_what_a_terminal_shows() {
+        for (text, columns, shown) in [
+            ("", 0, ""),
+            ("abc", 0, ""),
+            ("abc", 1, "…"),
+            ("日本", 4, "日本"),
+            ("日本", 3, "日…"),
+            ("日本", 2, "…"),
+            ("e\u{301}e\u{301}e\u{301}", 2, "e\u{301}…"),
+        ] {
+            assert_eq!(fit(text, columns), shown, "{text} in {columns}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn any_text_fits(text in any::<String>(), columns in 0usize..99) {
+            let text = escape(&text);
+            prop_assert!(fit(&text, columns).width() <= columns);
+        }
+
         #[test]
         fn any_two_words_can_be_compared(word in any::<String>(), other in any::<String>()) {
             let _ = nearest(&word, [&*other]);

@@ -352,7 +352,7 @@ async fn without_a_reply_the_error_says_how_to_wait_longer() {
 #[tokio::test]
 async fn a_peer_that_never_stops_talking_gets_no_more_time() {
     let start = Instant::now();
-    let (session, peer) = session(Duration::from_millis(200), |mut peer| {
+    let (session, peer) = session(Duration::from_secs(1), |mut peer| {
         begin(&mut peer);
         let until = Instant::now() + ENOUGH;
         while peer.write("{\"event\": \"NOISE\"}\r\n") && Instant::now() < until {
@@ -369,7 +369,7 @@ async fn a_peer_that_never_stops_talking_gets_no_more_time() {
 #[tokio::test]
 async fn a_peer_that_does_not_read_gets_no_more_time_than_one_that_does_not_answer() {
     let (done, finished) = std::sync::mpsc::channel::<()>();
-    let (session, peer) = session(Duration::from_millis(200), move |mut peer| {
+    let (session, peer) = session(Duration::from_secs(1), move |mut peer| {
         peer.greet([10, 0, 2]);
         let _ = finished.recv();
     })

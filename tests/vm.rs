@@ -22,6 +22,7 @@ use std::time::Duration;
 use peer::{Command, Peer};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
+use tokio::task::JoinSet;
 use usb_qmp_hotplug::Error;
 use usb_qmp_hotplug::error::chain;
 use usb_qmp_hotplug::guest::{Spot, Wish};
@@ -342,15 +343,22 @@ async fn a_refused_descriptor_is_the_error_and_leaves_the_vm_usable() {
 
 // Time, and the end.
 
+/// Time enough to connect and to begin, on a busy machine too.
+const SHORT: Duration = Duration::from_secs(1);
+
 #[tokio::test]
 async fn a_qemu_that_falls_silent_in_an_attach_did_not_answer_in_time() {
+    let mut cases = JoinSet::new();
     for from in ["add-fd", "device_add", "remove-fd"] {
-        let qemu = Qemu { silent_from: Some(from), ..Qemu::default() };
-        let (mut vm, served, _directory) = vm(qemu, Duration::from_millis(200)).await;
-        let error = attach_descriptor(&mut vm, &["1", "2"]).await.unwrap_err();
-        assert_eq!(error.exit_code(), 5, "{from}: {}", chain(&error));
-        end(vm, served);
+        cases.spawn(async move {
+            let qemu = Qemu { silent_from: Some(from), ..Qemu::default() };
+            let (mut vm, served, _directory) = vm(qemu, SHORT).await;
+            let error = attach_descriptor(&mut vm, &["1", "2"]).await.unwrap_err();
+            assert_eq!(error.exit_code(), 5, "{from}: {}", chain(&error));
+            end(vm, served);
+        });
     }
+    cases.join_all().await;
 }
 
 #[tokio::test]
@@ -364,14 +372,18 @@ async fn a_qemu_that_dies_in_an_attach_is_a_lost_connection() {
 
 #[tokio::test]
 async fn a_qemu_that_falls_silent_in_an_inspect_did_not_answer_in_time() {
+    let mut cases = JoinSet::new();
     for from in ["qmp_capabilities", "query-status", "query-name", "qom-list", "qom-get"] {
-        let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
-        let qemu = Qemu { silent_from: Some(from), ..qemu };
-        let (mut vm, served, _directory) = vm(qemu, Duration::from_millis(200)).await;
-        let error = vm.inspect().await.unwrap_err();
-        assert!(matches!(error.kind, ErrorKind::NoReply { .. }), "{from}: {error:?}");
-        end(vm, served);
+        cases.spawn(async move {
+            let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
+            let qemu = Qemu { silent_from: Some(from), ..qemu };
+            let (mut vm, served, _directory) = vm(qemu, SHORT).await;
+            let error = vm.inspect().await.unwrap_err();
+            assert!(matches!(error.kind, ErrorKind::NoReply { .. }), "{from}: {error:?}");
+            end(vm, served);
+        });
     }
+    cases.join_all().await;
 }
 
 #[tokio::test]
@@ -409,7 +421,7 @@ impl Machine {
         machine.write("sys/bus/usb/devices/1-1.2/uevent", uevent);
         machine.write("sys/bus/usb/devices/1-1.2/speed", "480\n");
         let node = machine.write("dev/bus/usb/001/037", "");
-        fs::set_permissions(node, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(node, fs::Permissions::from_mode(0o000)).unwrap();
         obey_permissions();
         machine
     }

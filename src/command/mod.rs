@@ -1,11 +1,17 @@
 //! The commands, one file each: what it does, and how it shows the result.
 
 mod attach;
+mod complete;
+mod completions;
 mod detach;
 mod how;
 mod inspect;
+mod list;
+mod rule;
+mod screen;
 mod sync;
 mod udev;
+mod vms;
 mod watch;
 
 use std::io::Write;
@@ -40,7 +46,7 @@ impl Context {
     ///
     /// [`Error::Usage`].
     pub fn new(cli: &Cli) -> Result<Self, Error> {
-        let timeout = timeout(&cli.timeout)?;
+        let timeout = seconds("--timeout", &cli.timeout)?;
         let config = cli.config.clone();
         Ok(Context { host: Host::default(), timeout, config, quiet: cli.quiet })
     }
@@ -50,20 +56,36 @@ impl Context {
         Ok(Config::read(&self.config)?)
     }
 
+    /// Reads the configuration; one that is not there is empty.
+    fn config_if_there(&self) -> Result<Config, Error> {
+        match self.config() {
+            Err(Error::Config(config::Error::Io { source, .. }))
+                if source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                Ok(Config::default())
+            }
+            config => config,
+        }
+    }
+
+    /// Reads the configuration for what can do without: a bad one is told and
+    /// counts as empty, and so is one that was named and is not there.
+    fn config_or_none(&self) -> Config {
+        let is_default = self.config == std::path::Path::new(config::DEFAULT_PATH);
+        let config = if is_default { self.config_if_there() } else { self.config() };
+        config.unwrap_or_else(|error| {
+            warn!("going on without a configuration: {}", chain(&error));
+            Config::default()
+        })
+    }
+
     /// The socket of a VM: a path, which has a `/`, or a name of the
     /// configuration, which is only read for that.
     fn socket(&self, vm: &str) -> Result<PathBuf, Error> {
         if vm.contains('/') {
             return Ok(PathBuf::from(vm));
         }
-        let config = match self.config() {
-            Err(Error::Config(config::Error::Io { source, .. }))
-                if source.kind() == std::io::ErrorKind::NotFound =>
-            {
-                Config::default()
-            }
-            config => config?,
-        };
+        let config = self.config_if_there()?;
         if let Some(socket) = config.socket(vm) {
             return Ok(socket.to_owned());
         }
@@ -94,25 +116,37 @@ pub async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Attach(arguments) => attach::run(&context, arguments).await,
         Command::Detach(arguments) => detach::run(&context, arguments).await,
         Command::Udev(arguments) => udev::run(&context, arguments).await,
+        Command::List(arguments) => list::run(&context, arguments).await,
+        Command::Vms(arguments) => vms::run(&context, arguments).await,
         Command::Sync(arguments) => sync::run(&context, arguments).await,
         Command::Watch => watch::run(&context).await,
+        Command::Rule(arguments) => rule::run(&context, arguments).await,
+        Command::Completions(arguments) => completions::run(arguments),
+        Command::Complete(arguments) => complete::run(&context, arguments).await,
     }
 }
 
-fn timeout(text: &str) -> Result<Duration, Error> {
+/// The time that an option names.
+fn seconds(option: &str, text: &str) -> Result<Duration, Error> {
     let seconds: Option<f64> = text.parse().ok().filter(|s| (0.001..=86_400.0).contains(s));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| {
         let text = escape(text);
-        Error::Usage(format!("--timeout {text}: give seconds, more than 0 and at most 86400"))
+        Error::Usage(format!("{option} {text}: give seconds, more than 0 and at most 86400"))
     })
 }
 
 /// Writes to standard output. Whoever closes the pipe has seen enough.
 fn print(text: &str) -> Result<(), Error> {
+    print_more(text).map(drop)
+}
+
+/// As [`print()`]; false if nobody reads any more.
+fn print_more(text: &str) -> Result<bool, Error> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        done => done.map_err(|source| Error::Write { what: "standard output", source }),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(source) => Err(Error::Write { what: "standard output", source }),
     }
 }
 
@@ -125,13 +159,13 @@ fn json(document: &impl serde::Serialize) -> Result<String, Error> {
 
 /// Reports an error to the log. A hub that udev met is no failure: a rule for
 /// all that is behind a hub meets the hubs there, too.
-pub fn report(error: &Error) {
+pub fn report(error: &Error, in_background: bool) {
     match error {
         Error::Several { errors, .. } => {
-            errors.iter().for_each(report);
+            errors.iter().for_each(|error| report(error, in_background));
             error!("{error}");
         }
-        Error::Hub(_) => warn!("{error}"),
+        Error::Hub(_) if in_background => warn!("{error}"),
         _ => error!("{}", chain(error)),
     }
 }

@@ -14,8 +14,8 @@ use crate::usb::Port;
 /// include/uapi/linux/un.h).
 const MAX_SOCKET: usize = 107;
 
-/// The longest port on a guest's bus, in bytes (QEMU, hw/usb.h, `USBPort.path`,
-/// less its end).
+/// The longest port on a guest's bus, in bytes (QEMU, include/hw/usb.h,
+/// `USBPort.path`, less its end).
 const MAX_GUEST_PORT: usize = 15;
 
 /// The longest name of a VM or a bus, in bytes.

@@ -45,9 +45,13 @@ pub enum UsedBy {
 
 impl fmt::Display for Use {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let disk = escape(&self.disk);
-        write!(f, "{}: the host uses its disk: {disk} is ", self.port)?;
-        match &self.by {
+        write!(f, "{}: the host uses its disk: {} is {}", self.port, escape(&self.disk), self.by)
+    }
+}
+
+impl fmt::Display for UsedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
             UsedBy::Mount(place) => write!(f, "mounted on {}", escape(place)),
             UsedBy::Swap => write!(f, "swap space"),
             UsedBy::Holder(holder) => write!(f, "part of {}", escape(holder)),
@@ -107,6 +111,20 @@ impl Host {
             }
         }
         Ok(Claims(claims))
+    }
+
+    /// What the host uses of the disks of the device at a port, as far as the
+    /// tables of mounts, swap space and holders say. Opens no disk.
+    pub fn uses(&self, port: &Port) -> Vec<Use> {
+        let disks = self.disks(port).into_iter();
+        let parts = disks.flat_map(|disk| std::iter::once(disk.directory).chain(disk.partitions));
+        let in_use = |part: PathBuf| {
+            let by = self.used_by(&part)?;
+            Some(Use { port: port.clone(), disk: name(&part), by })
+        };
+        let mut uses: Vec<Use> = parts.filter_map(in_use).collect();
+        uses.sort_by(|a, b| a.disk.cmp(&b.disk));
+        uses
     }
 
     /// The disks of the device at a port.
@@ -253,6 +271,12 @@ mod tests {
         let root = tree();
         fs::write(root.path().join("proc/self/mountinfo"), TABLE).unwrap();
         assert_eq!(used(root.path()), Some(UsedBy::Mount("/media/my stick".into())));
+        let uses = Host::at(root.path()).uses(&"1-1".parse().unwrap());
+        assert_eq!(uses.len(), 1);
+        assert_eq!(
+            (&*uses[0].disk, &*uses[0].by.to_string()),
+            ("sdb1", "mounted on /media/my stick")
+        );
 
         let root = tree();
         let swaps =

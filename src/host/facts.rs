@@ -1,6 +1,7 @@
 //! What a rule may ask about a device beyond its ids.
 
 use std::fs;
+use std::path::PathBuf;
 
 use super::{Host, read_if_there};
 use crate::usb::Port;
@@ -8,21 +9,9 @@ use crate::usb::Port;
 impl Host {
     /// The other half of a physical USB 3 socket: the kernel has one port on a
     /// USB 2 bus and one on a USB 3 bus, and a link between the two (Linux,
-    /// Documentation/ABI/testing/sysfs-bus-usb, `peer`).
+    /// drivers/usb/core/port.c, `link_peers`).
     pub fn twin(&self, port: &Port) -> Option<Port> {
-        let last = port.last();
-        // A hub's ports lie below its only interface.
-        let (hub, link) = match port.hub() {
-            Some(hub) => {
-                (self.directory(&hub).join(format!("{hub}:1.0")), format!("{hub}-port{last}"))
-            }
-            None => {
-                let bus = port.bus();
-                let root = self.path(format!("/sys/bus/usb/devices/usb{bus}/{bus}-0:1.0"));
-                (root, format!("usb{bus}-port{last}"))
-            }
-        };
-        let target = fs::read_link(hub.join(link).join("peer")).ok()?;
+        let target = fs::read_link(self.socket(port).join("peer")).ok()?;
         let (hub, last) = target.file_name()?.to_str()?.split_once("-port")?;
         match hub.strip_prefix("usb") {
             Some(bus) => format!("{bus}-{last}").parse().ok(),
@@ -30,14 +19,49 @@ impl Host {
         }
     }
 
+    /// Whether there is such a port, empty or not; `None` if its hub is not
+    /// there, or the kernel does not say.
+    pub fn has_port(&self, port: &Port) -> Option<bool> {
+        let socket = self.socket(port);
+        socket.parent()?.is_dir().then(|| socket.is_dir())
+    }
+
+    /// The directory of a port itself, which is there without a device, too. A
+    /// hub's ports lie below its only interface.
+    fn socket(&self, port: &Port) -> PathBuf {
+        let last = port.last();
+        match port.hub() {
+            Some(hub) => self.directory(&hub).join(format!("{hub}:1.0/{hub}-port{last}")),
+            None => {
+                let bus = port.bus();
+                let root = format!("/sys/bus/usb/devices/usb{bus}/{bus}-0:1.0");
+                self.path(root).join(format!("usb{bus}-port{last}"))
+            }
+        }
+    }
+
     /// The class codes of the device at a port and of its interfaces.
     pub fn classes(&self, port: &Port) -> Vec<u8> {
         let device = self.directory(port).join("bDeviceClass");
         let interfaces = self.interfaces(port).into_iter().map(|i| i.join("bInterfaceClass"));
-        let code = |path: std::path::PathBuf| {
-            u8::from_str_radix(read_if_there(&path).ok()??.trim(), 16).ok()
-        };
+        let code = |path: PathBuf| u8::from_str_radix(read_if_there(&path).ok()??.trim(), 16).ok();
         std::iter::once(device).chain(interfaces).filter_map(code).collect()
+    }
+
+    /// The drivers that the interfaces of the device at a port have, each once;
+    /// `usbfs` is a program that has claimed one (a QEMU, say).
+    pub fn drivers(&self, port: &Port) -> Vec<String> {
+        let mut interfaces = self.interfaces(port);
+        interfaces.sort();
+        let mut drivers: Vec<String> = Vec::new();
+        for interface in interfaces {
+            let Ok(link) = fs::read_link(interface.join("driver")) else { continue };
+            let driver = link.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if !drivers.contains(&driver) {
+                drivers.push(driver);
+            }
+        }
+        drivers
     }
 
     /// A property that udev knows of the device at a port.
@@ -68,6 +92,8 @@ mod tests {
         assert_eq!(twin("1-3").as_deref(), Some("2-1"));
         assert_eq!(twin("1-1.2").as_deref(), Some("2-4.2"));
         assert_eq!(twin("1-2"), None);
+        let has = |port: &str| host.has_port(&port.parse().unwrap());
+        assert_eq!([has("1-3"), has("1-4"), has("1-2.1")], [Some(true), Some(false), None]);
     }
 
     #[test]

@@ -1,13 +1,18 @@
 //! The edge to the host: its USB devices as sysfs shows them. Everything is
 //! read below a root directory, so that tests can bring their own.
 //!
-//! Linux documents the attributes in Documentation/ABI/stable/sysfs-bus-usb.
+//! Linux documents the attributes in Documentation/ABI/testing/sysfs-bus-usb.
 
+mod absent;
+mod bus;
+pub mod cmdline;
 mod disk;
 mod facts;
 mod holder;
 mod node;
+mod process;
 mod release;
+mod socket;
 
 use std::fs;
 use std::io;
@@ -15,9 +20,13 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-pub use disk::{Claims, Use};
+pub use absent::Absent;
+pub use bus::Bus;
+pub use disk::{Claims, Use, UsedBy};
 pub use holder::Holder;
-pub use node::Node;
+pub use node::{Node, unlock};
+pub use process::Qemu;
+pub use socket::{Reach, UnixSockets};
 
 use crate::text::escape;
 use crate::usb::{self, Address, Device, ParseError, Port, Selector, Speed, VendorProduct};
@@ -58,8 +67,8 @@ pub enum Error {
         name: &'static str,
     },
     /// No device is what was asked for.
-    #[error("no USB device at {0} on this host; `lsusb -t` shows what is plugged in")]
-    NoDevice(Selector),
+    #[error("no USB device at {0}")]
+    NoDevice(Absent),
     /// The device was unplugged in the meantime.
     #[error("the device at {0} is gone; plug it in again")]
     Gone(Address),
@@ -194,7 +203,7 @@ impl Host {
     /// [`Error::NoDevice`], [`Error::Ambiguous`], [`Error::RootHub`], or what
     /// reading sysfs met.
     pub fn find(&self, selector: &Selector) -> Result<Device, Error> {
-        let none = || Error::NoDevice(selector.clone());
+        let none = || Error::NoDevice(self.absent(selector));
         let port = match selector {
             Selector::Port(port) => Some(port.clone()),
             Selector::Id(id) => id.port(),
@@ -217,7 +226,7 @@ impl Host {
         if devices.len() > 1 {
             return Err(Error::Ambiguous { selector: selector.clone(), devices });
         }
-        devices.pop().ok_or_else(|| Error::NoDevice(selector.clone()))
+        devices.pop().ok_or_else(|| Error::NoDevice(self.absent(selector)))
     }
 
     /// The port of the device at an address, through the kernel's index of

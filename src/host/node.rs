@@ -23,6 +23,12 @@ pub enum Node {
     NotPermitted,
 }
 
+/// Gives up the claim on a node, for every copy of the descriptor.
+pub fn unlock(node: &OwnedFd) {
+    // Nothing can be done if this fails, and it has no reason to.
+    let _ = flock(node, FlockOperation::Unlock);
+}
+
 impl Host {
     /// Opens the node of the device at an address, and locks it.
     ///

@@ -266,7 +266,7 @@ impl Session {
                 break reply;
             }
             match self.message().await? {
-                // Ours, and not answered before.
+                // To a command that was sent.
                 Message::Reply { id, reply } if id < self.next_id => {
                     self.replies.insert(id, reply);
                 }

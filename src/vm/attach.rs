@@ -168,7 +168,8 @@ impl Vm {
         })?;
         // The removal is on its way before the addition is answered: whatever
         // becomes of it or of us, no descriptor stays in the set. The device
-        // keeps a copy of its own.
+        // keeps a copy of its own. (Before QEMU 9.1, those of a paused VM stay
+        // until it runs: monitor/fds.c, `monitor_fdset_cleanup`.)
         let removed = match added {
             Some(_) => Some(self.session.send(&remove_fd { fdset_id, fd: None })?),
             None => None,

@@ -1,11 +1,17 @@
 //! What a VM really has.
 
-use qapi::qmp::{qom_list_types, query_name, query_status};
+use qapi::qmp::{query_name, query_status};
 
 use super::{Object, Vm};
 use crate::guest::{Controller, UsbLine, parse_info_usb};
 use crate::qmp::{Error, ErrorKind, Version};
 use crate::usb::{Address, Speed};
+
+/// Where QEMU keeps the devices of its user; the machine's own are elsewhere.
+const USERS_DEVICES: &str = "/machine/peripheral";
+
+/// What QEMU's hub says it is (QEMU, hw/usb/dev-hub.c).
+const HUB_PRODUCT: &str = "QEMU USB Hub";
 
 /// A VM's USB.
 #[derive(Debug)]
@@ -20,6 +26,19 @@ pub struct Inventory {
     pub controllers: Vec<Controller>,
     /// The devices, by bus and port.
     pub devices: Vec<GuestDevice>,
+}
+
+impl Inventory {
+    /// How many ports of a controller have nothing plugged in. What is behind
+    /// a hub takes none.
+    pub fn free_ports(&self, controller: &Controller) -> u32 {
+        let on_it = |device: &&GuestDevice| {
+            device.bus.as_ref() == Some(&controller.bus)
+                && device.port.as_ref().is_none_or(|port| !port.contains('.'))
+        };
+        let taken = u32::try_from(self.devices.iter().filter(on_it).count()).unwrap_or(u32::MAX);
+        controller.ports().saturating_sub(taken)
+    }
 }
 
 /// A USB device in a VM.
@@ -68,8 +87,6 @@ impl Vm {
     pub async fn inspect(&mut self) -> Result<Inventory, Error> {
         let status = self.session.send(&query_status {})?;
         let name = self.session.send(&query_name {})?;
-        let implements = Some("usb-device".to_owned());
-        let types = self.session.send(&qom_list_types { implements, abstract_: None })?;
         let objects = self.ask_objects()?;
         let info = self.ask_info_usb()?;
 
@@ -80,14 +97,15 @@ impl Vm {
         };
         let status = status.and_then(|s| serde_json::to_value(s.status).ok());
         let name = self.answer(name).await?.and_then(|name| name.name);
-        let types = self.answer(types).await?.unwrap_or_default();
         let objects = self.answer_objects(objects).await?;
         let lines = parse_info_usb(&self.answer(info).await?.unwrap_or_default());
 
         let controllers = self.ask_controllers(&objects)?;
-        let is_usb = |object: &Object| types.iter().any(|t| t.name == object.driver);
+        // A device is USB when its bus is. The types would tell, too, but to
+        // list them QEMU loads all of its modules, and QEMU 10.0 aborts when a
+        // package upgrade has replaced them under it (util/module.c).
         let mut asked = Vec::new();
-        for object in objects.into_iter().filter(is_usb) {
+        for object in objects {
             let bus = self.ask(&object.path, "parent_bus")?;
             let port = self.ask(&object.path, "port")?;
             let host = if object.driver == "usb-host" {
@@ -101,6 +119,12 @@ impl Vm {
         let mut facts = Vec::new();
         for (object, bus, port, host) in asked {
             let bus_path = self.answer_text(bus).await?;
+            let on_usb = |c: &Controller| Some(&c.bus_path) == bus_path.as_ref();
+            // A board may have a controller where nobody looked for it.
+            let bus = bus_path.as_deref().and_then(|path| path.rsplit('/').next());
+            let is_usb = object.driver == "usb-host"
+                || bus.is_some_and(|name| name.starts_with("usb-bus."))
+                || controllers.iter().any(on_usb);
             let asked_port = self.answer_text(port).await?.filter(|port| !port.is_empty());
             let mut address = None;
             if let Some((tickets, node)) = host {
@@ -108,7 +132,9 @@ impl Vm {
                 let node = self.answer_text(node).await?;
                 address = address.or_else(|| address_of_node(&node?));
             }
-            facts.push(Facts { object, bus_path, asked_port, address });
+            if is_usb {
+                facts.push(Facts { object, bus_path, asked_port, address });
+            }
         }
         let version = self.session.version();
         let devices = join(facts, &lines);
@@ -126,8 +152,11 @@ fn address_of_node(node: &str) -> Option<Address> {
 /// Joins what QOM says with the lines of `info usb`.
 fn join(mut facts: Vec<Facts>, lines: &[UsbLine]) -> Vec<GuestDevice> {
     // QEMU numbers its own names for devices without id in the order of their
-    // creation, which is also the order of the text's lines.
-    facts.sort_by_cached_key(|fact| natural(&fact.object.path));
+    // creation, which is also the order of the text's lines. Those that come
+    // with the machine are created before those of the user.
+    facts.sort_by_cached_key(|fact| {
+        (fact.object.path.starts_with(USERS_DEVICES), natural(&fact.object.path))
+    });
     let mut line_of: Vec<Option<&UsbLine>> = facts.iter().map(|fact| by_id(fact, lines)).collect();
 
     // The devices without id, bus by bus: where as many are left as lines,
@@ -150,18 +179,26 @@ fn join(mut facts: Vec<Facts>, lines: &[UsbLine]) -> Vec<GuestDevice> {
             Some(number) => line.bus == number,
             None => unknown == 1 && !taken.contains(&line.bus),
         };
-        let its_lines: Vec<&UsbLine> = left.iter().filter(on_this_bus).copied().collect();
-        let without: Vec<usize> = facts
-            .iter()
-            .zip(&line_of)
-            .enumerate()
-            .filter(|(_, (fact, line))| {
-                fact.bus_path == path && fact.object.id.is_none() && line.is_none()
-            })
-            .map(|(i, _)| i)
-            .collect();
-        if its_lines.len() == without.len() {
-            for (i, line) in without.into_iter().zip(its_lines) {
+        // Hubs apart from the rest: QEMU adds one wherever it runs out of ports.
+        for hubs in [true, false] {
+            let is_hub = |line: &&&UsbLine| (line.product(None) == Some(HUB_PRODUCT)) == hubs;
+            let its_lines = left.iter().filter(on_this_bus).filter(is_hub).copied();
+            let without = facts.iter().enumerate().zip(&line_of).filter(|((_, fact), line)| {
+                let is_hub = fact.object.driver == "usb-hub";
+                fact.bus_path == path
+                    && fact.object.id.is_none()
+                    && line.is_none()
+                    && is_hub == hubs
+            });
+            let without: Vec<(usize, &Facts)> = without.map(|(fact, _)| fact).collect();
+            let its_lines: Vec<&UsbLine> = its_lines.collect();
+            let asked_elsewhere = without.iter().zip(&its_lines).any(|((_, fact), line)| {
+                fact.asked_port.as_ref().is_some_and(|port| *port != line.port)
+            });
+            if its_lines.len() != without.len() || asked_elsewhere {
+                continue;
+            }
+            for ((i, _), line) in without.into_iter().zip(its_lines) {
                 if let Some(slot) = line_of.get_mut(i) {
                     *slot = Some(line);
                 }

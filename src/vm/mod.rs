@@ -25,6 +25,10 @@ use crate::usb::{Address, DeviceId};
 const CONTAINERS: [&str; 3] =
     ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"];
 
+/// What holds the USB controller of a `pc` machine as a part of itself, since
+/// QEMU 8.2 (QEMU, hw/isa/piix.c).
+const SOUTH_BRIDGES: [&str; 2] = ["PIIX3", "piix4-isa"];
+
 /// EHCI controllers have six ports (QEMU, hw/usb/hcd-ehci.h, `EHCI_PORTS`).
 const EHCI_PORTS: u32 = 6;
 
@@ -192,6 +196,11 @@ impl Vm {
                 let Some(driver) = child_type(&property.type_) else { continue };
                 let id = (container == "/machine/peripheral").then(|| property.name.clone());
                 let path = format!("{container}/{}", property.name);
+                if SOUTH_BRIDGES.contains(&driver) {
+                    // If it is not there, what is asked about it is refused.
+                    let (path, driver) = (format!("{path}/uhci"), "uhci".to_owned());
+                    objects.push(Object { path, driver, id: None });
+                }
                 objects.push(Object { path, driver: driver.to_owned(), id });
             }
         }

@@ -34,13 +34,18 @@
 mod attach;
 mod by_hand;
 mod by_udev_rule;
+mod claims;
+mod controllers;
 mod hardware;
 mod inside;
+mod inspect;
 mod journal;
+mod leftovers;
 mod machine;
 mod outside;
 mod qmp;
 mod refused;
+mod rule;
 mod tool;
 mod udev;
 mod vm;
@@ -67,10 +72,21 @@ macro_rules! tests {
 use tests;
 
 fn all_tests() -> impl Iterator<Item = Test> {
-    [machine::TESTS, by_udev_rule::TESTS, attach::TESTS, refused::TESTS, by_hand::TESTS]
-        .concat()
-        .into_iter()
-        .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
+    [
+        machine::TESTS,
+        by_udev_rule::TESTS,
+        attach::TESTS,
+        refused::TESTS,
+        by_hand::TESTS,
+        claims::TESTS,
+        controllers::TESTS,
+        rule::TESTS,
+        inspect::TESTS,
+        leftovers::TESTS,
+    ]
+    .concat()
+    .into_iter()
+    .map(|test| Test { name: test.name.trim_start_matches("lab::"), ..test })
 }
 
 fn main() -> ExitCode {

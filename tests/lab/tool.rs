@@ -6,9 +6,12 @@ use std::process::{Command, Output};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_usb-qmp-hotplug");
 
+/// Instead of the program's own, which are for real machines that are not busy with other tests.
+const SECONDS: &str = "30";
+
 /// A rule that runs the program at the events of what matches.
 pub fn rule(matches: &str, vm: &Vm) -> String {
-    let run = format!("'{PROGRAM}' udev {}", vm.socket());
+    let run = format!("'{PROGRAM}' --timeout {SECONDS} udev {}", vm.socket());
     format!(
         "SUBSYSTEM==\"usb\", ENV{{DEVTYPE}}==\"usb_device\", ACTION==\"add|remove\", {matches}, RUN+=\"{run}\"\n"
     )
@@ -30,16 +33,6 @@ where
     run_with::<_, _, [(&str, &str); 0]>(arguments, [])
 }
 
-/// As the user and group 65534, who may not open device nodes.
-pub fn run_as_nobody<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
-    // Not everybody may enter the directory it was built in.
-    const COPY: &str = "/run/usb-qmp-hotplug";
-    std::fs::copy(PROGRAM, COPY).expect("space below /run");
-    let mut command = Command::new("setpriv");
-    command.args("--reuid 65534 --regid 65534 --clear-groups --inh-caps=-all".split(' '));
-    outcome(command.arg(COPY).args(arguments))
-}
-
 /// With these environment variables besides.
 pub fn run_with<'a, I, S, E>(arguments: I, environment: E) -> Outcome
 where
@@ -47,7 +40,22 @@ where
     S: AsRef<OsStr>,
     E: IntoIterator<Item = (&'static str, &'a str)>,
 {
-    outcome(Command::new(PROGRAM).args(arguments).envs(environment))
+    outcome(Command::new(PROGRAM).args(["--timeout", SECONDS]).args(arguments).envs(environment))
+}
+
+/// With so little time that it is over soon.
+pub fn run_hastily<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+    outcome(Command::new(PROGRAM).args(["--timeout", "0.5"]).args(arguments))
+}
+
+/// As the user and group 65534, who may not open device nodes.
+pub fn run_as_nobody<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+    // Not everybody may enter the directory it was built in.
+    const COPY: &str = "/run/usb-qmp-hotplug";
+    std::fs::copy(PROGRAM, COPY).expect("space below /run");
+    let mut command = Command::new("setpriv");
+    command.args("--reuid 65534 --regid 65534 --clear-groups --inh-caps=-all".split(' '));
+    outcome(command.args([COPY, "--timeout", SECONDS]).args(arguments))
 }
 
 fn outcome(command: &mut Command) -> Outcome {

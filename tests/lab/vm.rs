@@ -154,16 +154,14 @@ impl Vm {
             .collect()
     }
 
-    /// The ids of the devices that were added to the VM by hand or by the program under test.
+    /// The ids of the host devices in the VM.
     pub fn ids(&self) -> Vec<String> {
         let children = self.qmp("qom-list", json!({"path": "/machine/peripheral"}));
         let mut ids: Vec<String> = children
             .as_array()
             .unwrap()
             .iter()
-            .filter(|child| {
-                child["type"].as_str().is_some_and(|kind| kind.starts_with("child<usb-"))
-            })
+            .filter(|child| child["type"] == "child<usb-host>")
             .map(|child| child["name"].as_str().unwrap().to_owned())
             .collect();
         ids.sort();

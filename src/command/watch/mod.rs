@@ -2,7 +2,7 @@
 //! gives each VM's keeper its work. Between events it holds no monitor and
 //! does nothing at all.
 
-mod events;
+pub(super) mod events;
 mod keeper;
 mod readable;
 mod shared;

@@ -1,0 +1,141 @@
+//! `complete SHELL -- WORDS`, hidden: what can stand in place of the last word.
+//! One candidate a line, a tab, and what it is; or nothing, a tab, and `files`
+//! or `directories` where the shell knows better. The scripts in
+//! contrib/completions read it.
+
+mod bash;
+mod line;
+mod values;
+
+use std::time::Duration;
+
+use clap::{Arg, CommandFactory, ValueHint};
+
+use super::{Context, print};
+use crate::cli::{Cli, Complete, Shell};
+use crate::error::Error;
+use crate::text::escape;
+use line::{Expected, Line};
+
+/// How long a VM may take to say what it has. A person is waiting.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The longest description, in characters.
+const LONGEST_HELP: usize = 50;
+
+/// What can be typed, and what it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Candidate {
+    value: String,
+    help: String,
+}
+
+impl Candidate {
+    fn new(value: impl Into<String>, help: impl Into<String>) -> Self {
+        Candidate { value: value.into(), help: help.into() }
+    }
+}
+
+/// What the shell is told.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Answer {
+    candidates: Vec<Candidate>,
+    /// What the shell is to complete itself.
+    files: Option<&'static str>,
+}
+
+/// Prints what can stand in place of the last word. Where nothing is known,
+/// nothing is said.
+pub async fn run(context: &Context, arguments: &Complete) -> Result<(), Error> {
+    let (words, hidden) = match arguments.shell {
+        Shell::Bash => bash::words(&arguments.words),
+        Shell::Zsh | Shell::Fish => (arguments.words.clone(), String::new()),
+    };
+    let mut root = Cli::command();
+    root.build();
+    let Some(line) = Line::read(&root, &words) else { return Ok(()) };
+    let answer = answer(context, &line).await;
+    let mut text = String::new();
+    for Candidate { value, help } in &answer.candidates {
+        // What cannot be shown, or looks like more than one, cannot be chosen.
+        if !value.starts_with(&line.current) || escape(value) != value.as_str() {
+            continue;
+        }
+        let Some(value) = value.strip_prefix(&hidden) else { continue };
+        let help: String = escape(help).chars().take(LONGEST_HELP).collect();
+        text += &format!("{value}\t{help}\n");
+    }
+    if let Some(files) = answer.files {
+        text += &format!("\t{files}\n");
+    }
+    print(&text)
+}
+
+async fn answer(context: &Context, line: &Line<'_>) -> Answer {
+    match &line.expected {
+        Expected::Command(command) => {
+            let commands = command.get_subcommands().filter(|command| !command.is_hide_set());
+            let candidates = commands.map(|c| Candidate::new(c.get_name(), first(c.get_about())));
+            Answer { candidates: candidates.collect(), files: None }
+        }
+        Expected::Option(command) => {
+            let options = command.get_arguments().filter(|option| !option.is_hide_set());
+            let option = |option: &Arg| {
+                Some(Candidate::new(format!("--{}", option.get_long()?), first(option.get_help())))
+            };
+            Answer { candidates: options.filter_map(option).collect(), files: None }
+        }
+        Expected::Value(option, before) => {
+            let mut answer = of_value(context, line, option).await;
+            for candidate in &mut answer.candidates {
+                candidate.value.insert_str(0, before);
+            }
+            answer
+        }
+        Expected::Nothing => Answer::default(),
+    }
+}
+
+async fn of_value(context: &Context, line: &Line<'_>, argument: &Arg) -> Answer {
+    let possible = argument.get_possible_values();
+    if !possible.is_empty() {
+        let candidate = |value: &clap::builder::PossibleValue| {
+            Candidate::new(value.get_name(), first(value.get_help()))
+        };
+        return Answer { candidates: possible.iter().map(candidate).collect(), files: None };
+    }
+    let context = Context {
+        host: context.host.clone(),
+        timeout: context.timeout.min(PATIENCE),
+        config: line.given("config").map_or_else(|| context.config.clone(), Into::into),
+        quiet: context.quiet,
+    };
+    let candidates = match (argument.get_id().as_str(), line.command.get_name()) {
+        ("vm" | "vms", _) => {
+            let vms = values::vms(&context);
+            let is_path = line.typed().contains('/') || line.typed().starts_with(['.', '~']);
+            let files = (is_path || vms.is_empty()).then_some("files");
+            let candidates = if is_path && !line.typed().starts_with('/') { vec![] } else { vms };
+            return Answer { candidates, files };
+        }
+        ("devices", "detach") => match line.given("vm") {
+            Some(vm) => values::in_vm(&context, vm).await,
+            None => Vec::new(),
+        },
+        ("devices", _) => values::devices(&context, line.typed(), false),
+        ("device", _) => values::devices(&context, line.typed(), true),
+        _ => Vec::new(),
+    };
+    let files = match argument.get_value_hint() {
+        ValueHint::FilePath => Some("files"),
+        ValueHint::DirPath => Some("directories"),
+        _ => None,
+    };
+    Answer { candidates, files }
+}
+
+/// The first line of a help text.
+fn first(help: Option<&clap::builder::StyledStr>) -> String {
+    let help = help.map(ToString::to_string).unwrap_or_default();
+    help.lines().next().unwrap_or_default().trim_end_matches('.').to_owned()
+}

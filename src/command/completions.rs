@@ -1,0 +1,15 @@
+//! `completions SHELL`: the script that completes command lines there. It asks
+//! the program itself, with the hidden command `complete`.
+
+use super::print;
+use crate::cli::{Completions, Shell};
+use crate::error::Error;
+
+/// Prints the script.
+pub fn run(arguments: &Completions) -> Result<(), Error> {
+    print(match arguments.shell {
+        Shell::Bash => include_str!("../../contrib/completions/usb-qmp-hotplug.bash"),
+        Shell::Zsh => include_str!("../../contrib/completions/_usb-qmp-hotplug"),
+        Shell::Fish => include_str!("../../contrib/completions/usb-qmp-hotplug.fish"),
+    })
+}

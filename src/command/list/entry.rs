@@ -1,0 +1,198 @@
+//! What is known of one device.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::host::{Bus, Holder, Host, UsedBy};
+use crate::rule::{self, Action};
+use crate::rulebook::Rulebook;
+use crate::text::escape;
+use crate::usb::{Address, Device, Port, Speed};
+
+/// The driver of an interface that a program has claimed (Linux,
+/// drivers/usb/core/devio.c, `usbfs_driver`).
+const CLAIMED: &str = "usbfs";
+
+/// A device in the JSON document.
+#[derive(Debug, Clone, Serialize)]
+pub struct Entry {
+    pub port: Port,
+    /// The other half of the same USB 3 socket.
+    pub twin: Option<Port>,
+    pub hub: bool,
+    pub bus: u16,
+    pub address: u8,
+    pub vendor: String,
+    pub product: String,
+    pub vendor_name: Option<String>,
+    pub product_name: Option<String>,
+    pub serial: Option<String>,
+    pub speed_mbps: Option<Speed>,
+    pub drivers: Vec<String>,
+    pub in_use: Vec<UseReport>,
+    /// Whether a program has it, even one that this user may not see.
+    pub held: bool,
+    pub held_by: Vec<HolderReport>,
+    pub rule: Option<RuleReport>,
+}
+
+/// A disk in use.
+#[derive(Debug, Clone, Serialize)]
+pub struct UseReport {
+    pub disk: String,
+    /// `mount`, `swap`, `holder` or `unknown`.
+    pub by: &'static str,
+    /// Where it is mounted, or of what it is a part.
+    pub what: Option<String>,
+    #[serde(skip)]
+    text: String,
+}
+
+/// A process that has the device's node open.
+#[derive(Debug, Clone, Serialize)]
+pub struct HolderReport {
+    pub pid: i32,
+    pub vm: Option<String>,
+    pub program: String,
+    #[serde(skip)]
+    text: String,
+}
+
+impl From<Holder> for HolderReport {
+    fn from(holder: Holder) -> Self {
+        let text = holder.to_string();
+        HolderReport { pid: holder.pid, vm: holder.vm, program: holder.program, text }
+    }
+}
+
+/// The rule that decides.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RuleReport {
+    /// The line it begins on.
+    pub line: usize,
+    /// Whether the device stays with the host.
+    pub deny: bool,
+    /// The VM it belongs to.
+    pub vm: Option<String>,
+}
+
+impl From<&rule::Rule> for RuleReport {
+    fn from(rule: &rule::Rule) -> Self {
+        let vm = match &rule.action {
+            Action::Attach(target) => Some(target.vm.clone()),
+            Action::Deny => None,
+        };
+        RuleReport { line: rule.line, deny: vm.is_none(), vm }
+    }
+}
+
+impl fmt::Display for RuleReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.vm {
+            Some(vm) => write!(f, "for VM {} by line {}", escape(vm), self.line),
+            None => write!(f, "denied by line {}", self.line),
+        }
+    }
+}
+
+/// A bus in the JSON document.
+#[derive(Debug, Clone, Serialize)]
+pub struct BusReport {
+    pub bus: u16,
+    pub speed_mbps: Option<Speed>,
+    pub ports: Option<u32>,
+    pub controller: String,
+}
+
+impl From<Bus> for BusReport {
+    fn from(bus: Bus) -> Self {
+        let Bus { number, speed, ports, controller } = bus;
+        BusReport { bus: number, speed_mbps: speed, ports, controller }
+    }
+}
+
+impl Entry {
+    /// Reads what there is to know of a device.
+    pub fn of(host: &Host, rulebook: &Rulebook, device: &Device, holders: Vec<Holder>) -> Self {
+        let port = &device.port;
+        let strings = host.strings(port);
+        let own = |text: Option<String>| {
+            let text = text?.trim().to_owned();
+            (!text.is_empty()).then_some(text)
+        };
+        // The hardware database knows many that say nothing of themselves
+        // (hwdb(7), usb.ids).
+        let name = |text, property| own(text).or_else(|| own(host.property(port, property)));
+        let drivers = host.drivers(port);
+        // A hub stays with the host, whatever a rule says.
+        let rule = if device.is_hub() { None } else { rulebook.decision(host, device) };
+        Entry {
+            port: port.clone(),
+            twin: host.twin(port),
+            hub: device.is_hub(),
+            bus: device.address.bus,
+            address: device.address.device,
+            vendor: format!("{:04x}", device.id.vendor),
+            product: format!("{:04x}", device.id.product),
+            vendor_name: name(strings.manufacturer, "ID_VENDOR_FROM_DATABASE"),
+            product_name: name(strings.product, "ID_MODEL_FROM_DATABASE"),
+            serial: own(strings.serial),
+            speed_mbps: host.speed(port),
+            in_use: if device.is_hub() { Vec::new() } else { uses(host, port) },
+            held: !holders.is_empty() || drivers.iter().any(|driver| driver == CLAIMED),
+            held_by: holders.into_iter().map(HolderReport::from).collect(),
+            rule: rule.map(|(_, rule)| rule.into()),
+            drivers,
+        }
+    }
+
+    /// The maker's and the product's name; makers repeat theirs in the
+    /// product's, often enough.
+    pub fn name(&self) -> Option<String> {
+        match (&self.vendor_name, &self.product_name) {
+            (Some(vendor), Some(product)) if product.starts_with(vendor) => Some(product.clone()),
+            (Some(vendor), Some(product)) => Some(format!("{vendor} {product}")),
+            (vendor, product) => product.clone().or_else(|| vendor.clone()),
+        }
+    }
+
+    /// `1:37`
+    pub fn at(&self) -> String {
+        Address { bus: self.bus, device: self.address }.to_string()
+    }
+
+    /// `152d:2338`
+    pub fn id(&self) -> String {
+        format!("{}:{}", self.vendor, self.product)
+    }
+
+    /// `sda1 is mounted on /mnt`
+    pub fn uses(&self) -> Vec<String> {
+        self.in_use.iter().map(|used| used.text.clone()).collect()
+    }
+
+    /// `VM win11 (process 1234)`
+    pub fn held_text(&self) -> Option<String> {
+        let holders: Vec<&str> = self.held_by.iter().map(|holder| holder.text.as_str()).collect();
+        match holders.as_slice() {
+            [] if self.held => Some("a process that this user may not see".to_owned()),
+            [] => None,
+            some => Some(some.join(", ")),
+        }
+    }
+}
+
+fn uses(host: &Host, port: &Port) -> Vec<UseReport> {
+    let report = |used: crate::host::Use| {
+        let text = format!("{} is {}", escape(&used.disk), used.by);
+        let (by, what) = match used.by {
+            UsedBy::Mount(place) => ("mount", Some(place)),
+            UsedBy::Swap => ("swap", None),
+            UsedBy::Holder(holder) => ("holder", Some(holder)),
+            UsedBy::Unknown => ("unknown", None),
+        };
+        UseReport { disk: used.disk, by, what, text }
+    };
+    host.uses(port).into_iter().map(report).collect()
+}

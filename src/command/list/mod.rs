@@ -1,0 +1,79 @@
+//! `list`: the host's USB devices, what each is, and who has it.
+
+mod entry;
+mod follow;
+mod tree;
+
+use serde::Serialize;
+
+use super::screen::Screen;
+use super::{Context, json, print};
+use crate::cli::List;
+use crate::error::Error;
+use crate::host::Host;
+use crate::rulebook::Rulebook;
+use crate::text::escape;
+use entry::{BusReport, Entry};
+
+/// The JSON document.
+#[derive(Debug, Serialize)]
+struct Report {
+    buses: Vec<BusReport>,
+    devices: Vec<Entry>,
+}
+
+/// Shows what is plugged in, and follows what happens to it if asked to.
+pub async fn run(context: &Context, arguments: &List) -> Result<(), Error> {
+    let rulebook = Rulebook::new(context.config_or_none());
+    if arguments.watch {
+        return follow::run(context, &rulebook, arguments.json).await;
+    }
+    let report = report(&context.host, &rulebook)?;
+    if arguments.json {
+        return print(&json(&report)?);
+    }
+    if report.devices.is_empty() {
+        tracing::info!("no USB device is plugged in");
+        return Ok(());
+    }
+    if arguments.flat {
+        return print(&report.devices.iter().map(flat).collect::<String>());
+    }
+    print(&tree::shown(&report, Screen::of_stdout()))
+}
+
+fn report(host: &Host, rulebook: &Rulebook) -> Result<Report, Error> {
+    let mut holders = host.all_holders();
+    let devices = host.devices()?.into_iter().map(|device| {
+        let holders = holders.remove(&device.address).unwrap_or_default();
+        Entry::of(host, rulebook, &device, holders)
+    });
+    let devices: Vec<Entry> = devices.collect();
+    let mut numbers: Vec<u16> = devices.iter().map(|entry| entry.bus).collect();
+    numbers.dedup();
+    let buses = numbers.into_iter().map(|number| host.bus(number).into()).collect();
+    Ok(Report { buses, devices })
+}
+
+/// A device as a line of fields with tabs between them. The order is part of
+/// the contract; more may follow at the end.
+fn flat(entry: &Entry) -> String {
+    let or_dash = |text: Option<String>| match text {
+        Some(text) if !text.is_empty() => escape(&text).into_owned(),
+        _ => "-".to_owned(),
+    };
+    let fields = [
+        entry.port.to_string(),
+        entry.at(),
+        entry.id(),
+        or_dash(entry.speed_mbps.map(|speed| speed.to_string())),
+        or_dash(Some(entry.drivers.join(","))),
+        or_dash(entry.name()),
+        or_dash(entry.serial.clone()),
+        or_dash(Some(entry.uses().join(", "))),
+        or_dash(entry.held_text()),
+        or_dash(entry.rule.as_ref().map(ToString::to_string)),
+        or_dash(entry.twin.as_ref().map(ToString::to_string)),
+    ];
+    fields.join("\t") + "\n"
+}

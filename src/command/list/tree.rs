@@ -1,0 +1,234 @@
+//! The devices as a tree by port, for people. Pure.
+
+use unicode_width::UnicodeWidthStr;
+
+use super::Report;
+use super::entry::{BusReport, Entry};
+use crate::command::screen::{Line, Screen, Style};
+use crate::text::escape;
+use crate::usb::Port;
+
+/// The least that must be left for names; else other columns are left out.
+const LEAST_FOR_NAMES: usize = 16;
+
+/// Blanks between two columns.
+const GAP: usize = 2;
+
+/// A column before the names.
+struct Column {
+    title: &'static str,
+    style: Style,
+    cells: Vec<String>,
+}
+
+impl Column {
+    fn new(title: &'static str, style: Style, cells: impl Iterator<Item = String>) -> Self {
+        Column { title, style, cells: cells.collect() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.cells.iter().all(String::is_empty)
+    }
+
+    fn width(&self) -> usize {
+        let cells = self.cells.iter().map(|cell| cell.width());
+        cells.chain([self.title.width()]).max().unwrap_or(0)
+    }
+}
+
+/// The whole tree.
+pub fn shown(report: &Report, screen: Screen) -> String {
+    let entries = &report.devices;
+    let guides = guides(&entries.iter().map(|entry| &entry.port).collect::<Vec<_>>());
+    let ports = guides.iter().zip(entries).map(|(guide, e)| guide.own.width() + width(&e.port));
+    let ports = ports.max().unwrap_or(0);
+    let columns = columns(entries, ports, screen.columns);
+
+    let mut header = Line::default();
+    header.add(Style::Dim, "PORT");
+    let mut start = ports + GAP;
+    for column in &columns {
+        header.pad_to(start).add(Style::Dim, column.title);
+        start += column.width() + GAP;
+    }
+    header.pad_to(start).add(Style::Dim, "NAME");
+    let mut text = header.shown(screen);
+
+    let mut bus = None;
+    for (row, (entry, guide)) in entries.iter().zip(&guides).enumerate() {
+        if bus != Some(entry.bus) {
+            bus = Some(entry.bus);
+            text += &report
+                .buses
+                .iter()
+                .find(|b| b.bus == entry.bus)
+                .map_or_else(String::new, |b| bus_line(b).shown(screen));
+        }
+        let mut line = Line::default();
+        let style = if entry.hub { Style::Plain } else { Style::Bold };
+        line.add(Style::Dim, &guide.own).add(style, entry.port.to_string());
+        let mut start = ports + GAP;
+        for column in &columns {
+            let cell = column.cells.get(row).cloned().unwrap_or_default();
+            line.pad_to(start).add(column.style, cell);
+            start += column.width() + GAP;
+        }
+        let name = entry.name().unwrap_or_else(|| "(no name)".to_owned());
+        let style = if entry.hub { Style::Dim } else { Style::Plain };
+        line.pad_to(start).add(style, escape(&name));
+        text += &line.shown(screen);
+        text += &details(entry, guide).map(|line| line.shown(screen)).unwrap_or_default();
+    }
+    text
+}
+
+fn width(port: &Port) -> usize {
+    port.to_string().width()
+}
+
+/// The columns that leave room for names: the twin's goes first, then the
+/// driver's and the speed's.
+fn columns(entries: &[Entry], ports: usize, screen: usize) -> Vec<Column> {
+    let cells = entries.iter();
+    let optional = |port: &Option<Port>| port.as_ref().map(ToString::to_string).unwrap_or_default();
+    let twins = Column::new("TWIN", Style::Dim, cells.clone().map(|e| optional(&e.twin)));
+    let speed = |e: &Entry| e.speed_mbps.map(|speed| speed.to_string()).unwrap_or_default();
+    let drivers = |e: &Entry| escape(&e.drivers.join(",")).into_owned();
+    let mut columns = vec![
+        twins,
+        Column::new("DEVICE", Style::Plain, cells.clone().map(Entry::at)),
+        Column::new("ID", Style::Plain, cells.clone().map(Entry::id)),
+        Column::new("Mb/s", Style::Dim, cells.clone().map(speed)),
+        Column::new("DRIVER", Style::Dim, cells.map(drivers)),
+    ];
+    columns.retain(|column| !column.is_empty());
+    for title in ["TWIN", "DRIVER", "Mb/s"] {
+        let taken: usize = columns.iter().map(|column| column.width() + GAP).sum();
+        if ports + GAP + taken + LEAST_FOR_NAMES > screen {
+            columns.retain(|column| column.title != title);
+        }
+    }
+    columns
+}
+
+fn bus_line(bus: &BusReport) -> Line {
+    let mut line = Line::default();
+    let mut words = Vec::new();
+    words.extend(bus.speed_mbps.map(|speed| format!("{speed} Mb/s")));
+    words.extend(
+        bus.ports.map(|ports| format!("{ports} port{}", if ports == 1 { "" } else { "s" })),
+    );
+    words.push(escape(&bus.controller).into_owned());
+    words.retain(|word| !word.is_empty());
+    line.add(Style::Plain, format!("bus {}", bus.bus));
+    line.add(Style::Dim, format!("  {}", words.join(", ")));
+    line
+}
+
+/// What there is to say of a device besides, on a line of its own.
+fn details(entry: &Entry, guide: &Guide) -> Option<Line> {
+    let mut words: Vec<(Style, String)> = Vec::new();
+    if let Some(serial) = &entry.serial {
+        words.push((Style::Dim, format!("serial {}", escape(serial))));
+    }
+    words.extend(entry.uses().into_iter().map(|used| (Style::Busy, used)));
+    if let Some(holder) = entry.held_text() {
+        let in_vm = entry.held_by.iter().any(|holder| holder.vm.is_some());
+        let style = if in_vm { Style::Good } else { Style::Busy };
+        words.push((
+            style,
+            if in_vm { format!("in {holder}") } else { format!("held by {holder}") },
+        ));
+    }
+    if let Some(rule) = &entry.rule {
+        let style = if rule.deny { Style::Bad } else { Style::Rule };
+        words.push((style, rule.to_string()));
+    }
+    // A hub's serial is of no use to anybody.
+    if words.is_empty() || (entry.hub && words.len() == 1 && entry.serial.is_some()) {
+        return None;
+    }
+    let mut line = Line::default();
+    line.add(Style::Dim, &guide.below);
+    for (place, (style, word)) in words.into_iter().enumerate() {
+        if place > 0 {
+            line.add(Style::Dim, "; ");
+        }
+        line.add(style, word);
+    }
+    Some(line)
+}
+
+/// The lines that lead to a port.
+#[derive(Debug, PartialEq, Eq)]
+struct Guide {
+    /// Before its name.
+    own: String,
+    /// Before what else is said of it.
+    below: String,
+}
+
+/// The guides of ports in their order, where each hub comes before what is
+/// plugged into it.
+fn guides(ports: &[&Port]) -> Vec<Guide> {
+    let depth = |port: &Port| std::iter::successors(port.hub(), Port::hub).count();
+    let guide = |(row, port): (usize, &&Port)| {
+        let rest = ports.get(row + 1..).unwrap_or_default();
+        // Whether something follows on the same hub as this port or the hub
+        // that leads to it.
+        let follows = |level: usize| {
+            let mut rest = rest.iter().take_while(|next| next.bus() == port.bus());
+            rest.find(|next| depth(next) <= level).is_some_and(|next| depth(next) == level)
+        };
+        let above: String =
+            (0..depth(port)).map(|level| if follows(level) { "│ " } else { "  " }).collect();
+        let (own, side) = if follows(depth(port)) { ("├ ", "│ ") } else { ("└ ", "  ") };
+        let has_more = rest.first().is_some_and(|next| next.hub().as_ref() == Some(*port));
+        let down = if has_more { "│ " } else { "  " };
+        Guide { own: format!("{above}{own}"), below: format!("{above}{side}{down}") }
+    };
+    ports.iter().enumerate().map(guide).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ports(names: &[&str]) -> Vec<Port> {
+        names.iter().map(|name| name.parse().unwrap()).collect()
+    }
+
+    fn drawn(names: &[&str]) -> Vec<String> {
+        let ports = ports(names);
+        let guides = guides(&ports.iter().collect::<Vec<_>>());
+        ports.iter().zip(guides).map(|(port, guide)| format!("{}{port}", guide.own)).collect()
+    }
+
+    #[test]
+    fn ports_hang_on_their_hubs() {
+        assert_eq!(
+            drawn(&["1-1", "1-1.2", "1-1.2.1", "1-1.4", "1-3", "2-1", "2-1.1"]),
+            ["├ 1-1", "│ ├ 1-1.2", "│ │ └ 1-1.2.1", "│ └ 1-1.4", "└ 1-3", "└ 2-1", "  └ 2-1.1",]
+        );
+    }
+
+    #[test]
+    fn what_is_said_below_a_port_keeps_the_tree_together() {
+        let ports = ports(&["1-1", "1-1.2", "1-3"]);
+        let guides = guides(&ports.iter().collect::<Vec<_>>());
+        let below: Vec<&str> = guides.iter().map(|guide| guide.below.as_str()).collect();
+        assert_eq!(below, ["│ │ ", "│     ", "    "]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_ports_can_be_drawn(
+            mut names in proptest::collection::vec("[1-3]-[1-3](\\.[1-3]){0,3}", 0..20),
+        ) {
+            names.sort();
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            prop_assert_eq!(drawn(&names).len(), names.len());
+        }
+    }
+}

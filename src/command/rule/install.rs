@@ -1,0 +1,133 @@
+//! `--install`: the rule where udev reads it.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tracing::warn;
+
+use super::Context;
+use super::udev::comment;
+use super::what::What;
+use crate::error::Error;
+use crate::text::escape;
+
+/// Where an administrator's rules are (udev(7)).
+const RULES: &str = "/etc/udev/rules.d";
+
+/// The first systemd whose udevadm checks rules.
+const VERIFY_SINCE: u32 = 254;
+
+/// Writes the rule, checks it, and has udev read it.
+pub fn install(context: &Context, what: &What, vm: &str, rule: &str) -> Result<(), Error> {
+    let path = Path::new(RULES).join(file_name(what, vm));
+    let before = present(&path, &comment(what, vm))?;
+    write(&path, rule).map_err(|source| cannot(&path, source))?;
+    if let Err(complaint) = verified(&path) {
+        // udev never reads what it did not take.
+        let undone = match &before {
+            Some(before) => write(&path, before),
+            None => fs::remove_file(&path),
+        };
+        undone.map_err(|source| cannot(&path, source))?;
+        return Err(Error::BadRule { path, complaint });
+    }
+    let shown = path.display();
+    let had = if before.as_deref() == Some(rule) { "had been written before" } else { "written" };
+    context.say(format_args!("{shown}: {had}"))?;
+    if !reload() {
+        warn!("udev could not be told; `udevadm control --reload` tells it, or the next boot");
+    }
+    warn_of_others();
+    context.say(format_args!("to undo: rm {shown} && udevadm control --reload"))
+}
+
+/// After 50-udev-default, and so that the file says what it is for.
+fn file_name(what: &What, vm: &str) -> String {
+    let stem = Path::new(vm).file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
+    let name = if vm.contains('/') { &stem } else { vm };
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let name: String = name.chars().take(64).map(plain).collect();
+    format!("90-usb-qmp-hotplug-{name}-{}.rules", what.label())
+}
+
+/// What the file holds now. Only what this command wrote for the same VM and
+/// device may be replaced.
+fn present(path: &Path, first_line: &str) -> Result<Option<String>, Error> {
+    match fs::read_to_string(path) {
+        Ok(text) if text.starts_with(first_line) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !path.is_symlink() => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(cannot(path, error)),
+        _ => Err(Error::Usage(format!(
+            "{} is there already and is for something else; move it away, or write the rule to a \
+             file of your own: usb-qmp-hotplug rule ... > {RULES}/NAME.rules",
+            path.display()
+        ))),
+    }
+}
+
+/// Writes the whole file or nothing. udev passes over names like the first.
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(directory)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let part: PathBuf = directory.join(format!(".{name}.{}", std::process::id()));
+    let written = fs::File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(&part)
+        .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&part, path));
+    written.inspect_err(|_| {
+        // It may never have been there.
+        let _ = fs::remove_file(&part);
+    })
+}
+
+/// Has udevadm check the rule, where it can.
+fn verified(path: &Path) -> Result<(), String> {
+    let version = Command::new("udevadm").arg("--version").output();
+    let version = version.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let version = version.ok().and_then(|text| text.split_whitespace().next()?.parse().ok());
+    if version.is_none_or(|version: u32| version < VERIFY_SINCE) {
+        return Ok(());
+    }
+    match Command::new("udevadm").arg("verify").arg(path).output() {
+        Ok(output) if !output.status.success() => {
+            let said = [output.stdout, output.stderr].concat();
+            Err(escape(String::from_utf8_lossy(&said).trim()).into_owned())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn reload() -> bool {
+    let told = Command::new("udevadm").args(["control", "--reload"]).output();
+    told.is_ok_and(|output| output.status.success())
+}
+
+/// udev runs the program as root, and so does whoever may change its file.
+fn warn_of_others() {
+    let Ok(program) = std::env::current_exe() else { return };
+    let theirs = program.ancestors().find(|path| {
+        fs::metadata(path).is_ok_and(|file| {
+            let sticky = file.is_dir() && file.mode() & 0o1000 != 0;
+            file.uid() != 0 || (file.mode() & 0o022 != 0 && !sticky)
+        })
+    });
+    if let Some(theirs) = theirs {
+        let (program, theirs) = (program.to_string_lossy(), theirs.to_string_lossy());
+        let (program, theirs) = (escape(&program), escape(&theirs));
+        warn!(
+            "udev runs {program} as root, and others than root may change {theirs}; put the \
+             program into /usr/local/bin and install the rule from there"
+        );
+    }
+}
+
+fn cannot(path: &Path, source: io::Error) -> Error {
+    Error::Install { path: path.to_owned(), source }
+}

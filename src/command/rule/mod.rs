@@ -1,0 +1,101 @@
+//! `rule DEVICE --vm VM`: the udev rule, or the configuration, that gives a
+//! device or a port to a VM.
+
+mod install;
+mod learn;
+mod toml;
+mod udev;
+mod what;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tracing::info;
+
+use super::{Context, print, seconds};
+use crate::cli::{By, Rule};
+use crate::config::DEFAULT_PATH;
+use crate::error::Error;
+use what::What;
+
+/// What `--timeout` is when nothing is said.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The VM that a rule is for.
+struct Vm {
+    /// As the rule has udev name it: a name of the configuration, or an
+    /// absolute path.
+    name: String,
+    /// Its socket.
+    socket: PathBuf,
+    /// Whether the name is one of the configuration.
+    configured: bool,
+}
+
+/// Prints the rule, or installs it.
+pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
+    let vm = vm(context, &arguments.vm)?;
+    let what = match &arguments.device {
+        Some(device) => What::named(&context.host, &device.parse()?, arguments.by)?,
+        None => {
+            let wait = seconds("--wait", &arguments.wait)?;
+            let device = learn::plugged(context, wait).await?;
+            What::of_device(&context.host, &device, arguments.by)?
+        }
+    };
+    if let What::Below(_) = what {
+        info!("{what}: hubs stay with the host, what is behind them goes to the VM");
+    }
+    if arguments.toml {
+        return print(&toml::configuration(context, &what, &vm)?);
+    }
+    let rule = udev::rule(&what, &vm.name, &command(context, &vm)?)?;
+    if !arguments.install {
+        return print(&rule);
+    }
+    install::install(context, &what, &vm.name, &rule)?;
+    if let (By::Port, What::Port(ports)) = (arguments.by, &what)
+        && let Some(device) = ports.iter().find_map(|port| context.host.device(port).ok()?)
+    {
+        info!("{device} is plugged in already; `attach` takes it now, or plug it in again");
+    }
+    Ok(())
+}
+
+/// The VM of a name or a path.
+fn vm(context: &Context, vm: &str) -> Result<Vm, Error> {
+    let socket = context.socket(vm)?;
+    // udev runs programs in its own directory.
+    let socket = std::path::absolute(&socket)
+        .map_err(|source| Error::Setup { what: "tell the current directory", source })?;
+    let configured = !vm.contains('/');
+    let name = if configured { vm.to_owned() } else { text(&socket)? };
+    Ok(Vm { name, socket, configured })
+}
+
+/// What udev is to run.
+fn command(context: &Context, vm: &Vm) -> Result<Vec<String>, Error> {
+    let program = std::env::current_exe()
+        .map_err(|source| Error::Setup { what: "tell where this program is", source })?;
+    let mut command = vec![text(&program)?];
+    if context.timeout != DEFAULT_TIMEOUT {
+        command.extend(["--timeout".to_owned(), context.timeout.as_secs_f64().to_string()]);
+    }
+    // Only a name is looked up.
+    if vm.configured && context.config != Path::new(DEFAULT_PATH) {
+        let config = std::path::absolute(&context.config)
+            .map_err(|source| Error::Setup { what: "tell the current directory", source })?;
+        command.extend(["--config".to_owned(), text(&config)?]);
+    }
+    command.extend(["udev".to_owned(), vm.name.clone()]);
+    Ok(command)
+}
+
+/// A path as text.
+fn text(path: &Path) -> Result<String, Error> {
+    path.to_str().map(str::to_owned).ok_or_else(|| {
+        let path = path.to_string_lossy();
+        let path = crate::text::escape(&path);
+        Error::Usage(format!("the path {path} is not UTF-8 and cannot be written in a rule"))
+    })
+}

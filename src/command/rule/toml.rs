@@ -1,0 +1,175 @@
+//! The same as a rule of the configuration.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use super::what::What;
+use super::{Context, Vm, text};
+use crate::config::Config;
+use crate::error::Error;
+use crate::rule::MAX_GLOB;
+use crate::text::escape;
+
+/// A configuration with the VM and one rule.
+pub fn configuration(context: &Context, what: &What, vm: &Vm) -> Result<String, Error> {
+    // A socket may have a name already.
+    let config = context.config().unwrap_or_default();
+    let known = config.vms.iter().find(|known| known.socket == vm.socket);
+    let name = match known {
+        Some(known) => known.name.clone(),
+        None => name_of(&vm.socket),
+    };
+    let mut toml = String::new();
+    if known.is_some() {
+        let file = context.config.to_string_lossy();
+        toml += &format!("# {} has this VM already; add only the rule.\n", escape(&file));
+    }
+    toml += &format!("[vm.{}]\nqmp = {}\n\n", key(&name), string(&text(&vm.socket)?));
+    let mut comment = what.to_string();
+    if let Some(first) = comment.get(..1).map(str::to_uppercase) {
+        comment.replace_range(..1, &first);
+    }
+    toml += &format!("# {comment}.\n[[rule]]\nvm = {}\n", string(&name));
+    // Writing to a String cannot fail.
+    let _ = match what {
+        What::Port(ports) => {
+            ports.iter().take(1).try_for_each(|p| writeln!(toml, "port = \"{p}\""))
+        }
+        What::Below(ports) => {
+            ports.iter().take(1).try_for_each(|p| writeln!(toml, "port = \"{p}.*\""))
+        }
+        What::Product(id) => {
+            writeln!(toml, "vendor = \"{:04x}\"\nproduct = \"{:04x}\"", id.vendor, id.product)
+        }
+        What::Serial(id, serial) => {
+            let serial = string(&glob(serial));
+            writeln!(
+                toml,
+                "vendor = \"{:04x}\"\nproduct = \"{:04x}\"\nserial = {serial}",
+                id.vendor, id.product
+            )
+        }
+    };
+    // What is printed can be used: a path may be too long for a socket.
+    Config::parse(Path::new("the configuration to print"), &toml)?;
+    Ok(toml)
+}
+
+/// A name for the VM of a socket.
+fn name_of(socket: &Path) -> String {
+    let stem = socket.file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
+    let legal = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
+    let name: String = stem.chars().map(legal).take(64).collect();
+    let name = name.trim_start_matches(|c: char| !c.is_ascii_alphanumeric());
+    if name.is_empty() { "vm".to_owned() } else { name.to_owned() }
+}
+
+/// A key, which a dot would part.
+fn key(name: &str) -> String {
+    if name.contains('.') { string(name) } else { name.to_owned() }
+}
+
+/// A glob that fits nothing but the text, unless that takes too many characters.
+fn glob(text: &str) -> String {
+    let exact: String = text
+        .chars()
+        .flat_map(|c| match c {
+            '*' | '?' | '[' => vec!['[', c, ']'],
+            c => vec![c],
+        })
+        .collect();
+    if exact.chars().nth(MAX_GLOB).is_none() {
+        return exact;
+    }
+    text.chars().map(|c| if "*?[".contains(c) { '?' } else { c }).take(MAX_GLOB).collect()
+}
+
+/// A basic string (TOML 1.0, section String).
+fn string(text: &str) -> String {
+    let mut string = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => string.extend(['\\', c]),
+            // Also what a terminal would not show.
+            c if escape(c.encode_utf8(&mut [0; 4])) != c.to_string() => {
+                // Writing to a String cannot fail.
+                let _ = write!(string, "\\U{:08X}", u32::from(c));
+            }
+            c => string.push(c),
+        }
+    }
+    string + "\""
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Host;
+    use crate::rule::{Action, Facts};
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    fn context(config: &Path) -> Context {
+        let config = config.to_owned();
+        Context { host: Host::default(), timeout: Duration::ZERO, config, quiet: false }
+    }
+
+    fn made(what: &What, socket: &str) -> (String, Config) {
+        let vm = Vm { name: socket.into(), socket: socket.into(), configured: false };
+        let text = configuration(&context(Path::new("/nonexistent")), what, &vm).unwrap();
+        let config = Config::parse(Path::new("x"), &text).unwrap();
+        assert_eq!(config.vms[0].socket, Path::new(socket));
+        (text, config)
+    }
+
+    #[test]
+    fn it_is_a_configuration_with_one_rule() {
+        let ports = ["1-1.2", "2-1.2"].map(|port| port.parse().unwrap()).to_vec();
+        let (text, config) = made(&What::Port(ports), "/run/qemu/win11.qmp");
+        assert_eq!(
+            text,
+            "[vm.win11]\nqmp = \"/run/qemu/win11.qmp\"\n\n\
+             # Whatever is plugged into port 1-1.2 or its other half 2-1.2.\n\
+             [[rule]]\nvm = \"win11\"\nport = \"1-1.2\"\n"
+        );
+        assert!(matches!(&config.rules[0].action, Action::Attach(target) if target.vm == "win11"));
+        let (text, _) = made(&What::Below(vec!["1-1".parse().unwrap()]), "/run/a.b c.qmp");
+        assert!(text.contains("port = \"1-1.*\"") && text.contains("[vm.\"a.b-c\"]"), "{text}");
+    }
+
+    #[test]
+    fn a_vm_that_has_a_name_keeps_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "[vm.win]\nqmp = \"/run/x.qmp\"\n").unwrap();
+        let vm = Vm { name: "/run/x.qmp".into(), socket: "/run/x.qmp".into(), configured: false };
+        let what = What::Product("0627:0001".parse().unwrap());
+        let text = configuration(&context(file.path()), &what, &vm).unwrap();
+        assert!(text.contains("has this VM already") && text.contains("[vm.win]"), "{text}");
+    }
+
+    #[test]
+    fn what_would_be_no_configuration_is_refused() {
+        let long = format!("/{}", "x".repeat(108));
+        let vm = Vm { name: long.clone(), socket: long.into(), configured: false };
+        let what = What::Product("0627:0001".parse().unwrap());
+        let error = configuration(&context(Path::new("/nonexistent")), &what, &vm).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn any_serial_number_matches_itself(serial in "\\PC{1,126}|[*?\\[\\]\"\\\\\n]{1,126}") {
+            let id = "0627:0001".parse().unwrap();
+            let (_, config) = made(&What::Serial(id, serial.clone()), "/run/vm.qmp");
+            let port = "1-1".parse().unwrap();
+            let facts = Facts::new(&port, None, id).with_serial(Some(&serial));
+            prop_assert!(config.rules[0].matches(&facts));
+        }
+
+        #[test]
+        fn any_socket_can_be_written(socket in "/[^/\0]{1,20}") {
+            prop_assume!(!socket.ends_with("/.") && !socket.ends_with("/..") && socket.len() < 108);
+            made(&What::Product("0627:0001".parse().unwrap()), &socket);
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The VMs for people.
+
+use super::advice::Advice;
+use super::probe::State;
+use super::{MonitorReport, VmReport};
+use crate::command::screen::{Line, Screen, Style};
+use crate::text::escape;
+
+/// Where the words after a state begin.
+const INDENT: usize = 13;
+
+/// Every VM, with blank lines between them.
+pub fn shown(vms: &[VmReport], screen: Screen) -> String {
+    let vms: Vec<String> = vms.iter().map(|vm| one(vm, screen)).collect();
+    vms.join("\n")
+}
+
+fn one(vm: &VmReport, screen: Screen) -> String {
+    let mut text = title(vm).shown(screen);
+    for monitor in &vm.monitors {
+        text += &monitor_lines(monitor, screen);
+    }
+    if vm.monitors.is_empty() {
+        text +=
+            &row(Style::Bad, "no monitor", "it was started without a QMP monitor").shown(screen);
+    }
+    if vm.reads_config {
+        let file = "read from a file (-readconfig); its monitors are not seen here";
+        text += &row(Style::Dim, "more", file).shown(screen);
+    }
+    if let Some(controllers) = &vm.controllers {
+        let mut words: Vec<String> = Vec::new();
+        for c in controllers {
+            words.push(format!("{} of {} on {}", c.free, c.ports, escape(&c.bus)));
+        }
+        let none_free = controllers.iter().all(|c| c.free == 0);
+        let style = if none_free { Style::Bad } else { Style::Good };
+        let words = if words.is_empty() {
+            "none: no USB controller; add `-device qemu-xhci,id=xhci,p2=15,p3=15`".to_owned()
+        } else {
+            words.join(", ")
+        };
+        text += &row(style, "free ports", &words).shown(screen);
+    }
+    text + &vm.to_add.as_ref().map(|advice| advice_lines(vm, advice)).unwrap_or_default()
+}
+
+/// `win11  running, QEMU 10.0.2, process 1234 of user qemu`
+fn title(vm: &VmReport) -> Line {
+    let mut line = Line::default();
+    let name = vm.name.as_deref().unwrap_or("(no name)");
+    line.add(Style::Bold, escape(name)).add(Style::Plain, "  ");
+    let mut words = Vec::new();
+    words.extend(vm.status.as_deref().map(|status| escape(status).into_owned()));
+    words.push(match &vm.qemu {
+        Some(version) => format!("QEMU {version}"),
+        None => escape(&vm.program).into_owned(),
+    });
+    let user = vm.user.as_deref().map(|user| format!(" of user {}", escape(user)));
+    words.push(format!("process {}{}", vm.pid, user.unwrap_or_default()));
+    if vm.libvirt {
+        words.push("libvirt's".to_owned());
+    }
+    line.add(Style::Plain, words.join(", "));
+    line
+}
+
+fn row(style: Style, word: &str, rest: &str) -> Line {
+    let mut line = Line::default();
+    line.add(Style::Plain, "  ").add(style, word).pad_to(INDENT).add(Style::Plain, " ");
+    line.add(Style::Plain, rest);
+    line
+}
+
+/// A socket's path is there to be copied, so it is never cut.
+fn monitor_lines(monitor: &MonitorReport, screen: Screen) -> String {
+    let style = match monitor.state {
+        State::Free => Style::Good,
+        State::Held | State::Silent | State::Stopped => Style::Busy,
+        State::Forbidden | State::Unusable => Style::Dim,
+        State::Gone | State::Taken | State::Broken => Style::Bad,
+    };
+    let whole = Screen { columns: usize::MAX, ..screen };
+    let place = match &monitor.socket {
+        Some(socket) => escape(&socket.to_string_lossy()).into_owned(),
+        None => escape(&monitor.asked).into_owned(),
+    };
+    let mut text = row(style, monitor.state.word(), &place).shown(whole);
+    let mut notes = Vec::new();
+    if monitor.state == State::Held {
+        let holder =
+            |h: &super::HolderReport| format!("{} (process {})", escape(&h.program), h.pid);
+        let holders: Vec<String> = monitor.held_by.iter().map(holder).collect();
+        notes.push(match holders.as_slice() {
+            [] => "by a client that this user may not see".to_owned(),
+            some => format!("by {}", some.join(" and ")),
+        });
+    }
+    notes.extend(
+        monitor.configured_as.as_ref().map(|name| format!("VM {name} of the configuration")),
+    );
+    notes.extend(monitor.note.as_deref().map(|note| escape(note).into_owned()));
+    for note in notes {
+        text += &row(Style::Plain, "", &note).shown(whole);
+    }
+    text
+}
+
+fn advice_lines(vm: &VmReport, advice: &Advice) -> String {
+    match advice {
+        Advice::Qemu(option) => {
+            let what = if vm.monitors.is_empty() {
+                "start it with"
+            } else {
+                "start it with one more monitor"
+            };
+            format!("  To attach devices, {what}:\n    {option}\n")
+        }
+        Advice::Libvirt(lines) => {
+            let lines: String = lines.lines().map(|line| format!("    {line}\n")).collect();
+            format!(
+                "  libvirt holds its monitor for as long as the VM runs. Give the VM another one with\n  \
+                 `virsh edit`, then stop and start it; libvirt marks it as tainted (custom-argv):\n{lines}"
+            )
+        }
+    }
+}

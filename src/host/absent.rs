@@ -1,0 +1,73 @@
+//! What was asked for and is not plugged in, and what may have been meant.
+
+use std::fmt;
+
+use super::Host;
+use crate::text::{escape, nearest};
+use crate::usb::Selector;
+
+/// A device that is not there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Absent {
+    /// What was asked for.
+    pub selector: Selector,
+    /// How the most similar name of a device that is there is written.
+    pub nearest: Option<String>,
+}
+
+impl Host {
+    /// Says that a device is not there. It looks for what may have been meant.
+    pub fn absent(&self, selector: &Selector) -> Absent {
+        let devices = self.devices().unwrap_or_default().into_iter();
+        let there: Vec<String> = match selector {
+            Selector::Port(_) => devices.map(|device| device.port.to_string()).collect(),
+            Selector::Address(_) => devices.map(|device| device.address.to_string()).collect(),
+            Selector::Product(_) => devices.map(|device| device.id.to_string()).collect(),
+            Selector::Serial(_) => {
+                devices.filter_map(|device| self.strings(&device.port).serial).collect()
+            }
+            Selector::Sysfs(_) | Selector::Id(_) => Vec::new(),
+        };
+        let word = match selector {
+            Selector::Port(port) => port.to_string(),
+            Selector::Address(address) => address.to_string(),
+            Selector::Product(id) => id.to_string(),
+            Selector::Serial(serial) => serial.clone(),
+            Selector::Sysfs(_) | Selector::Id(_) => String::new(),
+        };
+        let nearest = nearest(&word, there.iter().map(String::as_str)).map(str::to_owned);
+        Absent { selector: selector.clone(), nearest }
+    }
+}
+
+impl fmt::Display for Absent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} on this host; ", self.selector)?;
+        match &self.nearest {
+            Some(nearest) => write!(f, "did you mean `{}`?", escape(nearest)),
+            None => f.write_str("`usb-qmp-hotplug list` shows what is plugged in"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn a_mistyped_device_is_known_by_what_is_there() {
+        let root = tempfile::tempdir().unwrap();
+        let device = root.path().join("sys/bus/usb/devices/1-1.2");
+        fs::create_dir_all(&device).unwrap();
+        let uevent = "BUSNUM=001\nDEVNUM=037\nPRODUCT=152d/2338/100\nTYPE=0/0/0\n";
+        fs::write(device.join("uevent"), uevent).unwrap();
+        fs::write(device.join("serial"), "SN\u{1b}123\n").unwrap();
+        let host = Host::at(root.path());
+        let error = |text: &str| host.find(&text.parse().unwrap()).unwrap_err().to_string();
+        assert!(error("1-1.3").ends_with("did you mean `1-1.2`?"), "{}", error("1-1.3"));
+        assert!(error("152d:2339").contains("`152d:2338`"));
+        assert!(error("serial=SN123").contains("`SN\\u{1b}123`"));
+        assert!(error("4-2").ends_with("`usb-qmp-hotplug list` shows what is plugged in"));
+    }
+}

@@ -1,0 +1,36 @@
+//! The host's USB buses: their root hubs, which are no devices to attach.
+
+use super::{Host, read_if_there};
+use crate::usb::Speed;
+
+/// A bus, as its root hub describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bus {
+    /// Its number, the first part of its ports' names.
+    pub number: u16,
+    /// The fastest its devices can run.
+    pub speed: Option<Speed>,
+    /// How many ports its root hub has (`maxchild`).
+    pub ports: Option<u32>,
+    /// The controller: the kernel's name for its kind, and where it is
+    /// (Linux, drivers/usb/core/hcd.c, `rh_string`).
+    pub controller: String,
+}
+
+impl Host {
+    /// The bus of a number, as far as sysfs describes it.
+    pub fn bus(&self, number: u16) -> Bus {
+        let directory = self.path(format!("/sys/bus/usb/devices/usb{number}"));
+        let read = |name| {
+            let text = read_if_there(&directory.join(name)).ok()??;
+            Some(text.trim().to_owned())
+        };
+        let words: Vec<String> = [read("product"), read("serial")].into_iter().flatten().collect();
+        Bus {
+            number,
+            speed: read("speed").and_then(|speed| speed.parse().ok()),
+            ports: read("maxchild").and_then(|count| count.parse().ok()),
+            controller: words.join(" "),
+        }
+    }
+}

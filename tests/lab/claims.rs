@@ -1,0 +1,133 @@
+//! One device, one VM; and QEMUs that have hardly any rights.
+
+use crate::hardware::{Hardware, Stick, xhci};
+use crate::tool::{self, run};
+use crate::udev;
+use crate::vm::Vm;
+use crate::wait::wait_until;
+use std::thread;
+
+crate::tests![
+    a_second_vm_is_kept_out_until_the_first_is_killed,
+    of_two_vms_with_a_rule_for_one_port_one_gets_it,
+    a_qemu_without_rights_gets_devices_by_rule,
+    a_guest_of_an_isolated_qemu_boots_from_the_stick,
+    two_monitors_of_one_vm_do_not_mix_devices_up,
+    a_busy_or_stopped_monitor_hangs_nobody,
+    a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another,
+];
+
+fn a_second_vm_is_kept_out_until_the_first_is_killed() {
+    let mut hardware = Hardware::open();
+    let (first, second) = (Vm::new("first").start(), Vm::new("second").start());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    run(["attach", &first.socket(), &stick.port]).succeeds();
+    for force in [&[][..], &["--force"]] {
+        let arguments = ["attach", &second.socket(), &stick.port];
+        let refused = run(arguments.iter().chain(force)).exits(7);
+        let holder = format!("VM first (process {})", first.pid());
+        assert!(refused.stderr.contains(&holder), "{}", refused.stderr);
+        second.loses_all();
+    }
+    first.gets(&[&stick]);
+    first.kill();
+    run(["attach", &second.socket(), &stick.port]).succeeds();
+    second.gets(&[&stick]);
+    run(["detach", &second.socket(), &stick.port]).succeeds();
+    second.loses_all();
+    wait_until("the host's driver is back", || stick.driver().as_deref() == Some("usb-storage"));
+}
+
+fn of_two_vms_with_a_rule_for_one_port_one_gets_it() {
+    let mut hardware = Hardware::open();
+    let (first, second) = (Vm::new("first").start(), Vm::new("second").start());
+    let rule = |vm| tool::rule(r#"DEVPATH=="*/2-3""#, vm);
+    udev::rules(&[rule(&first), rule(&second)].concat());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    first.gets(&[&stick]);
+    udev::settle();
+    second.loses_all();
+    hardware.pull(&stick);
+    first.loses_all();
+}
+
+fn a_qemu_without_rights_gets_devices_by_rule() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").unprivileged().start();
+    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    for serial in ["SN1", "SN2"] {
+        let stick = hardware.plug(Stick::new(serial), xhci(3));
+        vm.gets(&[&stick]);
+        hardware.pull(&stick);
+        vm.loses_all();
+    }
+}
+
+fn a_guest_of_an_isolated_qemu_boots_from_the_stick() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").isolated().paused().start();
+    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    let stick = hardware.plug(Stick::bootable("SN1", "booted from SN1"), xhci(3));
+    vm.gets(&[&stick]);
+    vm.boot();
+    vm.wait_for_debug("booted from SN1");
+    assert_eq!(stick.driver().as_deref(), Some("usbfs"));
+    run(["detach", &vm.socket(), &stick.port]).succeeds();
+    vm.loses_all();
+    wait_until("the host's driver is back", || stick.driver().as_deref() == Some("usb-storage"));
+}
+
+fn two_monitors_of_one_vm_do_not_mix_devices_up() {
+    let mut hardware = Hardware::open();
+    let other = "/run/vm/other.qmp";
+    let vm = Vm::new("a").argument("-qmp", &format!("unix:{other},server=on,wait=off")).start();
+    let sticks = (1..=4).map(|n| (Stick::new(&format!("SN{n}")).into(), xhci(n)));
+    let sticks = hardware.plug_all(sticks.collect());
+    let socket = vm.socket();
+    thread::scope(|scope| {
+        for (stick, monitor) in sticks.iter().zip([&socket, other].into_iter().cycle()) {
+            scope.spawn(|| run(["attach", monitor, &stick.port]).succeeds());
+        }
+    });
+    vm.gets(&sticks.iter().collect::<Vec<_>>());
+    vm.must_have_no_spare_descriptors();
+    let shown = run(["inspect", "--json", &socket]).succeeds().stdout;
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    for device in shown["devices"].as_array().unwrap() {
+        assert_eq!(device["host"]["state"], "present", "{device}");
+    }
+}
+
+fn a_busy_or_stopped_monitor_hangs_nobody() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let attach = || tool::run_hastily(["attach", &vm.socket(), &stick.port]);
+    let held = std::os::unix::net::UnixStream::connect(vm.socket()).unwrap();
+    let refused = attach().exits(5);
+    assert!(refused.stderr.contains("another client holds"), "{}", refused.stderr);
+    drop(held);
+    vm.signal(rustix::process::Signal::STOP);
+    attach().exits(5);
+    vm.signal(rustix::process::Signal::CONT);
+    // Nothing of the attempts is left to happen later.
+    run(["detach", &vm.socket(), &stick.port]).exits(3);
+    vm.loses_all();
+    run(["attach", &vm.socket(), &stick.port]).succeeds();
+    vm.gets(&[&stick]);
+}
+
+fn a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another() {
+    let mut hardware = Hardware::open();
+    let (first, second) = (Vm::new("first").start(), Vm::new("second").start());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    for _ in 0..3 {
+        run(["attach", &first.socket(), &stick.port]).succeeds();
+        first.gets(&[&stick]);
+        run(["attach", &second.socket(), &stick.port]).exits(7);
+        run(["detach", &first.socket(), &stick.port]).succeeds();
+        first.loses_all();
+    }
+    run(["attach", &second.socket(), &stick.port]).succeeds();
+    second.gets(&[&stick]);
+}

@@ -1,0 +1,133 @@
+//! Devices that went without anybody telling QEMU, and attaches that failed.
+
+use crate::hardware::{Device, Hardware, Plugged, Socket, Stick, uhci, xhci};
+use crate::tool::run;
+use crate::vm::Vm;
+use crate::wait::wait_until;
+use std::fs;
+
+crate::tests![
+    a_leftover_is_replaced_by_what_is_plugged_in_now,
+    a_leftover_is_replaced_even_if_its_address_came_round_again,
+    a_leftover_can_be_named_in_every_way_that_is_left,
+    the_host_gets_its_driver_back,
+    failed_attaches_leave_no_descriptor_behind,
+    a_failed_attach_does_not_keep_other_vms_out,
+];
+
+fn a_leftover_is_replaced_by_what_is_plugged_in_now() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let old = attached(&mut hardware, &vm, Stick::new("SN1"), xhci(3));
+    hardware.pull(&old);
+    assert_eq!(vm.ids(), ["usb-host-2-3"]);
+    let new = hardware.plug(Stick::new("SN2"), xhci(3));
+    assert_ne!(old.address, new.address);
+    let would = run(["attach", "--dry-run", &vm.socket(), &new.port]).succeeds().stdout;
+    assert!(would.contains("would attach 2-3"), "{would}");
+    assert_eq!(vm.ids(), ["usb-host-2-3"]);
+    run(["attach", &vm.socket(), &new.port]).succeeds();
+    vm.gets(&[&new]);
+    assert_eq!(vm.open_nodes(), [new.node()]);
+}
+
+fn a_leftover_is_replaced_even_if_its_address_came_round_again() {
+    let mut hardware = Hardware::open();
+    restart_full_speed_bus();
+    let vm = Vm::new("a").start();
+    let old = attached(&mut hardware, &vm, Device::Mouse, uhci(1));
+    hardware.pull(&old);
+    restart_full_speed_bus();
+    let new = hardware.plug(Device::Mouse, uhci(1));
+    assert_eq!((&old.port, old.bus, old.address), (&new.port, new.bus, new.address));
+
+    let again = run(["attach", &vm.socket(), &new.port]).succeeds().stdout;
+    assert!(again.contains("attached 4-1"), "{again}");
+    vm.gets(&[&new]);
+    // An old node's path says that it was deleted.
+    assert_eq!(vm.open_nodes(), [new.node()]);
+}
+
+fn a_leftover_can_be_named_in_every_way_that_is_left() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let sticks = (3..=5).map(|n| (Stick::new(&format!("SN{n}")).into(), xhci(n)));
+    let sticks = hardware.plug_all(sticks.collect());
+    let ports: Vec<&str> = sticks.iter().map(|stick| stick.port.as_str()).collect();
+    run(["attach", &vm.socket()].iter().chain(&ports)).succeeds();
+    hardware.pull_all(&sticks);
+    let address = format!("{}:{}", sticks[1].bus, sticks[1].address);
+    run(["detach", &vm.socket(), ports[0], &address, &sticks[2].id_in_vm()]).succeeds();
+    vm.loses_all();
+}
+
+fn the_host_gets_its_driver_back() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = attached(&mut hardware, &vm, Stick::new("SN1").content(b"hello".to_vec()), xhci(3));
+    assert_ne!(stick.driver().as_deref(), Some("usb-storage"));
+    run(["detach", &vm.socket(), &stick.port]).succeeds();
+    wait_until("the host's driver is back", || stick.driver().as_deref() == Some("usb-storage"));
+    assert!(fs::read(stick.disk()).unwrap().starts_with(b"hello"));
+}
+
+fn failed_attaches_leave_no_descriptor_behind() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let other = attached(&mut hardware, &vm, Stick::new("SN2"), xhci(4));
+    let before = vm.descriptors();
+    for options in [
+        ["-o", "no-such-thing=1"],
+        ["-o", "isobufs=many"],
+        ["--guest-port", "1"],
+        ["--guest-port", "16"],
+        ["--guest-bus", "nope.0"],
+    ] {
+        run(["attach", &vm.socket(), &stick.port].iter().chain(&options)).exits(6);
+        vm.must_have_no_spare_descriptors();
+    }
+    vm.gets(&[&other]);
+    assert_eq!(vm.open_nodes(), [other.node()]);
+    assert_eq!(vm.descriptors(), before);
+    run(["attach", &vm.socket(), &stick.port]).succeeds();
+    vm.gets(&[&other, &stick]);
+}
+
+fn a_failed_attach_does_not_keep_other_vms_out() {
+    let mut hardware = Hardware::open();
+    let first = Vm::new("first").argument("-device", "usb-ehci,id=ehci").start();
+    let second = Vm::new("second").start();
+    let mouse = hardware.plug(Device::Mouse, uhci(1));
+    // QEMU opens a slow device before it finds that it does not fit a fast bus, and forgets to close it.
+    let attach = ["attach", "--guest-bus", "ehci.0", "--guest-port", "1"];
+    run(attach.iter().copied().chain([&*first.socket(), &mouse.port])).exits(6);
+    first.must_have_no_spare_descriptors();
+    run(["attach", &second.socket(), &mouse.port]).succeeds();
+    second.gets(&[&mouse]);
+}
+
+fn attached(
+    hardware: &mut Hardware,
+    vm: &Vm,
+    device: impl Into<Device>,
+    socket: Socket,
+) -> Plugged {
+    let plugged = hardware.plug(device, socket);
+    run(["attach", &vm.socket(), &plugged.port]).succeeds();
+    vm.gets(&[&plugged]);
+    plugged
+}
+
+/// Takes the full-speed controller from its driver and gives it back, so that the kernel counts addresses from
+/// the start.
+fn restart_full_speed_bus() {
+    let driver = std::path::Path::new("/sys/bus/pci/drivers/uhci_hcd");
+    let bus = || fs::read_link("/sys/bus/usb/devices/usb4").ok();
+    let controller = bus().expect("the bus");
+    let controller = controller.parent().and_then(|path| path.file_name()).expect("its controller");
+    fs::write(driver.join("unbind"), controller.as_encoded_bytes()).expect("unbind");
+    assert_eq!(bus(), None);
+    fs::write(driver.join("bind"), controller.as_encoded_bytes()).expect("bind");
+    wait_until("the bus is back", || bus().is_some());
+}
