@@ -68,10 +68,11 @@ pub fn plan(
     let mut actions = Vec::new();
     let mut present = Settled::new();
     for (id, address) in in_vm {
-        let Some(port) = id.port() else { continue };
+        // This tool always says where a device is.
+        let (Some(port), Some(address)) = (id.port(), address) else { continue };
         match table.get(&port) {
-            Some(seen) if *address == Some(seen.device.address) => {
-                present.insert(port, seen.device.address);
+            Some(seen) if *address == seen.device.address => {
+                present.insert(port, *address);
             }
             // Its attach replaces it.
             Some(seen) if belongs(&seen) => {}
@@ -136,6 +137,7 @@ mod tests {
             ("usb-host-1-2", "1:3"),
             ("hostdev0", "1:3"),
             ("usb-host-nonsense", "1:3"),
+            ("usb-host-1-3", "by its vendor and product"),
         ]);
         let expected =
             [detach("usb-host-1-1", Leftover::Replaced), detach("usb-host-1-2", Leftover::Gone)];

@@ -70,8 +70,7 @@ pub async fn attach(
     let survey = vm.survey(&id, speed, &options.wish).await?;
 
     // From here to the end of the attach, nobody mounts its disks.
-    let claims = if options.force { Claims::default() } else { host.claim_disks(&device.port)? };
-    let node = host.open(device.address)?;
+    let (claims, node) = open(host, device, options.force).await?;
     if survey.present == Some(Some(device.address)) && holds(host, vm, device.address) {
         return Ok(Attached::Already);
     }
@@ -95,6 +94,21 @@ pub async fn attach(
         host::unlock(node);
     }
     Ok(Attached::There(attached?))
+}
+
+/// Claims a device's disks and opens its node, on a thread of its own: a disk
+/// that does not answer keeps others waiting for it, not for other devices.
+async fn open(host: &Host, device: &Device, force: bool) -> Result<(Claims, Node), Error> {
+    let (host, device) = (host.clone(), device.clone());
+    let open = move || {
+        let claims = if force { Claims::default() } else { host.claim_disks(&device.port)? };
+        Ok((claims, host.open(device.address)?))
+    };
+    let failed = |error: tokio::task::JoinError| Error::Setup {
+        what: "wait for the device to be opened",
+        source: error.into(),
+    };
+    tokio::task::spawn_blocking(open).await.map_err(failed)?
 }
 
 /// Whether the VM's QEMU holds the node. An id with the right address is not

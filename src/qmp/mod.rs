@@ -358,11 +358,13 @@ impl Session {
 /// that must not wait says so with EAGAIN (connect(2)).
 async fn connect_when_possible(socket: &Path) -> io::Result<UnixStream> {
     let (mut pause, longest) = RETRY;
+    let started = Instant::now();
     loop {
         match UnixStream::connect(socket).await {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 sleep(pause).await;
-                pause = longest.min(pause * 2);
+                // Who has waited for a minute can wait another second.
+                pause = longest.max(started.elapsed() / 64).min(pause * 2);
             }
             done => return done,
         }

@@ -37,6 +37,7 @@ mod by_udev_rule;
 mod claims;
 mod completions;
 mod controllers;
+mod daemon;
 mod hardware;
 mod inside;
 mod inspect;
@@ -54,6 +55,7 @@ mod udev;
 mod vm;
 mod vms;
 mod wait;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -91,6 +93,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         inspect::TESTS,
         man::TESTS,
         leftovers::TESTS,
+        watch::TESTS,
     ]
     .concat()
     .into_iter()

@@ -16,7 +16,7 @@ use crate::event::Event;
 pub struct Batch {
     /// Events, in order.
     pub events: Vec<Event>,
-    /// Whether some got lost before them, because the socket was full.
+    /// Whether some of them got lost, because the socket was full.
     pub lost: bool,
 }
 
@@ -45,24 +45,36 @@ impl Events {
     ///
     /// # Errors
     ///
-    /// When the socket cannot be read.
+    /// When the socket cannot be waited for.
     pub async fn next(&self) -> io::Result<Batch> {
         loop {
             let mut ready = self.ready.readable().await?;
-            // The kernel tells once that it had no room (netlink(7), ENOBUFS).
-            // libudev would tell nobody.
-            let lost = match rustix::net::sockopt::socket_error(&self.socket)? {
-                Err(rustix::io::Errno::NOBUFS) => true,
-                Err(error) => return Err(error.into()),
-                Ok(()) => false,
-            };
-            let events: Vec<Event> = self.socket.iter().filter_map(|e| read(&e)).collect();
+            let batch = self.read();
             ready.clear_ready();
-            if lost || !events.is_empty() {
-                return Ok(Batch { events, lost });
+            if batch.lost || !batch.events.is_empty() {
+                return Ok(batch);
             }
         }
     }
+
+    /// Reads all there is to read.
+    fn read(&self) -> Batch {
+        let mut batch = Batch::default();
+        let mut received = self.socket.iter();
+        loop {
+            match received.next() {
+                Some(event) => batch.events.extend(read(&event)),
+                // The kernel tells once that it had no room (netlink(7),
+                // ENOBUFS), and libudev tells it like any other error.
+                None if is_no_room(&io::Error::last_os_error()) => batch.lost = true,
+                None => return batch,
+            }
+        }
+    }
+}
+
+fn is_no_room(error: &io::Error) -> bool {
+    rustix::io::Errno::from_io_error(error) == Some(rustix::io::Errno::NOBUFS)
 }
 
 fn read(event: &udev::Event) -> Option<Event> {

@@ -4,20 +4,21 @@
 
 pub(super) mod events;
 mod keeper;
+mod qemu;
+mod queue;
 mod readable;
 mod shared;
 mod sockets;
+mod visit;
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
-use tokio::task::LocalSet;
+use tokio::task::{JoinHandle, LocalSet, spawn_local};
 use tokio::time::Interval;
 use tracing::{error, info, warn};
 
@@ -26,7 +27,8 @@ use crate::error::{Error, chain};
 use crate::event::{Action, Event};
 use crate::rulebook::Rulebook;
 use events::{Batch, Events};
-use keeper::{Keeper, Work};
+use keeper::Keeper;
+use queue::Work;
 use shared::Shared;
 use sockets::Sockets;
 
@@ -34,9 +36,24 @@ use sockets::Sockets;
 struct Watch<'a> {
     context: &'a Context,
     shared: Rc<Shared>,
-    /// The keepers' sockets and queues, by VM.
-    keepers: BTreeMap<String, (PathBuf, UnboundedSender<Work>)>,
+    /// The keepers, by VM.
+    keepers: BTreeMap<String, Post>,
     sockets: Sockets,
+    /// Whether the last configuration that was read is not in force.
+    is_outdated: bool,
+}
+
+/// A keeper at work.
+struct Post {
+    socket: PathBuf,
+    queue: UnboundedSender<Work>,
+    keeper: JoinHandle<()>,
+}
+
+impl Drop for Post {
+    fn drop(&mut self) {
+        self.keeper.abort();
+    }
 }
 
 /// Runs until it is told to end.
@@ -55,8 +72,8 @@ pub async fn run(context: &Context) -> Result<(), Error> {
         loop {
             if !is_ready && watch.shared.is_settled() {
                 is_ready = true;
-                notify(&[NotifyState::Ready, NotifyState::Status(&watch.shared.summary())]);
-                info!("ready: {}", watch.shared.summary());
+                notify(&[NotifyState::Ready, NotifyState::Status(&watch.status())]);
+                info!("ready: {}", watch.status());
             }
             let shared = watch.shared.clone();
             tokio::select! {
@@ -66,9 +83,7 @@ pub async fn run(context: &Context) -> Result<(), Error> {
                         watch.give(&vm, Work::Started);
                     }
                 }
-                () = shared.changed.notified() => {
-                    notify(&[NotifyState::Status(&watch.shared.summary())]);
-                }
+                () = shared.changed.notified() => notify(&[NotifyState::Status(&watch.status())]),
                 () = tick(watchdog.as_mut()) => notify(&[NotifyState::Watchdog]),
                 _ = reload.recv() => watch.reload(),
                 _ = terminate.recv() => break,
@@ -109,64 +124,51 @@ async fn tick(watchdog: Option<&mut Interval>) {
 
 impl<'a> Watch<'a> {
     fn start(context: &'a Context, rulebook: Rulebook) -> Result<Self, Error> {
-        let shared = Rc::new(Shared {
-            host: context.host.clone(),
-            timeout: context.timeout,
-            rulebook: RefCell::default(),
-            table: RefCell::default(),
-            homes: RefCell::default(),
-            status: RefCell::default(),
-            changed: Notify::new(),
-        });
-        let sockets = Sockets::watch(Vec::new()).map_err(failed("watch for sockets"))?;
-        let mut watch = Watch { context, shared, keepers: BTreeMap::new(), sockets };
+        let shared = Rc::new(Shared::new(context.host.clone(), context.timeout));
+        let sockets = Sockets::new().map_err(failed("watch for sockets"))?;
+        let keepers = BTreeMap::new();
+        let mut watch = Watch { context, shared, keepers, sockets, is_outdated: false };
         watch.apply(rulebook)?;
         Ok(watch)
     }
 
     /// Puts a configuration in force: a keeper for each VM, and a sync.
     fn apply(&mut self, rulebook: Rulebook) -> Result<(), Error> {
-        let vms: Vec<(String, PathBuf)> =
+        let table = rulebook.table(&self.shared.host)?;
+        let vms: BTreeMap<String, PathBuf> =
             rulebook.config().vms.iter().map(|vm| (vm.name.clone(), vm.socket.clone())).collect();
-        self.sockets = Sockets::watch(vms.clone()).map_err(failed("watch for sockets"))?;
-        *self.shared.rulebook.borrow_mut() = Rc::new(rulebook);
-        self.look()?;
-        // A keeper whose VM is gone, or elsewhere, ends with its queue.
-        self.keepers.retain(|name, (socket, _)| vms.iter().any(|(n, s)| n == name && s == socket));
-        self.shared.status.borrow_mut().retain(|name, _| self.keepers.contains_key(name));
-        for (name, socket) in vms {
-            if !self.keepers.contains_key(&name) {
-                let (queue, inbox) = unbounded_channel();
-                let keeper = Keeper::new(name.clone(), socket.clone(), self.shared.clone());
-                tokio::task::spawn_local(keeper.run(inbox));
-                self.keepers.insert(name.clone(), (socket, queue));
-            }
-            self.give(&name, Work::Sync);
-        }
-        Ok(())
-    }
-
-    /// Looks at all devices of the host.
-    fn look(&self) -> Result<(), Error> {
-        let table = self.shared.rulebook().table(&self.shared.host)?;
         *self.shared.table.borrow_mut() = table;
+        *self.shared.rulebook.borrow_mut() = Rc::new(rulebook);
+        // First hear of sockets, then look, here too.
+        self.sockets.watch(vms.clone().into_iter().collect());
+        self.keepers.retain(|vm, post| vms.get(vm) == Some(&post.socket));
+        self.shared.status.borrow_mut().retain(|vm, _| self.keepers.contains_key(vm));
+        for (vm, socket) in vms {
+            self.keepers.entry(vm.clone()).or_insert_with(|| {
+                let (queue, inbox) = unbounded_channel();
+                let keeper = Keeper::new(vm, socket.clone(), self.shared.clone());
+                Post { socket, queue, keeper: spawn_local(keeper.run(inbox)) }
+            });
+        }
+        self.give_all(&Work::Sync);
         Ok(())
     }
 
     fn give(&self, vm: &str, work: Work) {
-        if let Some((_, queue)) = self.keepers.get(vm) {
-            // A keeper lives as long as its queue.
-            let _ = queue.send(work);
+        if let Some(post) = self.keepers.get(vm) {
+            // A keeper lives as long as its post.
+            let _ = post.queue.send(work);
         }
+    }
+
+    fn give_all(&self, work: &Work) {
+        self.keepers.keys().for_each(|vm| self.give(vm, work.clone()));
     }
 
     fn heard(&self, batch: Batch) {
         if batch.lost {
-            warn!("events of udev got lost; looking at everything");
-            match self.look() {
-                Ok(()) => self.keepers.keys().for_each(|vm| self.give(vm, Work::Sync)),
-                Err(error) => error!("{}", chain(&error)),
-            }
+            // What did arrive is seen as well, and is older.
+            return self.look_again();
         }
         for event in batch.events {
             if let Err(error) = self.event(&event) {
@@ -175,38 +177,43 @@ impl<'a> Watch<'a> {
         }
     }
 
+    /// Looks at the host and at every VM.
+    fn look_again(&self) {
+        warn!("events of udev got lost; looking at everything");
+        match self.shared.rulebook().table(&self.shared.host) {
+            Ok(table) => {
+                *self.shared.table.borrow_mut() = table;
+                self.give_all(&Work::Sync);
+            }
+            Err(error) => error!("{}", chain(&error)),
+        }
+    }
+
     /// Notes what happened to a device, and tells the keepers it concerns.
     fn event(&self, event: &Event) -> Result<(), Error> {
-        let Some(port) = event.port.clone() else { return Ok(()) };
-        // Who has what was at the port before is known, unless a person
-        // attached it.
-        let before = self.shared.homes.borrow().get(&port).cloned();
+        let Some(port) = &event.port else { return Ok(()) };
+        let mut concerned = self.shared.vms(|status| status.attached.contains(port));
         match event.action {
             Action::Add => {
                 let device = event.device(&self.shared.host)?;
                 let seen = self.shared.rulebook().seen(&self.shared.host, device);
-                let home = seen.home.as_ref().map(|home| home.vm.clone());
+                concerned.extend(seen.home.as_ref().map(|home| home.vm.clone()));
                 self.shared.table.borrow_mut().insert(port.clone(), seen);
-                for vm in before.iter().filter(|vm| Some(*vm) != home.as_ref()).chain(&home) {
-                    self.give(vm, Work::Port(port.clone()));
-                }
             }
             Action::Remove => {
                 let mut table = self.shared.table.borrow_mut();
-                let address = table.get(&port).map(|seen| seen.device.address);
-                if event.address.is_none() || event.address == address {
-                    table.remove(&port);
+                let seen = table.get(port).map(|seen| &seen.device);
+                let is_hub = seen.is_some_and(|device| device.is_hub());
+                if event.address.is_none() || event.address == seen.map(|device| device.address) {
+                    table.remove(port);
                 }
-                match before {
-                    Some(vm) => self.give(&vm, Work::Port(port)),
-                    None => {
-                        let status = self.shared.status.borrow();
-                        let running = status.iter().filter(|(_, status)| status.running);
-                        running.for_each(|(vm, _)| self.give(vm, Work::Port(port.clone())));
-                    }
+                // A person may have attached it, to any VM.
+                if concerned.is_empty() && !is_hub {
+                    concerned = self.shared.vms(|status| status.running);
                 }
             }
         }
+        concerned.iter().for_each(|vm| self.give(vm, Work::Port(port.clone())));
         Ok(())
     }
 
@@ -216,10 +223,24 @@ impl<'a> Watch<'a> {
         states.extend(NotifyState::monotonic_usec_now().ok());
         notify(&states);
         let done = self.context.config().map(Rulebook::new).and_then(|rules| self.apply(rules));
+        self.is_outdated = done.is_err();
         match done {
-            Ok(()) => info!("reloaded the configuration: {}", self.shared.summary()),
-            Err(error) => error!("the old configuration stays in force: {}", chain(&error)),
+            Ok(()) => info!("reloaded the configuration: {}", self.status()),
+            Err(error) => {
+                // A bad configuration has a line for each complaint.
+                chain(&error).lines().for_each(|line| error!("{line}"));
+                error!("the old configuration stays in force");
+            }
         }
-        notify(&[NotifyState::Ready, NotifyState::Status(&self.shared.summary())]);
+        notify(&[NotifyState::Ready, NotifyState::Status(&self.status())]);
+    }
+
+    /// What `systemctl status` shows.
+    fn status(&self) -> String {
+        let warning = match self.is_outdated {
+            true => "; the configuration is bad, the one before it stays in force",
+            false => "",
+        };
+        self.shared.summary() + warning
     }
 }

@@ -1,24 +1,24 @@
 //! What the daemon's parts have in common. All of them run on one thread.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
 
 use crate::host::Host;
-use crate::plan::Table;
+use crate::plan::{Home, Table};
 use crate::rulebook::Rulebook;
 use crate::usb::Port;
 
 /// How a VM stands.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
     /// Its monitor answered, and its process has not ended since.
     pub running: bool,
-    /// How many devices of ours it has.
-    pub attached: usize,
+    /// The ports whose devices it has.
+    pub attached: BTreeSet<Port>,
     /// Whether its first sync has come to an end, good or bad.
     pub settled: bool,
 }
@@ -34,8 +34,6 @@ pub struct Shared {
     pub rulebook: RefCell<Rc<Rulebook>>,
     /// The host's devices.
     pub table: RefCell<Table>,
-    /// Which VM has the device of a port.
-    pub homes: RefCell<BTreeMap<Port, String>>,
     /// How the VMs stand.
     pub status: RefCell<BTreeMap<String, Status>>,
     /// Told at every change of `status`.
@@ -43,25 +41,43 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// What is known before anything was looked at.
+    pub fn new(host: Host, timeout: Duration) -> Self {
+        Shared {
+            host,
+            timeout,
+            rulebook: RefCell::default(),
+            table: RefCell::default(),
+            status: RefCell::default(),
+            changed: Notify::new(),
+        }
+    }
+
     /// The rules in force.
     pub fn rulebook(&self) -> Rc<Rulebook> {
         self.rulebook.borrow().clone()
+    }
+
+    /// Where the device at a port belongs.
+    pub fn home(&self, port: &Port) -> Option<Home> {
+        self.table.borrow().get(port)?.home.clone()
     }
 
     /// Changes how a VM stands.
     pub fn set(&self, vm: &str, change: impl FnOnce(&mut Status)) {
         let mut all = self.status.borrow_mut();
         let status = all.entry(vm.to_owned()).or_default();
-        let before = *status;
+        let before = status.clone();
         change(status);
         if *status != before {
             self.changed.notify_one();
         }
     }
 
-    /// Whether a VM is known to run.
-    pub fn is_running(&self, vm: &str) -> bool {
-        self.status.borrow().get(vm).is_some_and(|status| status.running)
+    /// The VMs that stand like this.
+    pub fn vms(&self, stand: impl Fn(&Status) -> bool) -> Vec<String> {
+        let all = self.status.borrow();
+        all.iter().filter(|(_, status)| stand(status)).map(|(vm, _)| vm.clone()).collect()
     }
 
     /// The line that `systemctl status` shows: `3 VMs, 2 running, 5 devices
@@ -69,7 +85,7 @@ impl Shared {
     pub fn summary(&self) -> String {
         let all = self.status.borrow();
         let running = all.values().filter(|status| status.running).count();
-        let attached: usize = all.values().map(|status| status.attached).sum();
+        let attached: usize = all.values().map(|status| status.attached.len()).sum();
         let plural = |count| if count == 1 { "" } else { "s" };
         format!(
             "{} VM{}, {running} running, {attached} device{} attached",

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use tokio::io::unix::AsyncFd;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::readable::readable;
 use crate::text::escape;
@@ -30,19 +30,33 @@ pub struct Sockets {
 type Change = (PathBuf, Option<PathBuf>);
 
 impl Sockets {
-    /// Watches for the sockets of these VMs.
+    /// Watches for nothing yet.
     ///
     /// # Errors
     ///
     /// When the kernel gives no inotify instance.
-    pub fn watch(targets: Vec<(String, PathBuf)>) -> io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         let inotify = readable(inotify)?;
-        let mut sockets = Sockets { inotify, targets, directories: HashMap::new() };
-        for index in 0..sockets.targets.len() {
-            sockets.arm(index);
+        Ok(Sockets { inotify, targets: Vec::new(), directories: HashMap::new() })
+    }
+
+    /// Watches for the sockets of these VMs instead. What appeared before and
+    /// was not asked for yet is not forgotten.
+    pub fn watch(&mut self, targets: Vec<(String, PathBuf)>) {
+        self.targets = targets;
+        let before = std::mem::take(&mut self.directories);
+        for index in 0..self.targets.len() {
+            self.arm(index);
         }
-        Ok(sockets)
+        for (number, directory) in before {
+            // Another path may lead to the same directory and number.
+            if !self.directories.contains_key(&number)
+                && inotify::remove_watch(&self.inotify, number).is_err()
+            {
+                debug!("{} was not watched any more", escape(&directory.to_string_lossy()));
+            }
+        }
     }
 
     /// The names of VMs whose sockets appeared, as soon as one does.
@@ -53,7 +67,7 @@ impl Sockets {
     pub async fn appeared(&mut self) -> io::Result<Vec<String>> {
         loop {
             let mut ready = self.inotify.readable().await?;
-            let read = ready.try_io(|inotify| read(inotify.get_ref(), &self.directories));
+            let read = ready.try_io(|inotify| read(inotify.get_ref(), &mut self.directories));
             let Ok(changes) = read else { continue };
             let names = self.concerned(&changes?);
             if !names.is_empty() {
@@ -120,7 +134,7 @@ impl Sockets {
 }
 
 /// Reads all there is to read. What got lost concerns everybody.
-fn read(inotify: &OwnedFd, directories: &HashMap<i32, PathBuf>) -> io::Result<Vec<Change>> {
+fn read(inotify: &OwnedFd, directories: &mut HashMap<i32, PathBuf>) -> io::Result<Vec<Change>> {
     let mut space = [MaybeUninit::uninit(); 4096];
     let mut reader = inotify::Reader::new(inotify, &mut space);
     let mut changes = Vec::new();
@@ -136,6 +150,10 @@ fn read(inotify: &OwnedFd, directories: &HashMap<i32, PathBuf>) -> io::Result<Ve
         let Some(directory) = directories.get(&event.wd()) else { continue };
         let name = event.file_name().map(|name| PathBuf::from(OsStr::from_bytes(name.to_bytes())));
         changes.push((directory.clone(), name));
+        // The directory is gone, and its number comes round again.
+        if event.events().contains(ReadFlags::IGNORED) {
+            directories.remove(&event.wd());
+        }
     }
 }
 
@@ -149,13 +167,19 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(10), sockets.appeared()).await.unwrap().unwrap()
     }
 
+    fn watching(targets: Vec<(String, PathBuf)>) -> Sockets {
+        let mut sockets = Sockets::new().unwrap();
+        sockets.watch(targets);
+        sockets
+    }
+
     #[tokio::test]
     async fn a_socket_that_appears_is_noticed_however_often() {
         let root = tempfile::tempdir().unwrap();
         let socket = root.path().join("a.qmp");
         let other = root.path().join("b.qmp");
         let targets = vec![("a".into(), socket.clone()), ("b".into(), other)];
-        let mut sockets = Sockets::watch(targets).unwrap();
+        let mut sockets = watching(targets);
         for _ in 0..3 {
             fs::write(&socket, "").unwrap();
             assert_eq!(appeared(&mut sockets).await, ["a"]);
@@ -171,12 +195,30 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let directory = root.path().join("run/vm");
         let socket = directory.join("a.qmp");
-        let mut sockets = Sockets::watch(vec![("a".into(), socket.clone())]).unwrap();
+        let mut sockets = watching(vec![("a".into(), socket.clone())]);
         for _ in 0..3 {
             fs::create_dir_all(&directory).unwrap();
             fs::write(&socket, "").unwrap();
             assert_eq!(appeared(&mut sockets).await, ["a"]);
             fs::remove_dir_all(root.path().join("run")).unwrap();
         }
+        assert!(sockets.directories.len() <= 3, "{:?}", sockets.directories);
+    }
+
+    #[tokio::test]
+    async fn what_appears_while_the_targets_change_is_noticed() {
+        let root = tempfile::tempdir().unwrap();
+        let socket = |name: &str| root.path().join(name).join("qmp");
+        fs::create_dir(root.path().join("a")).unwrap();
+        fs::create_dir(root.path().join("b")).unwrap();
+        let mut sockets = watching(vec![("a".into(), socket("a"))]);
+        fs::write(socket("a"), "").unwrap();
+        sockets.watch(vec![("a".into(), socket("a")), ("b".into(), socket("b"))]);
+        assert_eq!(appeared(&mut sockets).await, ["a"]);
+        sockets.watch(vec![("b".into(), socket("b"))]);
+        fs::write(root.path().join("a/other"), "").unwrap();
+        fs::write(socket("b"), "").unwrap();
+        assert_eq!(appeared(&mut sockets).await, ["b"]);
+        assert_eq!(sockets.directories.len(), 1);
     }
 }

@@ -1,0 +1,189 @@
+//! `watch`, as systemd runs it: with a configuration, and somebody who listens to what it says of itself.
+
+use crate::tool::{self, PROGRAM};
+use crate::wait::{wait_for, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::{self, File};
+use std::os::unix::net::UnixDatagram;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+pub const CONFIG: &str = "/run/usb-qmp-hotplug.toml";
+const NOTIFY: &str = "/run/notify";
+const LOG: &str = "/run/daemon.log";
+
+pub struct Daemon {
+    child: Child,
+    said: Arc<Mutex<Vec<String>>>,
+}
+
+/// The configuration of these VMs, and what else is in it.
+pub fn configure(vms: &[&str], rules: &str) {
+    let vm = |vm: &&str| format!("[vm.{vm}]\nqmp = \"/run/vm/{vm}.qmp\"\n");
+    let vms: String = vms.iter().map(vm).collect();
+    fs::write(CONFIG, format!("{vms}{rules}")).unwrap();
+}
+
+/// A rule: what matches goes to the VM.
+pub fn rule(vm: &str, matches: &str) -> String {
+    format!("[[rule]]\nvm = \"{vm}\"\n{matches}\n")
+}
+
+impl Daemon {
+    /// Starts it and waits until it is ready.
+    pub fn start() -> Daemon {
+        let daemon = Daemon::launch(&["--timeout", tool::SECONDS], &[]);
+        daemon.wait_until_it_says("READY=1");
+        daemon
+    }
+
+    /// Starts it with options and variables.
+    pub fn launch(options: &[&str], environment: &[(&str, &str)]) -> Daemon {
+        let _ = fs::remove_file(NOTIFY);
+        let socket = UnixDatagram::bind(NOTIFY).expect("the service manager's socket");
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let saying = Arc::clone(&said);
+        thread::spawn(move || {
+            let mut buffer = vec![0; 1 << 12];
+            while let Ok(length) = socket.recv(&mut buffer) {
+                let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                saying.lock().unwrap().extend(text.lines().map(str::to_owned));
+            }
+        });
+        let log = File::options().create(true).append(true).open(LOG).unwrap();
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", PROGRAM, "--config", CONFIG])
+            .args(options)
+            .arg("watch")
+            .env("NOTIFY_SOCKET", NOTIFY)
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("the daemon starts");
+        Daemon { child, said }
+    }
+
+    /// What it told systemd, line by line.
+    pub fn said(&self) -> Vec<String> {
+        self.said.lock().unwrap().clone()
+    }
+
+    #[track_caller]
+    pub fn wait_until_it_says(&self, line: &str) {
+        wait_until(&format!("the daemon says {line}; so far {:?}", self.said()), || {
+            self.said().iter().any(|said| said == line)
+        });
+    }
+
+    /// Waits until this is the last of its STATUS lines.
+    #[track_caller]
+    pub fn wait_for_status(&self, status: &str) {
+        let is_status = |line: &&String| line.starts_with("STATUS=");
+        wait_until(&format!("STATUS={status}; so far {:?}", self.said()), || {
+            let said = self.said();
+            said.iter().rfind(is_status).is_some_and(|last| *last == format!("STATUS={status}"))
+        });
+    }
+
+    /// The first line of its log that has all these parts, once it is there.
+    #[track_caller]
+    pub fn wait_for_log(&self, parts: &[&str]) -> String {
+        wait_for(&format!("{parts:?} in the log"), || {
+            self.log()
+                .lines()
+                .find(|line| parts.iter().all(|p| line.contains(p)))
+                .map(str::to_owned)
+        })
+    }
+
+    /// Everything it has logged, and those before it in the same test.
+    pub fn log(&self) -> String {
+        fs::read_to_string(LOG).unwrap_or_default()
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).expect("the daemon runs");
+    }
+
+    /// Stops it in its tracks and waits until it stands.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+        wait_until("the daemon stands still", || self.field("status", "State:").starts_with('T'));
+    }
+
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// Has it read its configuration again.
+    pub fn reload(&self) {
+        let reloads = || self.said().iter().filter(|line| *line == "READY=1").count();
+        let before = reloads();
+        self.signal(Signal::HUP);
+        wait_until("it has reloaded", || reloads() > before);
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_for("the daemon ends", || self.child.try_wait().unwrap())
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(self.proc("fd")).expect("the daemon runs").count()
+    }
+
+    /// The memory it has, in kibibytes.
+    pub fn memory(&self) -> u64 {
+        self.field("status", "VmRSS:").trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// How often all of its threads together have slept and woken.
+    pub fn switches(&self) -> u64 {
+        let tasks = fs::read_dir(self.proc("task")).expect("the daemon runs");
+        let switches = |task: fs::DirEntry| {
+            let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            let lines = status.lines().filter(|line| line.contains("ctxt_switches"));
+            lines.map(|line| line.rsplit('\t').next().unwrap().parse::<u64>().unwrap()).sum::<u64>()
+        };
+        tasks.flatten().map(switches).sum()
+    }
+
+    /// Whether it has this file open.
+    pub fn has_open(&self, path: &std::path::Path) -> bool {
+        let descriptors = fs::read_dir(self.proc("fd")).expect("the daemon runs").flatten();
+        descriptors.filter_map(|d| fs::read_link(d.path()).ok()).any(|open| open == path)
+    }
+
+    fn proc(&self, name: &str) -> String {
+        format!("/proc/{}/{name}", self.child.id())
+    }
+
+    fn field(&self, file: &str, name: &str) -> String {
+        let text = fs::read_to_string(self.proc(file)).expect("the daemon runs");
+        text.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("--- the daemon's log\n{}said {:?}", self.log(), self.said());
+        }
+    }
+}
+
+/// Removes what an earlier test has left.
+pub fn clear() {
+    for file in [CONFIG, NOTIFY, LOG] {
+        let _ = fs::remove_file(file);
+    }
+}

@@ -1,0 +1,236 @@
+//! The daemon, and what is plugged and pulled.
+
+use crate::daemon::{CONFIG, Daemon, configure, rule};
+use crate::hardware::{Device, Hardware, Stick, ehci, xhci};
+use crate::journal::Journal;
+use crate::tool::run;
+use crate::udev;
+use crate::vm::Vm;
+use crate::wait::wait_until;
+use std::process::Command;
+
+crate::tests![
+    what_was_there_before_the_daemon_is_attached,
+    what_was_there_before_the_vm_is_attached,
+    a_plug_and_a_pull_are_logged_with_all_fields,
+    devices_that_swap_their_ports_stay_with_their_vms,
+    ports_keep_their_vms_when_devices_swap,
+    a_device_that_left_and_came_back_at_once_is_there_again,
+    either_name_of_a_usb3_socket_means_both,
+    a_detach_by_hand_stands_until_the_next_plug,
+    what_a_person_attached_leaves_when_it_is_pulled,
+    a_rule_for_all_behind_a_hub_leaves_the_hub_alone,
+    a_mounted_stick_stays_until_it_is_unmounted_and_synced,
+];
+
+fn what_was_there_before_the_daemon_is_attached() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let all = vec![(Stick::new("SN1").into(), xhci(3)), (Device::Mouse, ehci(2))];
+    let plugged = hardware.plug_all(all);
+    let other = hardware.plug(Device::Tablet, xhci(4));
+    configure(&["a"], &(rule("a", "port = \"2-3\"") + &rule("a", "port = \"3-2\"")));
+    let daemon = Daemon::start();
+    // It is ready when all is done, not earlier.
+    for device in &plugged {
+        vm.must_have(device);
+    }
+    assert_eq!(other.driver().as_deref(), Some("usbhid"));
+    daemon.wait_for_status("1 VM, 1 running, 2 devices attached");
+}
+
+fn what_was_there_before_the_vm_is_attached() {
+    let mut hardware = Hardware::open();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    assert!(!std::path::Path::new("/run/vm").exists(), "its directory comes with the VM");
+    let daemon = Daemon::start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    daemon.wait_for_status("1 VM, 0 running, 0 devices attached");
+    let vm = Vm::new("a").start();
+    vm.gets(&[&stick]);
+    daemon.wait_for_status("1 VM, 1 running, 1 device attached");
+}
+
+fn a_plug_and_a_pull_are_logged_with_all_fields() {
+    let mut hardware = Hardware::open();
+    let journal = Journal::journald();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "serial = \"SN*\""));
+    let _daemon = Daemon::start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let attached = journal.wait_for("attached 2-3");
+    vm.gets(&[&stick]);
+    hardware.pull(&stick);
+    let detached = journal.wait_for("detached usb-host-2-3");
+    vm.loses_all();
+    for entry in [&attached, &detached] {
+        assert_eq!((&*entry["VM"], &*entry["PORT"]), ("a", "2-3"), "{entry:?}");
+        assert_eq!((&*entry["ID"], &*entry["PRIORITY"]), ("usb-host-2-3", "5"), "{entry:?}");
+        assert!(entry["MS"].parse::<u32>().is_ok(), "{entry:?}");
+    }
+    assert_eq!(attached["RULE"], "3", "{attached:?}");
+    let about_it = |entry: &&_| {
+        let entry: &crate::journal::Entry = entry;
+        entry.contains_key("PORT")
+    };
+    assert_eq!(journal.entries().iter().filter(about_it).count(), 2, "{:?}", journal.entries());
+}
+
+fn devices_that_swap_their_ports_stay_with_their_vms() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    configure(&["a", "b"], &(rule("a", "serial = \"SNA\"") + &rule("b", "serial = \"SNB\"")));
+    let daemon = Daemon::start();
+    let sticks = |of_a, of_b| {
+        vec![(Stick::new("SNA").into(), xhci(of_a)), (Stick::new("SNB").into(), xhci(of_b))]
+    };
+    let before = hardware.plug_all(sticks(3, 4));
+    a.gets(&[&before[0]]);
+    b.gets(&[&before[1]]);
+    // All four events at once.
+    daemon.freeze();
+    hardware.pull_all(&before);
+    let after = hardware.plug_all(sticks(4, 3));
+    udev::settle();
+    daemon.thaw();
+    for (vm, stick) in [(&a, &after[0]), (&b, &after[1])] {
+        vm.gets(&[stick]);
+        assert_eq!(vm.open_nodes(), [stick.node()]);
+    }
+    a.must_have_no_spare_descriptors();
+    b.must_have_no_spare_descriptors();
+}
+
+fn ports_keep_their_vms_when_devices_swap() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    configure(&["a", "b"], &(rule("a", "port = \"2-3\"") + &rule("b", "port = \"2-4\"")));
+    let _daemon = Daemon::start();
+    let sticks = |first, second| {
+        vec![(Stick::new(first).into(), xhci(3)), (Stick::new(second).into(), xhci(4))]
+    };
+    let mut plugged = hardware.plug_all(sticks("SN1", "SN2"));
+    for (first, second) in [("SN2", "SN1"), ("SN1", "SN2")] {
+        a.gets(&[&plugged[0]]);
+        b.gets(&[&plugged[1]]);
+        hardware.pull_all(&plugged);
+        plugged = hardware.plug_all(sticks(first, second));
+        // The ids stay the same.
+        for (vm, stick) in [(&a, &plugged[0]), (&b, &plugged[1])] {
+            wait_until("the new one is there", || vm.open_nodes() == [stick.node()]);
+        }
+    }
+}
+
+fn a_device_that_left_and_came_back_at_once_is_there_again() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    let before = hardware.plug(Stick::new("SN1"), xhci(3));
+    vm.gets(&[&before]);
+    daemon.freeze();
+    hardware.pull(&before);
+    let after = hardware.plug(Stick::new("SN1"), xhci(3));
+    udev::settle();
+    daemon.thaw();
+    wait_until("the new one is there", || vm.open_nodes() == [after.node()]);
+    vm.gets(&[&after]);
+    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
+}
+
+fn either_name_of_a_usb3_socket_means_both() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    // A fast stick appears at 2-3 and 2-4, the mice at 1-3 and 1-4.
+    let rules = rule("a", "port = \"1-3\"") + &rule("b", "port = \"1-4\"\ntwin = false");
+    configure(&["a", "b"], &rules);
+    let _daemon = Daemon::start();
+    let fast = hardware.plug(Stick::new("SN1"), xhci(4));
+    let matched = hardware.plug(Stick::new("SN2"), xhci(3));
+    assert_eq!((&*matched.port, &*fast.port), ("2-3", "2-4"));
+    a.gets(&[&matched]);
+    assert!(b.ids().is_empty());
+    hardware.pull_all(&[matched, fast]);
+    a.loses_all();
+    let slow = hardware.plug_all(vec![(Device::Mouse, xhci(3)), (Device::Mouse, xhci(4))]);
+    a.gets(&[&slow[0]]);
+    b.gets(&[&slow[1]]);
+}
+
+fn a_detach_by_hand_stands_until_the_next_plug() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    configure(&["a"], &(rule("a", "port = \"2-3\"") + &rule("a", "port = \"1-5\"")));
+    // Attached before the daemon, it is in the daemon's care all the same.
+    run(["attach", &vm.socket(), &stick.port]).succeeds();
+    let daemon = Daemon::start();
+    run(["detach", &vm.socket(), &stick.port]).succeeds();
+    udev::trigger("add", &stick.sysfs);
+    udev::settle();
+    daemon.reload();
+    // Work is done in order: when the mouse is there, the rest was looked at.
+    let mouse = hardware.plug(Device::Mouse, xhci(5));
+    vm.gets(&[&mouse]);
+
+    hardware.pull(&stick);
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    vm.gets(&[&mouse, &stick]);
+    run(["detach", &vm.socket(), &stick.port]).succeeds();
+    vm.kill();
+    let vm = Vm::new("a").start();
+    vm.gets(&[&mouse, &stick]);
+}
+
+fn what_a_person_attached_leaves_when_it_is_pulled() {
+    let mut hardware = Hardware::open();
+    let vms = [Vm::new("a").start(), Vm::new("b").start()];
+    configure(&["a", "b"], "");
+    let _daemon = Daemon::start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    run(["--config", CONFIG, "attach", "b", &stick.port]).succeeds();
+    vms[1].gets(&[&stick]);
+    hardware.pull(&stick);
+    vms[1].loses_all();
+}
+
+fn a_rule_for_all_behind_a_hub_leaves_the_hub_alone() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"1-5*\""));
+    let daemon = Daemon::start();
+    let hub = hardware.plug(Device::Hub, xhci(5));
+    let behind = hardware
+        .plug_all(vec![(Device::Mouse, xhci(5).below(2)), (Device::Keyboard, xhci(5).below(3))]);
+    vm.gets(&[&behind[0], &behind[1]]);
+    assert_eq!(hub.driver().as_deref(), Some("hub"));
+    hardware.pull(&hub);
+    vm.loses_all();
+    daemon.wait_for_status("1 VM, 1 running, 0 devices attached");
+}
+
+fn a_mounted_stick_stays_until_it_is_unmounted_and_synced() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1").mebibytes(4), xhci(3));
+    let disk = stick.disk();
+    let sh = |command: &str| {
+        let status = Command::new("sh").args(["-ec", command]).status().unwrap();
+        assert!(status.success(), "{command}");
+    };
+    sh(&format!("mkfs.ext4 -q {0} && mkdir -p /run/stick && mount {0} /run/stick", disk.display()));
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    let refused = daemon.wait_for_log(&["mounted on /run/stick", "sync a"]);
+    assert!(!refused.contains("--force"), "{refused}");
+    assert!(vm.ids().is_empty());
+    // The same again is not worth a line.
+    daemon.reload();
+    assert_eq!(daemon.log().matches("mounted on").count(), 1, "{}", daemon.log());
+    sh("umount /run/stick");
+    run(["--config", CONFIG, "sync", "a"]).succeeds();
+    vm.gets(&[&stick]);
+    hardware.pull(&stick);
+    vm.loses_all();
+}
