@@ -83,7 +83,8 @@ pub enum Command {
     /// Show the QEMU processes on this host, and their monitors.
     ///
     /// Whatever started them: they are looked for in /proc, and their monitors
-    /// on their command lines. A monitor is `free`, or held by another client,
+    /// on their command lines. VMs of the configuration that do not run are
+    /// shown, too. A monitor is `free`, or held by another client,
     /// or out of reach; a free one is asked how many USB ports are free. Where
     /// no monitor is free, what to add to the VM is shown. Monitors that QEMU
     /// reads from a file (-readconfig) are not seen, and another user's VMs
@@ -113,6 +114,8 @@ pub enum Command {
         usb-qmp-hotplug completions zsh > ~/.zfunc/_usb-qmp-hotplug   # a directory of $fpath\n  \
         usb-qmp-hotplug completions fish > ~/.config/fish/completions/usb-qmp-hotplug.fish")]
     Completions(Completions),
+    /// Write the manual pages to a directory.
+    Man(Man),
     /// What can stand in place of the last word; for the completion scripts.
     #[command(hide = true)]
     Complete(Complete),
@@ -209,10 +212,11 @@ const VMS_HELP: &str = "A monitor's state:\n  \
     held         another client has it; a monitor serves one at a time\n  \
     silent       it accepts, and does not answer within two seconds\n  \
     stopped      QEMU's process is stopped, and answers nobody\n  \
-    gone         its socket was removed, or nobody listens on it\n  \
+    gone         there is no such socket, or nobody listens on it\n  \
     taken        another process listens on its path now\n  \
     forbidden    this user may not connect to it, or not see where it is\n  \
-    unusable     no Unix socket that QEMU listens on: TCP, standard input";
+    unusable     no Unix socket that QEMU listens on: TCP, standard input\n  \
+    broken       it answers something that is not QMP, or an error";
 
 /// `sync`
 #[derive(Debug, Args)]
@@ -268,6 +272,14 @@ pub struct Rule {
 pub struct Completions {
     /// The shell.
     pub shell: Shell,
+}
+
+/// `man`
+#[derive(Debug, Args)]
+pub struct Man {
+    /// The directory; it is made if it is not there.
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub dir: PathBuf,
 }
 
 /// `complete`

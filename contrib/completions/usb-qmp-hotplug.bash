@@ -4,8 +4,8 @@ _usb_qmp_hotplug() {
     local -a values=() shown=()
     while IFS=$'\t' read -r value help; do
         case $value:$help in
-            :files) compopt -o default 2>/dev/null ;;
-            :directories) compopt -o dirnames 2>/dev/null ;;
+            :files:) compopt -o default 2>/dev/null ;;
+            :directories:) compopt -o dirnames 2>/dev/null ;;
             *)
                 printf -v value %q "$value"
                 values+=("$value")

@@ -6,9 +6,12 @@ function __usb_qmp_hotplug_complete
     set -e words[1]
     for line in ($program complete fish -- $words $current 2>/dev/null)
         switch $line
-            case \tfiles
-                __fish_complete_path (string replace -r -- '^--[^=]*=' '' $current)
-            case \tdirectories
+            case :files
+                set -l option (string match -r -- '^--[^=]*=' $current; or echo '')
+                for path in (__fish_complete_path (string replace -- "$option" '' $current))
+                    printf '%s\n' $option$path
+                end
+            case :directories
                 __fish_complete_directories $current
             case '*'
                 printf '%s\n' $line

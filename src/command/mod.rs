@@ -7,6 +7,7 @@ mod detach;
 mod how;
 mod inspect;
 mod list;
+mod man;
 mod rule;
 mod screen;
 mod sync;
@@ -121,6 +122,7 @@ pub async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Sync(arguments) => sync::run(&context, arguments).await,
         Command::Watch => watch::run(&context).await,
         Command::Rule(arguments) => rule::run(&context, arguments).await,
+        Command::Man(arguments) => man::run(&context, arguments),
         Command::Completions(arguments) => completions::run(arguments),
         Command::Complete(arguments) => complete::run(&context, arguments).await,
     }

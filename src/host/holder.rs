@@ -60,6 +60,20 @@ impl Host {
         holders
     }
 
+    /// Whether the node of the device at an address is locked, as far as the
+    /// kernel's list of locks says: so it is while a VM has the device, and
+    /// every user may see that (proc(5), `/proc/locks`).
+    pub fn is_locked(&self, address: Address) -> bool {
+        let locks = read_if_there(&self.path("/proc/locks")).ok().flatten().unwrap_or_default();
+        let Ok(node) = fs::metadata(self.path(address.node())) else { return false };
+        let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
+        let file = format!("{major:02x}:{minor:02x}:{}", node.ino());
+        locks.lines().any(|line| {
+            let mut fields = line.split_whitespace();
+            fields.nth(1) == Some("FLOCK") && fields.nth(3) == Some(file.as_str())
+        })
+    }
+
     /// The ids of all processes that this one may see.
     pub(super) fn processes(&self) -> Vec<i32> {
         let entries = fs::read_dir(self.path("/proc")).into_iter().flatten().flatten();

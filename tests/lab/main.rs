@@ -35,6 +35,7 @@ mod attach;
 mod by_hand;
 mod by_udev_rule;
 mod claims;
+mod completions;
 mod controllers;
 mod daemon;
 mod hardware;
@@ -42,7 +43,9 @@ mod inside;
 mod inspect;
 mod journal;
 mod leftovers;
+mod list;
 mod machine;
+mod man;
 mod outside;
 mod qmp;
 mod refused;
@@ -50,6 +53,7 @@ mod rule;
 mod tool;
 mod udev;
 mod vm;
+mod vms;
 mod wait;
 mod watch;
 mod watch_endurance;
@@ -84,9 +88,13 @@ fn all_tests() -> impl Iterator<Item = Test> {
         refused::TESTS,
         by_hand::TESTS,
         claims::TESTS,
+        completions::TESTS,
         controllers::TESTS,
+        list::TESTS,
+        vms::TESTS,
         rule::TESTS,
         inspect::TESTS,
+        man::TESTS,
         leftovers::TESTS,
         watch::TESTS,
         watch_vms::TESTS,

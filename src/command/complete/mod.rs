@@ -1,7 +1,6 @@
 //! `complete SHELL -- WORDS`, hidden: what can stand in place of the last word.
-//! One candidate a line, a tab, and what it is; or nothing, a tab, and `files`
-//! or `directories` where the shell knows better. The scripts in
-//! contrib/completions read it.
+//! One candidate a line, a tab, and what it is; or `:files` or `:directories`
+//! where the shell knows better. The scripts in contrib/completions read it.
 
 mod bash;
 mod line;
@@ -14,14 +13,14 @@ use clap::{Arg, CommandFactory, ValueHint};
 use super::{Context, print};
 use crate::cli::{Cli, Complete, Shell};
 use crate::error::Error;
-use crate::text::escape;
+use crate::text::{escape, fit};
 use line::{Expected, Line};
 
 /// How long a VM may take to say what it has. A person is waiting.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The longest description, in characters.
-const LONGEST_HELP: usize = 50;
+/// The longest description, in columns.
+const LONGEST_HELP: usize = 60;
 
 /// What can be typed, and what it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,11 +61,12 @@ pub async fn run(context: &Context, arguments: &Complete) -> Result<(), Error> {
             continue;
         }
         let Some(value) = value.strip_prefix(&hidden) else { continue };
-        let help: String = escape(help).chars().take(LONGEST_HELP).collect();
+        let help = escape(help);
+        let help = fit(&help, LONGEST_HELP);
         text += &format!("{value}\t{help}\n");
     }
     if let Some(files) = answer.files {
-        text += &format!("\t{files}\n");
+        text += &format!(":{files}\n");
     }
     print(&text)
 }

@@ -90,8 +90,8 @@ impl From<&rule::Rule> for RuleReport {
 impl fmt::Display for RuleReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.vm {
-            Some(vm) => write!(f, "for VM {} by line {}", escape(vm), self.line),
-            None => write!(f, "denied by line {}", self.line),
+            Some(vm) => write!(f, "rule at line {}: VM {}", self.line, escape(vm)),
+            None => write!(f, "rule at line {}: denied", self.line),
         }
     }
 }
@@ -140,7 +140,9 @@ impl Entry {
             serial: own(strings.serial),
             speed_mbps: host.speed(port),
             in_use: if device.is_hub() { Vec::new() } else { uses(host, port) },
-            held: !holders.is_empty() || drivers.iter().any(|driver| driver == CLAIMED),
+            held: !holders.is_empty()
+                || drivers.iter().any(|driver| driver == CLAIMED)
+                || host.is_locked(device.address),
             held_by: holders.into_iter().map(HolderReport::from).collect(),
             rule: rule.map(|(_, rule)| rule.into()),
             drivers,

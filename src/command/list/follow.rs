@@ -184,12 +184,12 @@ fn line(report: &Report) -> Line {
     let hub = if device.hub { "hub " } else { "" };
     let name = device.name().unwrap_or_else(|| "(no name)".to_owned());
     line.add(Style::Plain, format!("  {hub}{}", escape(&name)));
-    if let Some(serial) = device.serial.as_ref().filter(|_| !device.hub) {
-        line.add(Style::Dim, format!(", serial {}", escape(serial)));
-    }
     if let Some(rule) = &device.rule {
         let style = if rule.deny { Style::Bad } else { Style::Rule };
         line.add(Style::Dim, ", ").add(style, rule.to_string());
+    }
+    if let Some(serial) = device.serial.as_ref().filter(|_| !device.hub) {
+        line.add(Style::Dim, format!(", serial {}", escape(serial)));
     }
     line
 }

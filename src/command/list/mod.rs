@@ -77,3 +77,6 @@ fn flat(entry: &Entry) -> String {
     ];
     fields.join("\t") + "\n"
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@ use unicode_width::UnicodeWidthStr;
 use super::Report;
 use super::entry::{BusReport, Entry};
 use crate::command::screen::{Line, Screen, Style};
-use crate::text::escape;
+use crate::text::{escape, fit};
 use crate::usb::Port;
 
 /// The least that must be left for names; else other columns are left out.
@@ -92,7 +92,8 @@ fn columns(entries: &[Entry], ports: usize, screen: usize) -> Vec<Column> {
     let cells = entries.iter();
     let optional = |port: &Option<Port>| port.as_ref().map(ToString::to_string).unwrap_or_default();
     let twins = Column::new("TWIN", Style::Dim, cells.clone().map(|e| optional(&e.twin)));
-    let speed = |e: &Entry| e.speed_mbps.map(|speed| speed.to_string()).unwrap_or_default();
+    let speed = |e: &Entry| e.speed_mbps.map(|s| format!("{:>4}", s.to_string()));
+    let speed = |e: &Entry| speed(e).unwrap_or_default();
     let drivers = |e: &Entry| escape(&e.drivers.join(",")).into_owned();
     let mut columns = vec![
         twins,
@@ -129,7 +130,8 @@ fn bus_line(bus: &BusReport) -> Line {
 fn details(entry: &Entry, guide: &Guide) -> Option<Line> {
     let mut words: Vec<(Style, String)> = Vec::new();
     if let Some(serial) = &entry.serial {
-        words.push((Style::Dim, format!("serial {}", escape(serial))));
+        // Some have a very long one, and what follows matters more.
+        words.push((Style::Dim, format!("serial {}", fit(&escape(serial), 40))));
     }
     words.extend(entry.uses().into_iter().map(|used| (Style::Busy, used)));
     if let Some(holder) = entry.held_text() {

@@ -4,7 +4,8 @@ mod advice;
 mod probe;
 mod show;
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -14,7 +15,9 @@ use tracing::{info, warn};
 use super::screen::Screen;
 use super::{Context, json, print};
 use crate::cli::Vms;
+use crate::config::Config;
 use crate::error::Error;
+use crate::guest::Controller;
 use crate::host::{Holder, Qemu};
 use advice::Advice;
 use probe::{Probe, Prober, State};
@@ -25,12 +28,13 @@ struct Report {
     vms: Vec<VmReport>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct VmReport {
-    pid: i32,
+    /// `null` for a VM of the configuration whose process is not seen.
+    pid: Option<i32>,
     name: Option<String>,
     user: Option<String>,
-    program: String,
+    program: Option<String>,
     /// QEMU's version, if a monitor told.
     qemu: Option<String>,
     /// `running`, `paused` and so on, if a monitor told.
@@ -80,21 +84,30 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
         warn!("this user sees only its own processes here (/proc is mounted with hidepid)");
     }
     let prober = Arc::new(Prober { host: host.clone(), time: context.timeout });
-    let mut running = JoinSet::new();
-    for (order, qemu) in host.qemus().into_iter().enumerate() {
-        let (prober, config) = (prober.clone(), config.clone());
-        running.spawn(async move {
-            let probes = prober.vm(&qemu).await;
-            let name = |socket: &PathBuf| {
-                let vm = config.vms.iter().find(|vm| vm.socket == *socket)?;
-                Some(vm.name.clone())
-            };
-            (order, report(qemu, probes, &name))
-        });
+    let probed = all(host.qemus().into_iter().map(|qemu| {
+        let prober = prober.clone();
+        async move { (prober.vm(&qemu).await, qemu) }
+    }));
+    let vms = probed.await.into_iter().map(|(probes, qemu)| VmReport::of(qemu, probes, &config));
+    let mut vms: Vec<VmReport> = vms.collect();
+
+    // Those of the configuration that are not among them.
+    let seen = |name: &String| {
+        let monitors = vms.iter().flat_map(|vm| &vm.monitors);
+        monitors.filter_map(|monitor| monitor.configured_as.as_ref()).any(|known| known == name)
+    };
+    let mut others = config.vms.clone();
+    others.retain(|vm| !seen(&vm.name));
+    let probed = all(others.into_iter().map(|vm| {
+        let prober = prober.clone();
+        async move { (prober.socket(&vm.socket).await, vm) }
+    }));
+    for (probe, vm) in probed.await {
+        let mut report = VmReport { name: Some(vm.name), ..VmReport::default() };
+        report.add(probe, &config);
+        vms.push(report);
     }
-    let mut vms = running.join_all().await;
-    vms.sort_by_key(|(order, _)| *order);
-    let report = Report { vms: vms.into_iter().map(|(_, vm)| vm).collect() };
+    let report = Report { vms };
     if arguments.json {
         return print(&json(&report)?);
     }
@@ -104,41 +117,58 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
     print(&show::shown(&report.vms, Screen::of_stdout()))
 }
 
-fn report(
-    qemu: Qemu,
-    probes: Vec<Probe>,
-    configured: &dyn Fn(&PathBuf) -> Option<String>,
-) -> VmReport {
-    let Qemu { pid, program, user, command_line, .. } = qemu;
-    let has_free = probes.iter().any(|probe| probe.state == State::Free);
-    let to_add = (!has_free).then(|| Advice::new(&command_line));
-    let mut vm = VmReport {
-        pid,
-        name: command_line.name,
-        user,
-        program,
-        qemu: None,
-        status: None,
-        libvirt: command_line.is_libvirt,
-        reads_config: command_line.reads_config,
-        monitors: Vec::new(),
-        controllers: None,
-        to_add,
-    };
-    for probe in probes {
+/// Does all of it at the same time; the results are in order.
+async fn all<T: Send + 'static>(
+    tasks: impl Iterator<Item = impl Future<Output = T> + Send + 'static>,
+) -> Vec<T> {
+    let mut running = JoinSet::new();
+    for (order, task) in tasks.enumerate() {
+        running.spawn(async move { (order, task.await) });
+    }
+    let mut done = running.join_all().await;
+    done.sort_by_key(|(order, _)| *order);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
+impl VmReport {
+    fn of(qemu: Qemu, probes: Vec<Probe>, config: &Config) -> Self {
+        let Qemu { pid, program, user, command_line, .. } = qemu;
+        let is = |states: &[State]| probes.iter().any(|probe| states.contains(&probe.state));
+        // Another monitor is no better than one that may do yet.
+        let may_do = is(&[State::Forbidden, State::Silent, State::Stopped]);
+        let needs_one = !is(&[State::Free]) && (command_line.is_libvirt || !may_do);
+        let mut vm = VmReport {
+            pid: Some(pid),
+            user,
+            program: Some(program),
+            libvirt: command_line.is_libvirt,
+            reads_config: command_line.reads_config,
+            to_add: needs_one.then(|| Advice::new(&command_line)),
+            name: command_line.name,
+            ..VmReport::default()
+        };
+        probes.into_iter().for_each(|probe| vm.add(probe, config));
+        vm
+    }
+
+    fn add(&mut self, probe: Probe, config: &Config) {
         if let Some(told) = probe.told {
-            vm.qemu = Some(told.version.to_string());
-            vm.status = told.status.clone();
-            vm.name = vm.name.or_else(|| told.name.clone());
-            let controller = |c: &crate::guest::Controller| ControllerReport {
+            self.qemu = Some(told.version.to_string());
+            self.status = told.status.clone();
+            self.name = self.name.take().or_else(|| told.name.clone());
+            let controller = |c: &Controller| ControllerReport {
                 bus: c.bus.clone(),
                 ports: c.ports(),
                 free: told.free_ports(c),
             };
-            vm.controllers = Some(told.controllers.iter().map(controller).collect());
+            self.controllers = Some(told.controllers.iter().map(controller).collect());
         }
+        let configured = |socket: &PathBuf| {
+            let vm = config.vms.iter().find(|vm| is_same(&vm.socket, socket))?;
+            Some(vm.name.clone())
+        };
         let holder = |Holder { pid, program, .. }| HolderReport { pid, program };
-        vm.monitors.push(MonitorReport {
+        self.monitors.push(MonitorReport {
             configured_as: probe.socket.as_ref().and_then(configured),
             socket: probe.socket,
             asked: probe.asked,
@@ -147,5 +177,10 @@ fn report(
             note: probe.note,
         });
     }
-    vm
+}
+
+/// Whether two paths are one file, `/run/a.qmp` and `/var/run/a.qmp` say.
+fn is_same(a: &Path, b: &Path) -> bool {
+    let file = |path| std::fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
+    a == b || file(a).is_some_and(|one| file(b) == Some(one))
 }

@@ -73,6 +73,13 @@ pub struct Probe {
     pub told: Option<Inventory>,
 }
 
+impl Probe {
+    fn of(asked: String) -> Self {
+        let (clients, state) = (Vec::new(), State::Free);
+        Probe { socket: None, asked, state, clients, note: None, told: None }
+    }
+}
+
 /// What looking at monitors needs.
 #[derive(Debug)]
 pub struct Prober {
@@ -91,24 +98,25 @@ impl Prober {
             if probe.state == State::Free {
                 let is_first = probes.iter().all(|probe| probe.told.is_none());
                 let left = deadline.saturating_duration_since(tokio::time::Instant::now());
-                self.ask(qemu, &mut probe, left, is_first).await;
+                self.ask(Some(qemu), &mut probe, left, is_first).await;
             }
             probes.push(probe);
         }
         probes
     }
 
+    /// Looks at a socket whose QEMU is not known.
+    pub async fn socket(&self, socket: &Path) -> Probe {
+        let mut probe = Probe::of(socket.to_string_lossy().into_owned());
+        probe.socket = Some(socket.to_owned());
+        self.ask(None, &mut probe, self.time, true).await;
+        probe
+    }
+
     /// What can be seen without connecting. What nothing speaks against is
     /// free, as far as is known.
     fn look(&self, qemu: &Qemu, endpoint: &Endpoint) -> Probe {
-        let mut probe = Probe {
-            socket: None,
-            asked: String::new(),
-            state: State::Free,
-            clients: Vec::new(),
-            note: None,
-            told: None,
-        };
+        let mut probe = Probe::of(String::new());
         let mut is = |state, note: &str| {
             probe.state = state;
             probe.note = Some(note.to_owned());
@@ -162,14 +170,15 @@ impl Prober {
 
     /// Connects, and asks what ports are free. Nothing is sent before the
     /// greeting: a monitor that is held would act on it later.
-    async fn ask(&self, qemu: &Qemu, probe: &mut Probe, left: Duration, inspect: bool) {
+    async fn ask(&self, qemu: Option<&Qemu>, probe: &mut Probe, left: Duration, inspect: bool) {
         let Some(socket) = probe.socket.clone() else { return };
         let mut vm = match connect(&socket, left).await {
             Ok(Some(vm)) => vm,
             Ok(None) => {
                 probe.state = State::Silent;
                 // Somebody may have come in between, or cannot be seen.
-                if let Some(clients) = self.host.clients(qemu.pid, &probe.asked) {
+                let clients = qemu.and_then(|qemu| self.host.clients(qemu.pid, &probe.asked));
+                if let Some(clients) = clients {
                     probe.state = State::Held;
                     probe.clients = clients;
                 }
@@ -178,7 +187,8 @@ impl Prober {
             Err(error) => return failed(probe, &error),
         };
         // It is the id of who called listen(2): libvirt does so for its QEMUs.
-        let is_other = |pid: &i32| *pid != qemu.pid && self.host.qemu(*pid).is_some();
+        let is_other =
+            |pid: &i32| qemu.is_some_and(|q| q.pid != *pid) && self.host.qemu(*pid).is_some();
         if let Some(other) = vm.pid().filter(is_other) {
             probe.state = State::Taken;
             probe.note = Some(format!("process {other} listens there now"));
@@ -203,10 +213,10 @@ async fn connect(socket: &Path, left: Duration) -> Result<Option<Vm>, qmp::Error
 
 fn failed(probe: &mut Probe, error: &qmp::Error) {
     let (state, note) = match &error.kind {
-        ErrorKind::NoSocket(_) => (State::Gone, "the socket was removed".to_owned()),
+        ErrorKind::NoSocket(_) => (State::Gone, "there is no such socket".to_owned()),
         ErrorKind::NobodyListens(_) => (State::Gone, "nobody listens on the socket".to_owned()),
         ErrorKind::Connect(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
-            (State::Forbidden, "this user may not connect to it".to_owned())
+            (State::Forbidden, "this user may not connect to it; root may".to_owned())
         }
         ErrorKind::Connect(source) => (State::Broken, escape(&source.to_string()).into_owned()),
         ErrorKind::NoReply { .. } => (State::Silent, "it greets, and answers nothing".to_owned()),

@@ -18,7 +18,7 @@ pub fn shown(vms: &[VmReport], screen: Screen) -> String {
 fn one(vm: &VmReport, screen: Screen) -> String {
     let mut text = title(vm).shown(screen);
     for monitor in &vm.monitors {
-        text += &monitor_lines(monitor, screen);
+        text += &monitor_lines(vm, monitor, screen);
     }
     if vm.monitors.is_empty() {
         text +=
@@ -52,12 +52,15 @@ fn title(vm: &VmReport) -> Line {
     line.add(Style::Bold, escape(name)).add(Style::Plain, "  ");
     let mut words = Vec::new();
     words.extend(vm.status.as_deref().map(|status| escape(status).into_owned()));
-    words.push(match &vm.qemu {
-        Some(version) => format!("QEMU {version}"),
-        None => escape(&vm.program).into_owned(),
-    });
+    let version = vm.qemu.as_ref().map(|version| format!("QEMU {version}"));
+    let program = || vm.program.as_deref().map(|program| escape(program).into_owned());
+    words.extend(version.or_else(program));
     let user = vm.user.as_deref().map(|user| format!(" of user {}", escape(user)));
-    words.push(format!("process {}{}", vm.pid, user.unwrap_or_default()));
+    words.push(match vm.pid {
+        Some(pid) => format!("process {pid}{}", user.unwrap_or_default()),
+        None if vm.monitors.iter().all(|m| m.state == State::Gone) => "not running".to_owned(),
+        None => "its process is not seen".to_owned(),
+    });
     if vm.libvirt {
         words.push("libvirt's".to_owned());
     }
@@ -73,7 +76,7 @@ fn row(style: Style, word: &str, rest: &str) -> Line {
 }
 
 /// A socket's path is there to be copied, so it is never cut.
-fn monitor_lines(monitor: &MonitorReport, screen: Screen) -> String {
+fn monitor_lines(vm: &VmReport, monitor: &MonitorReport, screen: Screen) -> String {
     let style = match monitor.state {
         State::Free => Style::Good,
         State::Held | State::Silent | State::Stopped => Style::Busy,
@@ -96,9 +99,9 @@ fn monitor_lines(monitor: &MonitorReport, screen: Screen) -> String {
             some => format!("by {}", some.join(" and ")),
         });
     }
-    notes.extend(
-        monitor.configured_as.as_ref().map(|name| format!("VM {name} of the configuration")),
-    );
+    // One that is here only because of the configuration needs no such word.
+    let configured = monitor.configured_as.as_ref().filter(|_| vm.pid.is_some());
+    notes.extend(configured.map(|name| format!("VM {name} of the configuration")));
     notes.extend(monitor.note.as_deref().map(|note| escape(note).into_owned()));
     for note in notes {
         text += &row(Style::Plain, "", &note).shown(whole);
@@ -119,8 +122,8 @@ fn advice_lines(vm: &VmReport, advice: &Advice) -> String {
         Advice::Libvirt(lines) => {
             let lines: String = lines.lines().map(|line| format!("    {line}\n")).collect();
             format!(
-                "  libvirt holds its monitor for as long as the VM runs. Give the VM another one with\n  \
-                 `virsh edit`, then stop and start it; libvirt marks it as tainted (custom-argv):\n{lines}"
+                "  libvirt holds its monitor for as long as the VM runs. Give it another with\n  \
+                 `virsh edit`, then stop and start it; libvirt calls it tainted (custom-argv):\n{lines}"
             )
         }
     }

@@ -1,0 +1,238 @@
+//! Outside: the table, the goals, and what is kept of a run.
+
+use crate::race::BURSTS;
+use crate::svg;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// How the contenders are shown, the best first.
+pub const CONTENDERS: [(&str, &str); 8] = [
+    ("nobody", "nobody"),
+    ("floor", "floor: connected, asks nothing"),
+    ("stamp", "udev starts a program that does nothing"),
+    ("watch", "usb-qmp-hotplug watch"),
+    ("rule", "usb-qmp-hotplug by udev rule"),
+    ("script", "bash and socat by udev rule"),
+    ("vhotplug", "vhotplug"),
+    ("hostport", "QEMU's own scan (hostport)"),
+];
+
+/// The middle one of many numbers, and the range that they lie in.
+#[derive(Clone, Copy)]
+pub struct Spread {
+    pub median: f64,
+    pub least: f64,
+    pub most: f64,
+}
+
+impl Spread {
+    pub fn of(numbers: &Value) -> Option<Spread> {
+        let mut numbers: Vec<f64> = numbers.as_array()?.iter().filter_map(Value::as_f64).collect();
+        numbers.sort_by(f64::total_cmp);
+        let (least, most) = (*numbers.first()?, *numbers.last()?);
+        let median = (numbers[(numbers.len() - 1) / 2] + numbers[numbers.len() / 2]) / 2.0;
+        Some(Spread { median, least, most })
+    }
+}
+
+pub fn run(measured: &str, directory: &str, load_before: &str) {
+    let text = fs::read_to_string(measured).expect("what the lab has measured");
+    let mut results: Value = serde_json::from_str(&text).expect("what the lab has measured");
+    results["machine"] = machine(load_before);
+    print(&results);
+    let keep = |name: &str, text: String| {
+        fs::write(Path::new(directory).join(name), text).expect("a place for the results");
+    };
+    let text = serde_json::to_string_pretty(&results).expect("plain data");
+    keep("results.json", on_one_line(&text) + "\n");
+    keep("results.svg", svg::draw(&results));
+}
+
+/// Lists of numbers on one line each.
+fn on_one_line(text: &str) -> String {
+    let mut short = String::new();
+    for line in text.lines() {
+        let word = line.trim();
+        let is_number = word.trim_end_matches(',').parse::<f64>().is_ok();
+        match word {
+            _ if is_number => short += &word.replace(',', ", "),
+            "]" | "]," if !short.ends_with(['}', '\n']) => short += word,
+            _ => {
+                if !short.is_empty() {
+                    short.push('\n');
+                }
+                short += line;
+            }
+        }
+    }
+    short
+}
+
+/// What the numbers depend on, without a name of anything.
+fn machine(load_before: &str) -> Value {
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let emulator = Command::new("qemu-system-x86_64").arg("--version").output().expect("QEMU");
+    let emulator = String::from_utf8_lossy(&emulator.stdout).into_owned();
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load_after: Vec<&str> = load.split(' ').take(3).collect();
+    json!({
+        "processor": model.map_or("unknown", |(_, model)| model),
+        "cores": cpus.matches("processor\t").count(),
+        "kernel": fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
+        "emulator": emulator.lines().next(),
+        "load_before": load_before, "load_after": load_after.join(" "),
+    })
+}
+
+fn print(results: &Value) {
+    let race = &results["race"];
+    println!("{}", describe(results));
+    println!("\nOne device, milliseconds from the kernel's event: median (range)\n");
+    println!(
+        "{:42} {:>26} {:>26} {:>12} {:>12}",
+        "", "plug to attached", "pull to gone", "CPU of plug", "CPU of pull"
+    );
+    let alone = &race["alone"];
+    let cpu = |name: &str, what: &str| {
+        let of = |name: &str| Some(Spread::of(&alone[name][what])?.median);
+        Some((of(name)? - of("nobody")?).max(0.0))
+    };
+    for (name, title) in CONTENDERS.iter().filter(|(name, _)| !alone[name].is_null()) {
+        let time = |what: &str| shown(Spread::of(&alone[name][what]));
+        let cpu = |what: &str| cpu(name, what).map_or("-".to_owned(), |cpu| format!("{cpu:.1}"));
+        println!(
+            "{title:42} {:>26} {:>26} {:>12} {:>12}",
+            time("plug"),
+            time("pull"),
+            cpu("plug_cpu"),
+            cpu("pull_cpu")
+        );
+    }
+    println!(
+        "{:42} {:>26} {:>26}",
+        "floor's QMP commands alone",
+        shown(Spread::of(&alone["floor"]["qmp_plug"])),
+        shown(Spread::of(&alone["floor"]["qmp_pull"]))
+    );
+    println!("CPU: of all processes but QEMU, less what a plug costs when nobody cares.");
+
+    println!("\nMany at once, milliseconds from the first event until the last is attached\n");
+    let columns: String = BURSTS.iter().map(|size| format!("{size:>10}")).collect();
+    println!("{:42} {columns}       lost", "");
+    for (name, title) in CONTENDERS {
+        let sizes = &race["bursts"][name];
+        if sizes.is_null() {
+            continue;
+        }
+        let time = |size: &usize| {
+            let plug = Spread::of(&sizes[size.to_string()]["plug"]);
+            plug.map_or("        -".into(), |plug| format!("{:>10.0}", plug.median))
+        };
+        let columns: String = BURSTS.iter().map(time).collect();
+        println!("{title:42} {columns} {:>10}", lost(sizes));
+    }
+
+    let resident = &results["resident"];
+    println!("\nwatch");
+    for idle in resident["idle"].as_array().into_iter().flatten() {
+        println!(
+            "  idle for {} s with {} VMs: {} context switches, {} KiB in memory ({} its own)",
+            idle["seconds"], idle["vms"], idle["switches"], idle["rss_kib"], idle["anonymous_kib"]
+        );
+    }
+    let growth = &resident["growth"];
+    println!("  KiB before and after {} events: {}", growth["events"], growth["rss_kib"]);
+    for cost in resident["cost"].as_array().into_iter().flatten() {
+        println!(
+            "  {:>4} VMs, {:>4} rules: {:>8} µs an event",
+            cost["vms"], cost["rules"], cost["microseconds"]
+        );
+    }
+
+    println!("\nGoals");
+    for (goal, value, limit) in goals(results) {
+        let verdict = if value <= limit { "pass" } else { "MISS" };
+        println!("  {verdict}  {value:>8.2} of at most {limit:>7.2}  {goal}");
+    }
+}
+
+fn shown(spread: Option<Spread>) -> String {
+    match spread {
+        Some(Spread { median, least, most }) => format!("{median:.1} ({least:.1}-{most:.1})"),
+        None => "-".to_owned(),
+    }
+}
+
+fn lost(sizes: &Value) -> f64 {
+    let of = |numbers: &Value| numbers["lost"][0].as_f64().unwrap_or_default();
+    sizes.as_object().map_or(0.0, |sizes| sizes.values().map(of).sum())
+}
+
+/// The machine, in a line.
+pub fn describe(results: &Value) -> String {
+    let (machine, race) = (&results["machine"], &results["race"]);
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let version = &race["qemu"];
+    format!(
+        "{}, {} cores, Linux {}, load {}; in it, emulated by {}: Linux {}, QEMU {}.{}.{}",
+        text(&machine["processor"]),
+        machine["cores"],
+        text(&machine["kernel"]),
+        text(&machine["load_before"]),
+        text(&machine["emulator"]),
+        text(&race["kernel"]),
+        version["major"],
+        version["minor"],
+        version["micro"],
+    )
+}
+
+/// What is to be reached: what, how much it is, and how much it may be.
+fn goals(results: &Value) -> Vec<(String, f64, f64)> {
+    let alone = &results["race"]["alone"];
+    let of = |name: &str, what: &str| Spread::of(&alone[name][what]).map(|spread| spread.median);
+    let mut goals: Vec<(String, Option<f64>, f64)> = Vec::new();
+    for (way, end) in [("plug", "attached"), ("pull", "gone")] {
+        let least = || Some(of("stamp", way)? + of("floor", &format!("qmp_{way}"))?);
+        let ratio = || Some(of("rule", way)? / least()?);
+        let name = format!("udev rule, {way} to {end}: a program that does nothing + floor's QMP");
+        goals.push((name, ratio(), 1.35));
+        let ratio = || Some(of("watch", way)? / of("rule", way)?);
+        goals.push((format!("watch, {way} to {end}: the udev rule"), ratio(), 1.0));
+        for who in ["rule", "watch"] {
+            let ratio = || Some(of(who, way)? / of("vhotplug", way)?);
+            goals.push((format!("{who}, {way} to {end}: vhotplug"), ratio(), 0.5));
+        }
+    }
+    for who in ["rule", "watch"] {
+        let sizes = &results["race"]["bursts"][who];
+        let burst = Spread::of(&sizes["12"]["plug"]).map(|spread| spread.median);
+        let ratio = || Some(burst? / (12.0 * of("floor", "qmp_plug")?));
+        goals.push((format!("{who}, burst of 12: twelve times floor's QMP"), ratio(), 1.2));
+        let lost_alone = alone[who]["lost"][0].as_f64().unwrap_or_default();
+        goals.push((format!("{who}: devices lost"), Some(lost_alone + lost(sizes)), 0.0));
+    }
+    let resident = &results["resident"];
+    for idle in resident["idle"].as_array().into_iter().flatten() {
+        let vms = &idle["vms"];
+        goals.push((format!("{vms} VMs: context switches"), idle["switches"].as_f64(), 0.0));
+        let mebibytes = idle["rss_kib"].as_f64().map(|rss| rss / 1024.0);
+        goals.push((format!("{vms} VMs: MiB in memory"), mebibytes, 5.0));
+    }
+    let grown = &resident["growth"]["anonymous_kib"];
+    let grown = || Some(grown[1].as_f64()? - grown[0].as_f64()?);
+    goals.push(("KiB grown over many events".to_owned(), grown(), 0.0));
+    let cost = |vms: u64, rules: u64| {
+        let all = resident["cost"].as_array()?;
+        let this = all.iter().find(|cost| cost["vms"] == vms && cost["rules"] == rules)?;
+        this["microseconds"].as_f64()
+    };
+    let ratio = || Some(cost(64, 1)? / cost(1, 1)?);
+    goals.push(("an event's cost with 64 VMs: with 1".to_owned(), ratio(), 1.25));
+    let ratio = || Some(cost(1, 1000)? / cost(1, 1)?);
+    goals.push(("an event's cost with 1000 rules: with 1".to_owned(), ratio(), 2.0));
+    goals.into_iter().filter_map(|(goal, value, limit)| Some((goal, value?, limit))).collect()
+}

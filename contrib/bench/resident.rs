@@ -1,0 +1,172 @@
+//! What `watch` costs while nothing happens, over a thousand events, and with many VMs and rules.
+
+use crate::contender::DIRECTORY;
+use crate::cpu;
+use crate::hardware::{Device, Hardware, Plugged, xhci};
+use crate::options::Options;
+use crate::wait::wait_until;
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+const VMS: [usize; 3] = [1, 8, 64];
+const RULES: [usize; 3] = [1, 100, 1000];
+const EVENTS_FOR_COST: usize = 50;
+
+const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#;
+
+pub fn run(options: &Options) -> Value {
+    for number in 0..64 {
+        let socket = UnixListener::bind(socket(number)).expect("a socket");
+        thread::spawn(move || socket.incoming().flatten().for_each(serve));
+    }
+    let mut hardware = Hardware::open();
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    let idle: Vec<Value> = [1, 64].map(|vms| idle(vms, options.idle)).to_vec();
+    let growth = growth(&mouse, options.events);
+    let mut cost = Vec::new();
+    for vms in VMS {
+        for rules in RULES {
+            let microseconds = cost_of_event(&mouse, vms, rules);
+            eprintln!("{vms} VMs, {rules} rules: {microseconds} µs an event");
+            cost.push(json!({"vms": vms, "rules": rules, "microseconds": microseconds}));
+        }
+    }
+    hardware.pull(&mouse);
+    json!({"idle": idle, "growth": growth, "cost": cost})
+}
+
+fn socket(number: usize) -> String {
+    format!("{DIRECTORY}/vm{number}.qmp")
+}
+
+/// A monitor of a VM that has no USB.
+fn serve(client: UnixStream) {
+    let mut writer = client.try_clone().expect("a descriptor");
+    let _ = writeln!(writer, "{GREETING}");
+    for line in BufReader::new(client).lines().map_while(Result::ok) {
+        let Ok(command) = serde_json::from_str::<Value>(&line) else { return };
+        let answer = match command["execute"].as_str().unwrap_or_default() {
+            "qom-list" => json!([]),
+            "human-monitor-command" => json!(""),
+            _ => json!({}),
+        };
+        let _ = writeln!(writer, "{}", json!({"return": answer, "id": command["id"]}));
+    }
+}
+
+struct Watch(Child);
+
+impl Watch {
+    fn start(vms: usize, rules: usize) -> Watch {
+        let mut config = String::new();
+        for number in 0..vms {
+            config += &format!("[vm.vm{number}]\nqmp = \"{}\"\n", socket(number));
+        }
+        // None but the last matches, and they ask for all kinds of things.
+        for number in 1..rules {
+            let asks = match number % 4 {
+                0 => format!("port = \"7-{number}.*\""),
+                1 => format!("vendor = \"{number:04x}\"\nproduct = \"0001\""),
+                2 => format!("serial = \"SN{number}*\""),
+                _ => format!("class = \"08\"\nport = \"1-{number}\""),
+            };
+            config += &format!("[[rule]]\nvm = \"vm{}\"\n{asks}\n", number % vms);
+        }
+        config += "[[rule]]\ndeny = true\nport = \"1-3\"\n";
+        let (file, log) = (format!("{DIRECTORY}/many.toml"), format!("{DIRECTORY}/errors"));
+        fs::write(&file, config).expect("space");
+        let child = Command::new(format!("{DIRECTORY}/tool"))
+            .args(["--config", &file, "watch"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).expect("space"))
+            .spawn()
+            .expect("the program starts");
+        wait_until("watch is ready", || {
+            fs::read_to_string(&log).unwrap_or_default().contains("ready")
+        });
+        thread::sleep(Duration::from_secs(1));
+        Watch(child)
+    }
+
+    fn pid(&self) -> i32 {
+        self.0.id() as i32
+    }
+
+    /// How often it was given a processor.
+    fn switches(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
+        let of = |line: &str| {
+            line.split_once("_ctxt_switches:").and_then(|(_, n)| n.trim().parse::<u64>().ok())
+        };
+        status.lines().filter_map(of).sum()
+    }
+
+    /// Its memory in KiB: all of it, and what is not a file's.
+    fn memory(&self) -> (u64, u64) {
+        let path = format!("/proc/{}/smaps_rollup", self.pid());
+        let text = fs::read_to_string(path).expect("it runs");
+        let of = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            line.trim().trim_end_matches(" kB").parse().ok()
+        };
+        (of("Rss:").expect("Rss"), of("Anonymous:").expect("Anonymous"))
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn idle(vms: usize, seconds: u64) -> Value {
+    let watch = Watch::start(vms, 1);
+    let before = watch.switches();
+    thread::sleep(Duration::from_secs(seconds));
+    let switches = watch.switches() - before;
+    let (rss, anonymous) = watch.memory();
+    let idle = json!({"vms": vms, "seconds": seconds, "switches": switches, "rss_kib": rss,
+                      "anonymous_kib": anonymous});
+    eprintln!("idle: {idle}");
+    idle
+}
+
+fn growth(mouse: &Plugged, events: usize) -> Value {
+    let watch = Watch::start(8, 100);
+    replay(mouse, 50);
+    let before = watch.memory();
+    replay(mouse, events);
+    let after = watch.memory();
+    let growth = json!({"events": events, "rss_kib": [before.0, after.0],
+                        "anonymous_kib": [before.1, after.1]});
+    eprintln!("growth: {growth}");
+    growth
+}
+
+/// Processor time of an event that the last rule decides, in microseconds.
+fn cost_of_event(mouse: &Plugged, vms: usize, rules: usize) -> f64 {
+    let watch = Watch::start(vms, rules);
+    replay(mouse, 5);
+    let before = cpu::of_process(watch.pid());
+    replay(mouse, EVENTS_FOR_COST);
+    let spent = cpu::of_process(watch.pid()) - before;
+    (spent as f64 / EVENTS_FOR_COST as f64 / 100.0).round() / 10.0
+}
+
+/// Has the kernel say many times that the mouse was plugged in.
+fn replay(mouse: &Plugged, events: usize) {
+    for _ in 0..events {
+        fs::write(mouse.sysfs.join("uevent"), "add").expect("the kernel takes it");
+        thread::sleep(Duration::from_millis(5));
+        wait_until("udevd has done it", || !Path::new("/run/udev/queue").exists());
+    }
+    thread::sleep(Duration::from_millis(300));
+}

@@ -1,0 +1,142 @@
+use super::*;
+use crate::config::Config;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+/// A host with a hub, a stick that is mounted, and a device that would write
+/// over the screen if it could.
+fn host() -> (tempfile::TempDir, Host) {
+    let root = tempfile::tempdir().unwrap();
+    let devices = root.path().join("sys/bus/usb/devices");
+    let device = |port: &str, uevent: &str, attributes: &[(&str, &str)]| {
+        let directory = devices.join(port);
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(directory.join("uevent"), uevent).unwrap();
+        for (name, value) in attributes {
+            fs::write(directory.join(name), format!("{value}\n")).unwrap();
+        }
+    };
+    let driver = |interface: &str, driver: &str| {
+        let directory = devices.join(interface);
+        fs::create_dir_all(&directory).unwrap();
+        symlink(format!("../../../drivers/{driver}"), directory.join("driver")).unwrap();
+    };
+    let bus = [
+        ("speed", "480"),
+        ("maxchild", "4"),
+        ("product", "xHCI Host Controller"),
+        ("serial", "0000:00:14.0"),
+    ];
+    device("usb1", "", &bus);
+    device(
+        "1-1",
+        "BUSNUM=001\nDEVNUM=002\nPRODUCT=409/55aa/1\nTYPE=9/0/1\n",
+        &[("speed", "480"), ("product", "Hub"), ("serial", "H1")],
+    );
+    driver("1-1/1-1:1.0", "hub");
+    device(
+        "1-1.2",
+        "BUSNUM=001\nDEVNUM=003\nPRODUCT=152d/2338/100\nTYPE=0/0/0\n",
+        &[
+            ("speed", "480"),
+            ("manufacturer", "日本製"),
+            ("product", "USB to ATA/ATAPI bridge 日本語"),
+            ("serial", "0123"),
+        ],
+    );
+    driver("1-1.2/1-1.2:1.0", "usb-storage");
+    let block = "1-1.2/1-1.2:1.0/host2/target2:0:0/2:0:0:0/block/sdb";
+    fs::create_dir_all(devices.join(block)).unwrap();
+    fs::write(devices.join(block).join("dev"), "8:16\n").unwrap();
+    device(
+        "1-10",
+        "BUSNUM=001\nDEVNUM=009\nPRODUCT=1/2/3\nTYPE=3/0/0\n",
+        &[("speed", "1.5"), ("product", "\u{1b}[2Jx\u{202e}"), ("serial", " ")],
+    );
+    fs::create_dir_all(root.path().join("proc/self")).unwrap();
+    let table = "40 21 8:16 / /media/my\\040stick rw shared:5 - vfat /dev/sdb rw\n";
+    fs::write(root.path().join("proc/self/mountinfo"), table).unwrap();
+    let host = Host::at(root.path());
+    (root, host)
+}
+
+fn rulebook() -> Rulebook {
+    let text = "[vm.win11]\nqmp = \"/run/win11.qmp\"\n\n[[rule]]\nvm = \"win11\"\nport = \"1-1*\"\n\
+                vendor = \"152d\"\n[[rule]]\ndeny = true\nclass = \"03\"\n[[rule]]\nvm = \"win11\"\nport = \"*\"\n";
+    Rulebook::new(Config::parse(Path::new("test.toml"), text).unwrap())
+}
+
+#[test]
+fn the_tree_shows_what_is_plugged_in_where() {
+    let (_root, host) = host();
+    let report = report(&host, &rulebook()).unwrap();
+    let shown = tree::shown(&report, Screen { columns: 72, colour: false });
+    assert_eq!(
+        shown,
+        "\
+PORT       DEVICE  ID         Mb/s  DRIVER       NAME
+bus 1  480 Mb/s, 4 ports, xHCI Host Controller 0000:00:14.0
+├ 1-1      1:2     0409:55aa   480  hub          Hub
+│ └ 1-1.2  1:3     152d:2338   480  usb-storage  日本製 USB to ATA/ATAP…
+│     serial 0123; sdb is mounted on /media/my stick; rule at line 4: V…
+└ 1-10     1:9     0001:0002   1.5               \\u{1b}[2Jx\\u{202e}
+    rule at line 11: VM win11
+"
+    );
+}
+
+#[test]
+fn every_width_is_kept_and_no_colour_changes_the_text() {
+    use unicode_width::UnicodeWidthStr;
+    let (_root, host) = host();
+    let report = report(&host, &rulebook()).unwrap();
+    for columns in 1..140 {
+        let plain = tree::shown(&report, Screen { columns, colour: false });
+        assert!(plain.lines().all(|line| line.width() <= columns), "{columns}: {plain}");
+        let colour = tree::shown(&report, Screen { columns, colour: true });
+        let mut without = colour.clone();
+        for code in ["[0m", "[1m", "[2m", "[31m", "[32m", "[33m", "[36m"] {
+            without = without.replace(&format!("\u{1b}{code}"), "");
+        }
+        assert_eq!(without, plain);
+    }
+}
+
+#[test]
+fn json_has_all_of_it() {
+    let (_root, host) = host();
+    let report = report(&host, &rulebook()).unwrap();
+    let json = serde_json::to_value(&report).unwrap();
+    assert_eq!(
+        json["devices"][1],
+        serde_json::json!({
+            "port": "1-1.2", "twin": null, "hub": false, "bus": 1, "address": 3,
+            "vendor": "152d", "product": "2338",
+            "vendor_name": "日本製", "product_name": "USB to ATA/ATAPI bridge 日本語",
+            "serial": "0123", "speed_mbps": 480, "drivers": ["usb-storage"],
+            "in_use": [{"disk": "sdb", "by": "mount", "what": "/media/my stick"}],
+            "held": false, "held_by": [],
+            "rule": {"line": 4, "deny": false, "vm": "win11"},
+        })
+    );
+    assert_eq!(json["devices"][2]["serial"], serde_json::Value::Null);
+    assert_eq!(json["devices"][2]["speed_mbps"], 1.5);
+    assert_eq!(json["buses"][0]["ports"], 4);
+}
+
+#[test]
+fn flat_lines_have_a_field_for_everything() {
+    let (_root, host) = host();
+    let report = report(&host, &rulebook()).unwrap();
+    let lines: String = report.devices.iter().map(flat).collect();
+    assert!(lines.starts_with("1-1\t1:2\t0409:55aa\t480\thub\tHub\tH1\t-\t-\t-\t-\n"), "{lines}");
+    assert!(lines.lines().all(|line| line.split('\t').count() == 11), "{lines}");
+    assert!(!lines.contains('\u{1b}'));
+}
+
+#[test]
+fn a_host_without_usb_has_no_devices() {
+    let report = report(&Host::at("/nonexistent"), &Rulebook::default()).unwrap();
+    assert!(report.devices.is_empty());
+}
