@@ -1,5 +1,6 @@
 //! `sync [VM...]`: makes reality match the configuration.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -61,7 +62,6 @@ pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
     let vms = vms(context, &rulebook, &arguments.vms)?;
     let (host, timeout, dry_run) = (context.host.clone(), context.timeout, arguments.dry_run);
     let job = Arc::new(Job { host, rulebook, table, timeout, dry_run });
-    let count = vms.len();
     let mut running = JoinSet::new();
     for (order, (name, socket)) in vms.into_iter().enumerate() {
         let (job, named) = (job.clone(), !arguments.vms.is_empty());
@@ -74,6 +74,7 @@ pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
         reports.push(report);
         errors.extend(failed);
     }
+    let count = reports.iter().map(|report| report.actions.len().max(1)).sum();
     if arguments.json {
         print(&json(&Report { vms: reports })?)?;
     } else if !context.quiet {
@@ -101,7 +102,11 @@ fn vms(
         })?;
         Ok((known.name.clone(), socket))
     };
-    named.iter().map(one).collect()
+    let mut vms: Vec<_> = named.iter().map(one).collect::<Result<_, Error>>()?;
+    // Twice at the same time, one would be in the other's way.
+    let mut seen = BTreeSet::new();
+    vms.retain(|(name, _)| seen.insert(name.clone()));
+    Ok(vms)
 }
 
 impl Job {

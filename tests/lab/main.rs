@@ -50,6 +50,7 @@ mod outside;
 mod qmp;
 mod refused;
 mod rule;
+mod sync;
 mod tool;
 mod udev;
 mod vm;
@@ -96,6 +97,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         inspect::TESTS,
         man::TESTS,
         leftovers::TESTS,
+        sync::TESTS,
         watch::TESTS,
         watch_vms::TESTS,
         watch_service::TESTS,
