@@ -61,7 +61,8 @@ pub enum Command {
     /// Act on one udev event, from the environment.
     ///
     /// For a udev rule: attaches at ACTION=add, detaches at ACTION=remove, and
-    /// passes over everything else. Logs to the journal, or to syslog.
+    /// passes over everything else. Waits up to a minute for its turn at the
+    /// monitor, before --timeout begins. Logs to the journal, or to syslog.
     #[command(after_help = "A rule for everything that is plugged into port 1-1.2:\n  \
         SUBSYSTEM==\"usb\", ENV{DEVTYPE}==\"usb_device\", DEVPATH==\"*/1-1.2\", \
         ACTION==\"add|remove\", RUN+=\"/usr/bin/usb-qmp-hotplug udev /run/vm.qmp\"\n\n\

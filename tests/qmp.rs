@@ -572,6 +572,16 @@ async fn a_queue_that_stays_full_is_a_monitor_that_others_hold() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_waits_for_a_turn_waits_no_longer() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.qmp");
+    let _crowd = crowded(&path);
+    let turn = Duration::from_secs(60);
+    let error = Session::connect_in_turn(&path, turn, Duration::from_secs(5)).await.unwrap_err();
+    assert!(matches!(error.kind, ErrorKind::NoGreeting { waited } if waited == turn), "{error:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_path_is_shown_without_its_control_characters() {
     let directory = tempfile::tempdir().unwrap();
     for name in ["a\nb\u{1b}[2J", "full\u{1b}"] {

@@ -3,7 +3,7 @@
 use crate::kernel::now;
 use crate::options::Options;
 use crate::vm::Vm;
-use crate::wait::wait_until;
+use crate::wait::{wait_at_most, wait_until};
 use crate::{floor, udev};
 use serde_json::json;
 use std::fs::{self, File};
@@ -15,6 +15,9 @@ use std::time::Duration;
 
 /// Everything of the bench's own, on a disk of memory as a program that runs often is.
 pub const DIRECTORY: &str = "/run/bench";
+
+/// How long a program may take to be ready; that of an interpreter is long.
+const START: Duration = Duration::from_secs(180);
 
 /// The id of QEMU's own scan.
 const SCAN: &str = "scan";
@@ -140,8 +143,8 @@ fn daemon(program: &str, arguments: &[&str], log: &str, word: &str) -> Child {
         .stderr(output)
         .spawn()
         .unwrap_or_else(|error| panic!("{program}: {error}"));
-    wait_until(&format!("{program} is ready"), || {
-        fs::read_to_string(&log).unwrap_or_default().contains(word)
+    wait_at_most(START, &format!("{program} is ready"), || {
+        fs::read_to_string(&log).unwrap_or_default().contains(word).then_some(())
     });
     child
 }

@@ -76,12 +76,13 @@ fn machine(load_before: &str) -> Value {
     let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let emulator = Command::new("qemu-system-x86_64").arg("--version").output().expect("QEMU");
     let emulator = String::from_utf8_lossy(&emulator.stdout).into_owned();
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load_after: Vec<&str> = load.split(' ').take(3).collect();
     json!({
         "processor": model.map_or("unknown", |(_, model)| model),
         "cores": cpus.matches("processor\t").count(),
-        "kernel": fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
+        "kernel": kernel.trim().split('-').next(),
         "emulator": emulator.lines().next(),
         "load_before": load_before, "load_after": load_after.join(" "),
     })

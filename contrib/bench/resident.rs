@@ -70,11 +70,12 @@ impl Watch {
         }
         // None but the last matches, and they ask for all kinds of things.
         for number in 1..rules {
+            let port = format!("{}-{}", 5 + number / 200, 1 + number % 200);
             let asks = match number % 4 {
-                0 => format!("port = \"7-{number}.*\""),
+                0 => format!("port = \"{port}.*\""),
                 1 => format!("vendor = \"{number:04x}\"\nproduct = \"0001\""),
-                2 => format!("serial = \"SN{number}*\""),
-                _ => format!("class = \"08\"\nport = \"1-{number}\""),
+                2 => format!("serial = \"SN{number:04}*\""),
+                _ => format!("class = \"08\"\nport = \"{port}\""),
             };
             config += &format!("[[rule]]\nvm = \"vm{}\"\n{asks}\n", number % vms);
         }

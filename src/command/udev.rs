@@ -1,7 +1,8 @@
 //! `udev VM`: one event, from the environment that udev gives to a program it
 //! runs (udev(7), `RUN`), or that a person typed.
 
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
 
@@ -13,6 +14,11 @@ use crate::plug::{self, Attached, Options};
 use crate::text::escape;
 use crate::usb::{Device, DeviceId};
 use crate::vm::Vm;
+
+/// How long to wait until the monitor is free. Of many devices that are
+/// plugged in at once, each event has a process of its own, and QEMU serves one
+/// after the other; udev ends what it runs after three minutes (udev(7), `RUN`).
+const TURN: Duration = Duration::from_secs(60);
 
 /// Acts on the event. What came of it is logged, in one line.
 pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
@@ -46,9 +52,13 @@ async fn act(
     }
 }
 
+async fn connect(context: &Context, socket: &Path) -> Result<Vm, Error> {
+    Ok(Vm::connect_in_turn(socket, TURN.max(context.timeout), context.timeout).await?)
+}
+
 async fn add(
     context: &Context,
-    socket: &std::path::Path,
+    socket: &Path,
     device: &Device,
     options: &Options,
     start: Instant,
@@ -56,7 +66,7 @@ async fn add(
     if device.is_hub() {
         return Err(Error::Hub(device.clone()));
     }
-    let mut vm = Vm::connect(socket, context.timeout).await?;
+    let mut vm = connect(context, socket).await?;
     let attached = plug::attach(&context.host, &mut vm, device, options).await?;
     let (name, id, ms) = (vm.name(), DeviceId::for_port(&device.port), start.elapsed().as_millis());
     let vm = escape(&name);
@@ -71,11 +81,11 @@ async fn add(
 
 async fn remove(
     context: &Context,
-    socket: &std::path::Path,
+    socket: &Path,
     event: &Event,
     start: Instant,
 ) -> Result<(), Error> {
-    let mut vm = Vm::connect(socket, context.timeout).await?;
+    let mut vm = connect(context, socket).await?;
     let (id, detached) = match (&event.port, event.address) {
         (Some(port), Some(address)) => {
             let id = DeviceId::for_port(port);

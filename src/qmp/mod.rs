@@ -120,7 +120,21 @@ impl Session {
     ///
     /// As for [`Session::connect`].
     pub async fn connect_when_free(socket: &Path, time: Duration) -> Result<Session, Error> {
-        let mut session = Session::connect(socket, FOREVER).await?;
+        Session::connect_in_turn(socket, FOREVER, time).await
+    }
+
+    /// As [`Session::connect_when_free`], but gives up when the monitor is not
+    /// free within `turn`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::connect`].
+    pub async fn connect_in_turn(
+        socket: &Path,
+        turn: Duration,
+        time: Duration,
+    ) -> Result<Session, Error> {
+        let mut session = Session::connect(socket, turn).await?;
         session.started = Instant::now();
         session.deadline = session.started + time;
         Ok(session)

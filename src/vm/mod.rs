@@ -78,6 +78,19 @@ impl Vm {
         Ok(Vm { session: Session::connect_when_free(socket, time).await? })
     }
 
+    /// Connects when the monitor is free, within `turn`; `time` begins then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::connect_in_turn`].
+    pub async fn connect_in_turn(
+        socket: &Path,
+        turn: Duration,
+        time: Duration,
+    ) -> Result<Vm, Error> {
+        Ok(Vm { session: Session::connect_in_turn(socket, turn, time).await? })
+    }
+
     /// The session below, for what this module has no word for.
     pub fn session(&mut self) -> &mut Session {
         &mut self.session
