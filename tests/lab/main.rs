@@ -53,6 +53,7 @@ mod rule;
 mod sync;
 mod tool;
 mod udev;
+mod usbip;
 mod vm;
 mod vms;
 mod wait;
@@ -97,6 +98,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         inspect::TESTS,
         man::TESTS,
         leftovers::TESTS,
+        usbip::TESTS,
         sync::TESTS,
         watch::TESTS,
         watch_vms::TESTS,
