@@ -31,8 +31,7 @@ fn a_device_from_another_machine_is_at_a_port_like_any_other() {
     run(["detach", &vm.socket(), &port]).succeeds();
     vm.loses_all();
 
-    // The first of the SuperSpeed half, which follows eight slower ports.
-    must("usbip", &["detach", "-p", "8"]);
+    must("usbip", &["detach", "-p", &usbip_port()]);
     wait_until("it to be gone", || port_of("FAR", &stick.port).is_none());
     must("usbip", &["unbind", "-b", &stick.port]);
 }
@@ -45,6 +44,14 @@ fn port_of(serial: &str, other: &str) -> Option<String> {
         its_serial.trim() == serial && entry.file_name() != other
     })?;
     far.file_name().into_string().ok()
+}
+
+/// What USB/IP itself calls the only port in use: `Port 15: <Port in Use> ...`.
+fn usbip_port() -> String {
+    let shown = Command::new("usbip").arg("port").output().unwrap().stdout;
+    let shown = String::from_utf8(shown).unwrap();
+    let line = shown.lines().find_map(|line| line.strip_prefix("Port ")?.split_once(':'));
+    line.unwrap_or_else(|| panic!("{shown}")).0.to_owned()
 }
 
 struct Server(Child);
