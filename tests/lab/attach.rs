@@ -20,13 +20,13 @@ crate::tests![
 fn every_way_to_name_a_device_attaches_and_detaches_it() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    let stick = |n: u32| (Stick::new(&format!("SN{n}")).into(), xhci(n));
-    let mut all: Vec<(Device, _)> = (1..=7).map(stick).collect();
-    all.push((Device::Mouse, xhci(8)));
+    let mut all: Vec<_> = (1..=6).map(|n| (Device::Mouse, xhci(n))).collect();
+    all.extend([(Device::Tablet, xhci(7)), (Stick::new("SN8").into(), xhci(8))]);
     let plugged = hardware.plug_all(all);
-    let [port, number, padded, node, link, path, _serial, _product] = &plugged[..] else {
+    let [port, number, padded, node, link, path, tablet, _stick] = &plugged[..] else {
         panic!("{plugged:?}")
     };
+    let serial = fs::read_to_string(tablet.sysfs.join("serial")).unwrap();
     let names = [
         port.port.clone(),
         format!("{}:{}", number.bus, number.address),
@@ -34,8 +34,8 @@ fn every_way_to_name_a_device_attaches_and_detaches_it() {
         node.node().to_str().unwrap().to_owned(),
         link.sysfs.to_str().unwrap().to_owned(),
         format!("/sys{}", path.devpath()),
-        "serial=SN7".to_owned(),
-        "0627:0001".to_owned(),
+        format!("serial={}", serial.trim_end()),
+        "46f4:0001".to_owned(),
     ];
     let command = |command: &str, names: &[String]| {
         let socket = [command.to_owned(), vm.socket()];

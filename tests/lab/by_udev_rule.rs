@@ -45,10 +45,10 @@ fn six_devices_plugged_at_once_all_arrive_and_all_leave() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
     udev::rules(&tool::rule(r#"DEVPATH=="*/[12]-*""#, &vm));
-    let devices = [Device::Mouse, Device::Tablet, Device::Keyboard];
-    let sticks = ["SN1", "SN2", "SN3"].map(|serial| Device::from(Stick::new(serial)));
-    let all = devices.into_iter().chain(sticks).zip(1..).map(|(device, n)| (device, xhci(n)));
-    let plugged = hardware.plug_all(all.collect());
+    let mut all = vec![(Stick::new("SN1").into(), xhci(5)), (Stick::new("SN2").into(), xhci(6))];
+    let others = [Device::Mouse, Device::Tablet, Device::Keyboard, Device::Mouse];
+    all.extend(others.into_iter().zip((1..).map(xhci)));
+    let plugged = hardware.plug_all(all);
     vm.gets(&plugged.iter().collect::<Vec<_>>());
     hardware.pull_all(&plugged);
     vm.loses_all();

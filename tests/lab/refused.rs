@@ -27,11 +27,11 @@ fn a_hub_is_refused_however_it_is_named() {
     let sysfs = format!("/sys{}", hub.devpath());
     let names = [&hub.port, "0409:55aa", node.to_str().unwrap(), &sysfs];
     let root = ["1:1", "/dev/bus/usb/002/001", "/sys/bus/usb/devices/usb1"];
-    for name in names.into_iter().chain(root) {
-        for force in [&[][..], &["--force"]] {
-            let refused = run(["attach", &vm.socket(), name].iter().chain(force)).exits(7);
-            assert!(refused.stderr.contains("hub"), "{}", refused.stderr);
-        }
+    for force in [&[][..], &["--force"]] {
+        let attach = ["attach", &vm.socket()];
+        let refused = run(attach.iter().chain(&names).chain(&root).chain(force)).exits(7);
+        let refusals = refused.stderr.lines().filter(|line| line.contains("hub")).count();
+        assert_eq!(refusals, names.len() + root.len(), "{}", refused.stderr);
     }
     vm.loses_all();
     assert_eq!(hub.driver().as_deref(), Some("hub"));
