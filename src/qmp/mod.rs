@@ -202,6 +202,11 @@ impl Session {
         self.version
     }
 
+    /// When the conversation has to be over.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
     /// QEMU's process id, as this process sees it (unix(7), `SO_PEERCRED`);
     /// `None` when it lies outside this process's PID namespace.
     pub fn peer_pid(&self) -> Option<i32> {
