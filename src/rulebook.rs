@@ -29,6 +29,11 @@ impl Rulebook {
         &self.config
     }
 
+    /// Whether a rule asks what only udev knows.
+    pub fn needs_udev(&self) -> bool {
+        self.needs.properties
+    }
+
     /// The first rule that matches a device, and its place among the rules.
     /// What no rule asks is not read.
     pub fn decision(&self, host: &Host, device: &Device) -> Option<(usize, &Rule)> {

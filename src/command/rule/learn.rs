@@ -7,7 +7,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{debug, info};
 
 use super::Context;
-use crate::command::watch::events::Events;
+use crate::command::watch::events::{Events, Source};
 use crate::error::{Error, chain};
 use crate::event::Action;
 use crate::host::Strings;
@@ -18,7 +18,7 @@ use crate::usb::Device;
 pub async fn plugged(context: &Context, wait: Duration) -> Result<Device, Error> {
     let failed = |source| Error::Setup { what: "hear udev", source };
     // First hear, then ask: who is quick is heard, too.
-    let events = Events::listen().map_err(failed)?;
+    let events = Events::listen(Source::Udev).map_err(failed)?;
     let end = Instant::now() + wait;
     let mut prompt = Prompt::new(context.quiet, wait);
     let mut tick = interval(Duration::from_secs(1));
