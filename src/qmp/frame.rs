@@ -12,7 +12,7 @@ use super::{ErrorKind, Event, Version};
 pub const MAX_MESSAGE: usize = 4 << 20;
 
 /// How many bytes a read has room for, at least.
-const ROOM: usize = 4096;
+const ROOM: usize = 1024;
 
 /// What a monitor sends.
 #[derive(Debug, PartialEq)]

@@ -71,7 +71,8 @@ impl Keeper {
                 continue;
             };
             let outcome = tokio::select! {
-                outcome = self.step(&work) => outcome,
+                // In a box, so that a keeper with nothing to do is small.
+                outcome = Box::pin(self.step(&work)) => outcome,
                 // A VM that starts ends the wait for the old one.
                 () = queue.hear_until_start(&mut inbox) => continue,
             };
