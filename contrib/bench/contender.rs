@@ -62,9 +62,9 @@ impl Contender {
         !matches!(self, Nobody | Stamp)
     }
 
-    /// QEMU's own scan is told one port, and takes part in no burst.
+    /// QEMU's own scan is told one port, and takes part in no burst. Where nobody cares, the kernel's part shows.
     pub fn takes_bursts(self) -> bool {
-        self.attaches() && self != HostPort
+        !matches!(self, HostPort | Stamp)
     }
 
     /// How long its slowest may take. QEMU's scan never lets go of what a halted guest does not use.

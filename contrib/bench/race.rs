@@ -60,6 +60,12 @@ impl Outcome {
         Some(milliseconds(ends?.into_iter().max()?.saturating_sub(begin)))
     }
 
+    /// From the first event until the kernel told of the last device, in milliseconds.
+    fn told(&self) -> Option<f64> {
+        let began = || self.devices.iter().map(|device| device.began);
+        Some(milliseconds(began().max()? - began().min()?))
+    }
+
     fn lost(&self) -> usize {
         self.devices.iter().filter(|device| device.ended.is_none()).count()
     }
@@ -185,15 +191,21 @@ impl Lab<'_> {
         for round in 0..self.options.burst_rounds {
             for place in 0..contenders.len() {
                 let contender = contenders[(place + round) % contenders.len()];
-                let _turn = self.start(contender);
+                let turn = self.start(contender);
                 for size in BURSTS {
                     let plug = self.plug(contender, size);
                     let pull = self.pull(contender, &plug.devices);
                     let (took, gone) = (plug.took(), pull.took());
                     eprintln!("burst of {size}, {}: {took:?} {gone:?}", contender.name());
                     let numbers = all.entry(contender.name()).or_default().entry(size).or_default();
+                    numbers.add("told", plug.told());
                     numbers.add("plug", took);
                     numbers.add("pull", gone);
+                    let adds = turn.noted().into_iter().filter(|(what, _)| what == "add");
+                    let adds: Vec<u64> = adds.map(|(_, took)| took).rev().take(size).collect();
+                    if adds.len() == size {
+                        numbers.add("qmp_plug", Some(milliseconds(adds.iter().sum())));
+                    }
                     numbers.count("lost", plug.lost());
                     numbers.count("left", pull.lost());
                 }
