@@ -10,6 +10,7 @@ crate::tests![
     bus_and_device_numbers_are_enough,
     a_vm_that_does_not_run_is_no_failure,
     a_late_remove_leaves_the_new_device_alone,
+    an_event_starts_neither_thread_nor_process,
     the_journal_gets_one_line_for_each_event,
     syslog_gets_it_where_there_is_no_journal,
     a_hub_that_a_rule_meets_is_only_worth_a_warning,
@@ -71,6 +72,18 @@ fn a_late_remove_leaves_the_new_device_alone() {
     ];
     run_with(["udev", &vm.socket()], late).succeeds();
     vm.gets(&[&new]);
+}
+
+fn an_event_starts_neither_thread_nor_process() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    let [bus, address] = &numbers(&mouse);
+    for action in ["add", "remove"] {
+        let variables = [("ACTION", action), ("BUSNUM", bus), ("DEVNUM", address)];
+        tool::run_alone(["udev", &vm.socket()], variables).succeeds();
+        assert_eq!(vm.open_nodes().len(), usize::from(action == "add"), "{action}");
+    }
 }
 
 fn the_journal_gets_one_line_for_each_event() {

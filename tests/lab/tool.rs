@@ -48,6 +48,23 @@ pub fn run_hastily<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome 
     outcome(Command::new(PROGRAM).args(["--timeout", "0.5"]).args(arguments))
 }
 
+/// Where the kernel lets it start no thread and no process (Linux, Documentation/admin-guide/cgroup-v2.rst, `pids`).
+pub fn run_alone<'a>(
+    arguments: impl IntoIterator<Item = &'a str>,
+    environment: impl IntoIterator<Item = (&'static str, &'a str)>,
+) -> Outcome {
+    const ALONE: &str = "set -e
+        mountpoint -q /run/cgroup || mount -m -t cgroup2 cgroup /run/cgroup
+        mkdir -p /run/cgroup/alone
+        echo +pids >/run/cgroup/cgroup.subtree_control
+        echo $$ >/run/cgroup/alone/cgroup.procs
+        echo 1 >/run/cgroup/alone/pids.max
+        exec \"$@\"";
+    let mut command = Command::new("sh");
+    command.args(["-c", ALONE, "sh", PROGRAM, "--timeout", SECONDS]).args(arguments);
+    outcome(command.envs(environment))
+}
+
 /// As the user and group 65534, who may not open device nodes.
 pub fn run_as_nobody<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
     // Not everybody may enter the directory it was built in.
