@@ -138,7 +138,9 @@ pub enum Command {
     /// Keep reality matching the configuration: the daemon.
     ///
     /// Attaches and detaches as devices are plugged and pulled, and as VMs
-    /// start and end. SIGHUP reads the configuration again.
+    /// start and end. SIGHUP reads the configuration again. For root it acts
+    /// on the kernel's own events, before udev's rules have run; for others,
+    /// and where a rule asks for a property of udev, after that.
     Watch,
     /// Print the udev rule that gives a device, or a port, to a VM.
     ///
