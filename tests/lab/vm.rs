@@ -210,6 +210,9 @@ impl Vm {
         };
         assert_eq!((get("hostbus"), get("hostaddr")), (device.bus.into(), device.address.into()));
         assert!(self.open_nodes().contains(&device.node()), "{:?}", self.open_nodes());
+        // `usbfs` is whoever has the node open.
+        let driver = device.driver();
+        assert!(driver.as_deref().is_none_or(|driver| driver == "usbfs"), "{driver:?}");
     }
 
     /// Asserts that QEMU keeps nothing of the devices it had.
