@@ -52,7 +52,7 @@ struct StandardError;
 
 impl<S: Subscriber> Layer<S> for StandardError {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut line = Line(format!("{NAME}: "));
+        let mut line = Line(format!("{}{NAME}: ", crate::progress::make_way()));
         event.record(&mut line);
         line.0.push('\n');
         // Nobody is left to tell if this fails.

@@ -6,7 +6,6 @@ use crate::error::Error;
 use crate::host::{self, Host};
 use crate::text::escape;
 use crate::usb::{Address, Device, DeviceId, Selector};
-use crate::vm::Vm;
 
 /// Detaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Detach) -> Result<(), Error> {
@@ -26,8 +25,10 @@ async fn one(
     selector: &Selector,
     dry_run: bool,
 ) -> Result<(), Error> {
-    let mut vm = Vm::connect(socket, context.timeout).await?;
-    let in_vm = vm.host_devices().await?;
+    let mut vm = context.connect(socket).await?;
+    let shown = vm.name();
+    let what = format_args!("asking {} for its devices", escape(&shown));
+    let in_vm = context.during(what, vm.host_devices()).await?;
     let name = vm.name();
     let missing = || Error::NotInVm { vm: name.clone(), what: selector.to_string() };
     let id = choose(&context.host, selector, &in_vm)?.ok_or_else(missing)?;
@@ -35,7 +36,8 @@ async fn one(
     if dry_run {
         return context.say(format_args!("would detach {id} from {name}"));
     }
-    if !vm.detach(&id).await? {
+    let what = format_args!("detaching {id} from {name}");
+    if !context.during(what, vm.detach(&id)).await? {
         return Err(missing());
     }
     context.say(format_args!("detached {id} from {name}"))

@@ -16,7 +16,7 @@ mod vms;
 mod watch;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tracing::{error, warn};
@@ -25,7 +25,9 @@ use crate::cli::{Cli, Command};
 use crate::config::{self, Config};
 use crate::error::{Error, chain};
 use crate::host::Host;
+use crate::progress;
 use crate::text::{escape, nearest};
+use crate::vm::Vm;
 
 /// What every command needs.
 #[derive(Debug)]
@@ -72,7 +74,7 @@ impl Context {
     /// Reads the configuration for what can do without: a bad one is told and
     /// counts as empty, and so is one that was named and is not there.
     fn config_or_none(&self) -> Config {
-        let is_default = self.config == std::path::Path::new(config::DEFAULT_PATH);
+        let is_default = self.config == Path::new(config::DEFAULT_PATH);
         let config = if is_default { self.config_if_there() } else { self.config() };
         config.unwrap_or_else(|error| {
             warn!("going on without a configuration: {}", chain(&error));
@@ -97,6 +99,18 @@ impl Context {
         };
         let (vm, file) = (escape(vm), self.config.to_string_lossy());
         Err(Error::NoVm(format!("no VM `{vm}` in {}; {next}", escape(&file))))
+    }
+
+    /// Does what may take a while; on a terminal a line then says what it is.
+    async fn during<T>(&self, what: std::fmt::Arguments<'_>, work: impl Future<Output = T>) -> T {
+        progress::during(self.quiet, || what.to_string(), work).await
+    }
+
+    /// Connects to a VM.
+    async fn connect(&self, socket: &Path) -> Result<Vm, Error> {
+        let shown = socket.to_string_lossy();
+        let what = format_args!("waiting for the monitor at {}", escape(&shown));
+        Ok(self.during(what, Vm::connect(socket, self.timeout)).await?)
     }
 
     /// Says what was done, on standard output.
