@@ -26,7 +26,7 @@ use crate::config::{self, Config};
 use crate::error::{Error, chain};
 use crate::host::Host;
 use crate::progress;
-use crate::text::{escape, nearest};
+use crate::text::{escape, escape_json, nearest};
 use crate::vm::Vm;
 
 /// What every command needs.
@@ -169,7 +169,7 @@ fn print_more(text: &str) -> Result<bool, Error> {
 /// A JSON document, for people too.
 fn json(document: &impl serde::Serialize) -> Result<String, Error> {
     serde_json::to_string_pretty(document)
-        .map(|json| json + "\n")
+        .map(|json| escape_json(json) + "\n")
         .map_err(|error| Error::Write { what: "the JSON document", source: error.into() })
 }
 
