@@ -42,9 +42,9 @@ async fn one(
     device: &Device,
     options: &Options,
 ) -> Result<(), Error> {
-    debug!(%device, vm = vm.name(), "attaching");
     let (id, name) = (DeviceId::for_port(&device.port), vm.name());
     let name = escape(&name);
+    debug!(qemu = %vm.session().version(), "attaching {device} to {name}");
     let attached = plug::attach(&context.host, vm, device, options);
     let what = format_args!("attaching {device} to {name}");
     let attached = context.during(what, attached).await?;

@@ -1,5 +1,7 @@
 //! `detach VM DEVICE...`
 
+use tracing::debug;
+
 use super::{Context, together};
 use crate::cli::Detach;
 use crate::error::Error;
@@ -30,6 +32,9 @@ async fn one(
     let what = format_args!("asking {} for its devices", escape(&shown));
     let in_vm = context.during(what, vm.host_devices()).await?;
     let name = vm.name();
+    for (id, _) in &in_vm {
+        debug!("{} has {id}", escape(&name));
+    }
     let missing = || Error::NotInVm { vm: name.clone(), what: selector.to_string() };
     let id = choose(&context.host, selector, &in_vm)?.ok_or_else(missing)?;
     let name = escape(&name);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 
 use serde::Serialize;
 use tokio::task::JoinSet;
-use tracing::info;
+use tracing::{debug, info};
 
 use super::{Context, json, print, together};
 use crate::cli::Sync;
@@ -142,6 +142,15 @@ impl Job {
                 return (report, vec![error]);
             }
         };
+        let present: Vec<&str> = in_vm.iter().map(|(id, _)| id.as_str()).collect();
+        debug!(
+            "VM {} has {}",
+            report.vm,
+            match present.as_slice() {
+                [] => "no devices of this host".to_owned(),
+                ids => ids.join(", "),
+            }
+        );
         let mut errors = Vec::new();
         for action in plan(&report.vm, &self.table, &in_vm, &Settled::new()) {
             let (mut done, result) = match action {
