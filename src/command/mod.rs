@@ -95,7 +95,10 @@ impl Context {
         let names = config.vms.iter().map(|vm| vm.name.as_str());
         let next = match nearest(vm, names) {
             Some(name) => format!("did you mean `{name}`?"),
-            None => "give the path of its QMP socket, which has a `/`".to_owned(),
+            None => {
+                "give the path of its QMP socket, which has a `/`; `usb-qmp-hotplug vms` shows it"
+                    .to_owned()
+            }
         };
         let (vm, file) = (escape(vm), self.config.to_string_lossy());
         Err(Error::NoVm(format!("no VM `{vm}` in {}; {next}", escape(&file))))

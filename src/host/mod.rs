@@ -67,7 +67,7 @@ pub enum Error {
         name: &'static str,
     },
     /// No device is what was asked for.
-    #[error("no USB device at {0}")]
+    #[error("no USB device for {0}")]
     NoDevice(Absent),
     /// The device was unplugged in the meantime.
     #[error("the device at {0} is gone; plug it in again")]
