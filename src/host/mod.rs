@@ -128,6 +128,18 @@ pub struct Strings {
     pub serial: Option<String>,
 }
 
+impl Strings {
+    /// The maker's and the product's name; makers repeat theirs in the
+    /// product's, often enough.
+    pub fn name(&self) -> Option<String> {
+        match (&self.manufacturer, &self.product) {
+            (Some(maker), Some(product)) if product.starts_with(maker) => Some(product.clone()),
+            (Some(maker), Some(product)) => Some(format!("{maker} {product}")),
+            (maker, product) => product.clone().or_else(|| maker.clone()),
+        }
+    }
+}
+
 /// The host, below a root directory.
 #[derive(Debug, Clone)]
 pub struct Host {

@@ -9,7 +9,6 @@ use super::Context;
 use crate::command::watch::events::Events;
 use crate::error::{Error, chain};
 use crate::event::Action;
-use crate::host::Strings;
 use crate::progress::Progress;
 use crate::text::escape;
 use crate::usb::Device;
@@ -52,9 +51,10 @@ pub async fn plugged(context: &Context, wait: Duration) -> Result<Device, Error>
     let came = timeout_at(end, device).await;
     drop(prompt);
     let device = came.map_err(|_| Error::NothingCame(wait.as_secs()))??;
-    let Strings { manufacturer, product, serial } = context.host.strings(&device.port);
-    let mut names: Vec<String> = [manufacturer, product].into_iter().flatten().collect();
-    names.extend(serial.map(|serial| format!("serial {serial}")));
-    info!("plugged in: {device} {}", escape(names.join(" ").trim()));
+    let strings = context.host.strings(&device.port);
+    let mut names = vec![device.to_string()];
+    names.extend(strings.name());
+    names.extend(strings.serial.map(|serial| format!("serial {serial}")));
+    info!("plugged in: {}", escape(&names.join(", ")));
     Ok(device)
 }
