@@ -1,6 +1,7 @@
 //! The command line's types. Nothing of the crate is imported here, so that
 //! completions and man pages can be made from this file alone.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -21,6 +22,18 @@ const EVERYWHERE: &str = "Options of every command";
     held by another VM)"
 )]
 pub struct Cli {
+    /// What every command takes.
+    #[command(flatten)]
+    pub global: Global,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Args)]
+pub struct Global {
     /// How long a conversation with a VM may take, in seconds.
     #[arg(long, global = true, value_name = "SECONDS", default_value = "5")]
     #[arg(help_heading = EVERYWHERE)]
@@ -38,10 +51,40 @@ pub struct Cli {
     /// Say more: what is tried, and why.
     #[arg(short, long, global = true, help_heading = EVERYWHERE)]
     pub verbose: bool,
+}
 
-    /// What to do.
+/// The command line of a udev rule.
+#[derive(Debug, Parser)]
+struct OnlyUdev {
+    #[command(flatten)]
+    global: Global,
+
     #[command(subcommand)]
-    pub command: Command,
+    command: UdevCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum UdevCommand {
+    Udev(Udev),
+}
+
+impl Cli {
+    /// Reads the words of a command line, the program's name first.
+    ///
+    /// # Errors
+    ///
+    /// What clap says of them; also where help was asked for.
+    pub fn read(words: &[OsString]) -> Result<Self, clap::Error> {
+        // udev runs the program at every plug, and to set up the options of
+        // all other commands takes longer than everything else it does.
+        if words.iter().any(|word| word == "udev")
+            && let Ok(OnlyUdev { global, command: UdevCommand::Udev(udev) }) =
+                OnlyUdev::try_parse_from(words)
+        {
+            return Ok(Cli { global, command: Command::Udev(udev) });
+        }
+        Cli::try_parse_from(words)
+    }
 }
 
 /// What to do.
@@ -386,6 +429,28 @@ mod tests {
                 option.is_some_and(|option| option.get_help_heading() == Some(EVERYWHERE))
             };
             assert!(["timeout", "config", "quiet", "verbose"].into_iter().all(apart));
+        }
+    }
+
+    #[test]
+    fn the_line_of_a_udev_rule_means_what_it_means_among_all_commands() {
+        for line in [
+            "udev /run/vm.qmp",
+            "--timeout 30 --config /x udev win11 --guest-bus xhci.0 -o guest-reset=off --force",
+            "udev -q win11 --open address",
+            "udev",
+            "udev --help",
+            "udev win11 extra",
+            "inspect udev",
+            "attach udev 1-1 --quiet",
+        ] {
+            let words: Vec<OsString> =
+                ["usb-qmp-hotplug"].into_iter().chain(line.split(' ')).map(Into::into).collect();
+            let said = |read: Result<Cli, clap::Error>| match read {
+                Ok(cli) => format!("{cli:?}"),
+                Err(error) => error.to_string(),
+            };
+            assert_eq!(said(Cli::read(&words)), said(Cli::try_parse_from(&words)), "{line}");
         }
     }
 }

@@ -38,6 +38,11 @@ pub enum Error {
     /// A hub was asked for.
     #[error("{0} is a hub: hubs stay with the host; name a device behind it")]
     Hub(Device),
+    /// The kernel still waits for a device that was opened.
+    #[error(
+        "{0} does not answer the host in time; pull it out and plug it in again, or use --timeout"
+    )]
+    Silent(Device),
     /// The VM has no place for the device.
     #[error("VM {}", escape(.vm))]
     NoSpot {
@@ -122,7 +127,7 @@ impl Error {
             Error::Host(host::Error::RootHub(_)) => 7,
             Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
             Error::Host(_) | Error::Write { .. } | Error::Setup { .. } => 1,
-            Error::Install { .. } | Error::BadRule { .. } => 1,
+            Error::Install { .. } | Error::BadRule { .. } | Error::Silent(_) => 1,
             Error::Several { errors, .. } => errors.iter().map(Error::exit_code).max().unwrap_or(1),
         }
     }

@@ -1,6 +1,7 @@
 //! The `usb-qmp-hotplug` program: arguments, logging, runtime, one command,
 //! exit code.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -9,14 +10,15 @@ use usb_qmp_hotplug::text::escape;
 use usb_qmp_hotplug::{Error, command, log};
 
 fn main() -> ExitCode {
-    let cli = Cli::try_parse().unwrap_or_else(|error| {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let cli = Cli::read(&words).unwrap_or_else(|error| {
         // clap repeats what it does not understand, and a terminal would obey
         // it: the second time it gets it escaped.
-        let shown = std::env::args_os().map(|word| escape(&word.to_string_lossy()).into_owned());
+        let shown = words.iter().map(|word| escape(&word.to_string_lossy()).into_owned());
         Cli::try_parse_from(shown).err().unwrap_or(error).exit()
     });
     let in_background = matches!(cli.command, Command::Udev(_) | Command::Watch);
-    log::start(in_background, cli.quiet, cli.verbose);
+    log::start(in_background, cli.global.quiet, cli.global.verbose);
     let done = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()

@@ -2,6 +2,7 @@
 //! to repeat, and every command is a trigger for one of them.
 
 use serde_json::{Map, Value};
+use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use crate::error::Error;
@@ -39,6 +40,9 @@ pub struct Options {
     pub force: bool,
     /// Do all but change something.
     pub dry_run: bool,
+    /// Open the device on a thread of its own, disk or not: for who has other
+    /// VMs to serve while the kernel waits for a device that does not answer.
+    pub apart: bool,
 }
 
 /// What came of an attach.
@@ -70,7 +74,7 @@ pub async fn attach(
     let survey = vm.survey(&id, speed, &options.wish).await?;
 
     // From here to the end of the attach, nobody mounts its disks.
-    let (claims, node) = open(host, device, options.force).await?;
+    let (claims, node) = open(host, device, options, vm.session().deadline()).await?;
     if survey.present == Some(Some(device.address)) && holds(host, vm, device.address) {
         return Ok(Attached::Already);
     }
@@ -96,19 +100,32 @@ pub async fn attach(
     Ok(Attached::There(attached?))
 }
 
-/// Claims a device's disks and opens its node, on a thread of its own: a disk
-/// that does not answer keeps others waiting for it, not for other devices.
-async fn open(host: &Host, device: &Device, force: bool) -> Result<(Claims, Node), Error> {
+/// Claims a device's disks and opens its node. Whoever opens a disk that does
+/// not answer waits for it as long as the kernel does, so a thread does that.
+async fn open(
+    host: &Host,
+    device: &Device,
+    options: &Options,
+    deadline: Instant,
+) -> Result<(Claims, Node), Error> {
+    let guard = !options.force && host.has_disk(&device.port);
     let (host, device) = (host.clone(), device.clone());
-    let open = move || {
-        let claims = if force { Claims::default() } else { host.claim_disks(&device.port)? };
+    let silent = Error::Silent(device.clone());
+    let open = move || -> Result<(Claims, Node), Error> {
+        let claims = if guard { host.claim_disks(&device.port)? } else { Claims::default() };
         Ok((claims, host.open(device.address)?))
     };
+    if !guard && !options.apart {
+        return open();
+    }
     let failed = |error: tokio::task::JoinError| Error::Setup {
         what: "wait for the device to be opened",
         source: error.into(),
     };
-    tokio::task::spawn_blocking(open).await.map_err(failed)?
+    match timeout_at(deadline, tokio::task::spawn_blocking(open)).await {
+        Ok(opened) => opened.map_err(failed)?,
+        Err(_) => Err(silent),
+    }
 }
 
 /// Whether the VM's QEMU holds the node. An id with the right address is not

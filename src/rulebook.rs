@@ -2,8 +2,6 @@
 
 use std::borrow::Cow;
 
-use serde_json::Map;
-
 use crate::config::Config;
 use crate::guest::Wish;
 use crate::host::{self, Host};
@@ -29,6 +27,11 @@ impl Rulebook {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Whether a rule asks what only udev knows.
+    pub fn needs_udev(&self) -> bool {
+        self.needs.properties
     }
 
     /// The first rule that matches a device, and its place among the rules.
@@ -73,9 +76,14 @@ impl Rulebook {
         match self.config.rules.get(home.rule).map(|rule| &rule.action) {
             Some(Action::Attach(target)) => {
                 let wish = Wish { bus: target.guest_bus.clone(), port: target.guest_port.clone() };
-                Options { wish, properties: target.options.clone(), ..Options::default() }
+                Options {
+                    wish,
+                    properties: target.options.clone(),
+                    apart: true,
+                    ..Options::default()
+                }
             }
-            _ => Options { properties: Map::new(), ..Options::default() },
+            _ => Options::default(),
         }
     }
 

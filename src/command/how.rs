@@ -30,7 +30,7 @@ pub fn options(how: &How, dry_run: bool) -> Result<Options, Error> {
         cli::Open::Address => Open::Address,
     };
     let wish = Wish { bus: how.guest_bus.clone(), port: how.guest_port.clone() };
-    Ok(Options { wish, properties, open, force: how.force, dry_run })
+    Ok(Options { wish, properties, open, force: how.force, dry_run, apart: false })
 }
 
 fn property(option: &str) -> Result<(String, Value), Error> {

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use tracing::{error, warn};
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, Global};
 use crate::config::{self, Config};
 use crate::error::{Error, chain};
 use crate::host::Host;
@@ -49,9 +49,9 @@ impl Context {
     ///
     /// [`Error::Usage`].
     pub fn new(cli: &Cli) -> Result<Self, Error> {
-        let timeout = seconds("--timeout", &cli.timeout)?;
-        let config = cli.config.clone();
-        Ok(Context { host: Host::default(), timeout, config, quiet: cli.quiet })
+        let Global { timeout, config, quiet, .. } = &cli.global;
+        let timeout = seconds("--timeout", timeout)?;
+        Ok(Context { host: Host::default(), timeout, config: config.clone(), quiet: *quiet })
     }
 
     /// Reads the configuration.

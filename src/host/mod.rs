@@ -294,11 +294,16 @@ impl Host {
 /// A file's text, bounded; `None` if there is no such file, or the device it
 /// belonged to is gone (ENODEV).
 fn read_if_there(path: &Path) -> Result<Option<String>, Error> {
+    Ok(read_bytes(path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+/// As [`read_if_there`], but what is no text.
+fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     use io::Read;
     let mut bytes = Vec::new();
     let read = fs::File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut bytes));
     match read {
-        Ok(_) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Ok(_) => Ok(Some(bytes)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => {
             Ok(None)

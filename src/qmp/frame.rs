@@ -11,6 +11,9 @@ use super::{ErrorKind, Event, Version};
 /// are some ten KiB.
 pub const MAX_MESSAGE: usize = 4 << 20;
 
+/// How many bytes a read has room for, at least.
+const ROOM: usize = 4096;
+
 /// What a monitor sends.
 #[derive(Debug, PartialEq)]
 pub enum Message {
@@ -55,9 +58,10 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// Adds bytes as they were read.
-    pub fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
+    /// Where the next bytes go: to the end of this, which has room for some.
+    pub fn space(&mut self) -> &mut Vec<u8> {
+        self.bytes.reserve(ROOM);
+        &mut self.bytes
     }
 
     /// The next whole message, if there is one.
@@ -173,7 +177,7 @@ mod tests {
         let mut frames = Frames::default();
         let mut messages = Vec::new();
         for piece in bytes.chunks(pieces) {
-            frames.push(piece);
+            frames.space().extend_from_slice(piece);
             while let Some(message) = frames.next()? {
                 messages.push(message);
             }
@@ -228,10 +232,10 @@ mod tests {
     #[test]
     fn a_message_without_end_is_bounded() {
         let mut frames = Frames::default();
-        frames.push(b"{\"event\": \"");
+        frames.space().extend_from_slice(b"{\"event\": \"");
         for _ in 0..MAX_MESSAGE / 8192 {
             assert!(frames.next().unwrap().is_none());
-            frames.push(&[b'x'; 8192]);
+            frames.space().extend_from_slice(&[b'x'; 8192]);
         }
         assert!(matches!(frames.next(), Err(ErrorKind::TooLong)));
     }

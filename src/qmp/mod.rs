@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use qapi::qmp::{QmpCommand, qmp_capabilities};
+use rustix::buffer::spare_capacity;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::Deserialize;
 use serde_json::Value;
@@ -201,6 +202,11 @@ impl Session {
         self.version
     }
 
+    /// When the conversation has to be over.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
     /// QEMU's process id, as this process sees it (unix(7), `SO_PEERCRED`);
     /// `None` when it lies outside this process's PID namespace.
     pub fn peer_pid(&self) -> Option<i32> {
@@ -341,12 +347,15 @@ impl Session {
                 Ok(None) => {}
                 Err(kind) => return Err(self.broken(kind)),
             }
-            let mut bytes = [0; 8192];
-            let stream = &self.stream;
-            let read = stream.async_io(Interest::READABLE, || stream.try_read(&mut bytes));
+            // Straight to its place: an array here would be a part of every
+            // task that talks to a VM, also while it waits for it.
+            let (stream, frames) = (&self.stream, &mut self.frames);
+            let read = stream.async_io(Interest::READABLE, || {
+                Ok(rustix::io::read(stream, spare_capacity(frames.space()))?)
+            });
             match timeout_at(self.deadline, read).await {
                 Ok(Ok(0)) => return Err(self.broken(ErrorKind::Lost(None))),
-                Ok(Ok(count)) => self.frames.push(bytes.get(..count).unwrap_or_default()),
+                Ok(Ok(_)) => {}
                 Ok(Err(error)) => return Err(self.broken(ErrorKind::Lost(Some(error)))),
                 Err(_) => return Err(self.late()),
             }

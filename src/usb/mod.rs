@@ -1,6 +1,7 @@
 //! What USB things are called: ports, addresses, vendor and product ids,
 //! QEMU ids. Pure: text in, text out.
 
+mod descriptors;
 mod name;
 mod place;
 mod speed;
@@ -8,6 +9,7 @@ mod speed;
 use std::fmt;
 use std::str::FromStr;
 
+pub use descriptors::classes;
 pub use name::{DeviceId, Selector};
 pub use place::{Address, Port};
 pub use speed::Speed;

@@ -8,9 +8,11 @@ use qapi::qmp::{add_fd, device_add, remove_fd};
 use serde_json::{Map, Value};
 use tracing::debug;
 
-use super::{Object, Vm};
+use super::{ALL, Object, USERS, Vm};
 use crate::error::Error;
-use crate::guest::{NoSpot, Spot, UsbLine, Wish, parse_info_usb, spots};
+use crate::guest::{
+    Controller, ControllerKind, NoSpot, Spot, UsbLine, Wish, parse_info_usb, spots,
+};
 use crate::qmp;
 use crate::usb::{Address, DeviceId, Speed};
 
@@ -51,7 +53,8 @@ pub struct Survey {
 
 impl Vm {
     /// Looks for the id, and for places where a device of this speed can go,
-    /// in two round trips.
+    /// in two round trips; in four where the user gave the VM no xHCI
+    /// controller with a free port, and the machine's own are looked at, too.
     ///
     /// # Errors
     ///
@@ -62,7 +65,27 @@ impl Vm {
         speed: Option<Speed>,
         wish: &Wish,
     ) -> Result<Survey, qmp::Error> {
-        let objects = self.ask_objects()?;
+        let (survey, controllers) = self.survey_of(USERS, id, speed, wish).await?;
+        let best = survey.spots.as_ref().ok().and_then(|spots| spots.first());
+        let is_xhci = |spot: &Spot| {
+            let mut on_it = controllers.iter().filter(|c| c.bus == spot.bus);
+            on_it.any(|c| c.kind == ControllerKind::Xhci)
+        };
+        if best.is_some_and(|spot| wish.bus.is_some() || is_xhci(spot)) {
+            return Ok(survey);
+        }
+        Ok(self.survey_of(ALL, id, speed, wish).await?.0)
+    }
+
+    /// The survey of the controllers in these containers, and the controllers.
+    async fn survey_of(
+        &mut self,
+        containers: &[&'static str],
+        id: &DeviceId,
+        speed: Option<Speed>,
+        wish: &Wish,
+    ) -> Result<(Survey, Vec<Controller>), qmp::Error> {
+        let objects = self.ask_objects(containers)?;
         let info = self.ask_info_usb()?;
         let objects = self.answer_objects(objects).await?;
         let lines = parse_info_usb(&self.answer(info).await?.unwrap_or_default());
@@ -96,8 +119,9 @@ impl Vm {
                 names.extend(controller.map(|c| (number, c.bus.clone())));
             }
         }
+        // What else there is, is on the only bus, unless that has a number.
         let only = match controllers.as_slice() {
-            [only] => Some(&only.bus),
+            [only] if !names.values().any(|name| *name == only.bus) => Some(&only.bus),
             _ => None,
         };
         let spot = |line: UsbLine| {
@@ -107,7 +131,7 @@ impl Vm {
         // What an earlier device left behind gives its place to the new one.
         let stays = |line: &UsbLine| present.is_none() || line.product(Some(id.as_str())).is_none();
         let taken: Vec<Spot> = lines.into_iter().filter(stays).filter_map(spot).collect();
-        Ok(Survey { present, spots: spots(&controllers, &taken, speed, wish) })
+        Ok((Survey { present, spots: spots(&controllers, &taken, speed, wish) }, controllers))
     }
 
     /// Attaches a device at the first of the places that QEMU finds free.

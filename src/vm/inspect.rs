@@ -2,13 +2,10 @@
 
 use qapi::qmp::{query_name, query_status};
 
-use super::{Object, Vm};
+use super::{ALL, Object, PERIPHERAL, Vm};
 use crate::guest::{Controller, UsbLine, parse_info_usb};
 use crate::qmp::{Error, ErrorKind, Version};
 use crate::usb::{Address, Speed};
-
-/// Where QEMU keeps the devices of its user; the machine's own are elsewhere.
-const USERS_DEVICES: &str = "/machine/peripheral";
 
 /// What QEMU's hub says it is (QEMU, hw/usb/dev-hub.c).
 const HUB_PRODUCT: &str = "QEMU USB Hub";
@@ -87,7 +84,7 @@ impl Vm {
     pub async fn inspect(&mut self) -> Result<Inventory, Error> {
         let status = self.session.send(&query_status {})?;
         let name = self.session.send(&query_name {})?;
-        let objects = self.ask_objects()?;
+        let objects = self.ask_objects(ALL)?;
         let info = self.ask_info_usb()?;
 
         let status = match self.answer(status).await {
@@ -155,7 +152,7 @@ fn join(mut facts: Vec<Facts>, lines: &[UsbLine]) -> Vec<GuestDevice> {
     // creation, which is also the order of the text's lines. Those that come
     // with the machine are created before those of the user.
     facts.sort_by_cached_key(|fact| {
-        (fact.object.path.starts_with(USERS_DEVICES), natural(&fact.object.path))
+        (fact.object.path.starts_with(PERIPHERAL), natural(&fact.object.path))
     });
     let mut line_of: Vec<Option<&UsbLine>> = facts.iter().map(|fact| by_id(fact, lines)).collect();
 

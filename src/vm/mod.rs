@@ -20,10 +20,16 @@ use crate::guest::{Controller, ControllerKind};
 use crate::qmp::{Error, Session, Ticket};
 use crate::usb::{Address, DeviceId};
 
-/// Where QEMU keeps its devices: those with an id, those without, and its
-/// own (QEMU, system/qdev-monitor.c and hw/core/qdev.c).
-const CONTAINERS: [&str; 3] =
-    ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"];
+/// Where QEMU keeps the devices of its user that have an id (QEMU,
+/// system/qdev-monitor.c).
+const PERIPHERAL: &str = "/machine/peripheral";
+
+/// Where QEMU keeps the devices of its user.
+const USERS: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon"];
+
+/// Where QEMU keeps all devices, the machine's own among them (QEMU,
+/// hw/core/qdev.c). Those are many.
+const ALL: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon", "/machine/unattached"];
 
 /// What holds the USB controller of a `pc` machine as a part of itself, since
 /// QEMU 8.2 (QEMU, hw/isa/piix.c).
@@ -54,9 +60,19 @@ struct Object {
 struct ControllerTickets {
     kind: ControllerKind,
     path: String,
-    children: Ticket<qom_list>,
+    bus: BusName,
     counts: [Option<Ticket<qom_get>>; 2],
     master: Option<Ticket<qom_get>>,
+}
+
+/// The name of a controller's bus.
+enum BusName {
+    /// It follows from the controller's id (QEMU, hw/core/bus.c,
+    /// `qbus_init_internal`).
+    Known(String),
+    /// The controller's children tell, if it has a bus of its own: a companion
+    /// has none.
+    Asked(Ticket<qom_list>),
 }
 
 impl Vm {
@@ -128,7 +144,7 @@ impl Vm {
     ///
     /// As for [`Session::reply`].
     pub async fn address_of(&mut self, id: &DeviceId) -> Result<Option<Address>, Error> {
-        let tickets = self.ask_address(&format!("/machine/peripheral/{id}"))?;
+        let tickets = self.ask_address(&format!("{PERIPHERAL}/{id}"))?;
         self.answer_address(tickets).await
     }
 
@@ -154,7 +170,7 @@ impl Vm {
     ///
     /// As for [`Session::reply`].
     pub async fn host_devices(&mut self) -> Result<Vec<(DeviceId, Option<Address>)>, Error> {
-        let objects = self.ask_objects()?;
+        let objects = self.ask_objects(&[PERIPHERAL])?;
         let mut devices = Vec::new();
         for object in self.answer_objects(objects).await? {
             let id = object.id.and_then(|id| id.parse().ok());
@@ -192,11 +208,14 @@ impl Vm {
         Ok(value.as_ref().and_then(Value::as_str).map(str::to_owned))
     }
 
-    fn ask_objects(&mut self) -> Result<Vec<(&'static str, Ticket<qom_list>)>, Error> {
+    fn ask_objects(
+        &mut self,
+        containers: &[&'static str],
+    ) -> Result<Vec<(&'static str, Ticket<qom_list>)>, Error> {
         let ask = |path: &'static str| {
             Ok((path, self.session.send(&qom_list { path: path.to_owned() })?))
         };
-        CONTAINERS.into_iter().map(ask).collect()
+        containers.iter().copied().map(ask).collect()
     }
 
     async fn answer_objects(
@@ -207,7 +226,7 @@ impl Vm {
         for (container, ticket) in tickets {
             for property in self.answer(ticket).await?.unwrap_or_default() {
                 let Some(driver) = child_type(&property.type_) else { continue };
-                let id = (container == "/machine/peripheral").then(|| property.name.clone());
+                let id = (container == PERIPHERAL).then(|| property.name.clone());
                 let path = format!("{container}/{}", property.name);
                 if SOUTH_BRIDGES.contains(&driver) {
                     // If it is not there, what is asked about it is refused.
@@ -229,7 +248,7 @@ impl Vm {
 
     fn ask_controllers(&mut self, objects: &[Object]) -> Result<Vec<ControllerTickets>, Error> {
         let mut asked = Vec::new();
-        for Object { path, driver, .. } in objects {
+        for Object { path, driver, id } in objects {
             let Some(kind) = ControllerKind::of_driver(driver) else { continue };
             let counts = match kind {
                 ControllerKind::Xhci => [Some(self.ask(path, "p2")?), Some(self.ask(path, "p3")?)],
@@ -240,8 +259,11 @@ impl Vm {
                 ControllerKind::Uhci | ControllerKind::Ohci => Some(self.ask(path, "masterbus")?),
                 ControllerKind::Ehci | ControllerKind::Xhci => None,
             };
-            let children = self.session.send(&qom_list { path: path.clone() })?;
-            asked.push(ControllerTickets { kind, path: path.clone(), children, counts, master });
+            let bus = match id {
+                Some(id) if kind == ControllerKind::Xhci => BusName::Known(format!("{id}.0")),
+                _ => BusName::Asked(self.session.send(&qom_list { path: path.clone() })?),
+            };
+            asked.push(ControllerTickets { kind, path: path.clone(), bus, counts, master });
         }
         Ok(asked)
     }
@@ -252,7 +274,7 @@ impl Vm {
     ) -> Result<Vec<Controller>, Error> {
         let mut controllers = Vec::new();
         let mut masters = Vec::new();
-        for ControllerTickets { kind, path, children, counts, master } in tickets {
+        for ControllerTickets { kind, path, bus, counts, master } in tickets {
             let mut numbers = [0; 2];
             for (number, ticket) in numbers.iter_mut().zip(counts) {
                 let Some(ticket) = ticket else { continue };
@@ -267,17 +289,22 @@ impl Vm {
             if let Some(master) = master {
                 masters.extend(self.answer_text(master).await?);
             }
-            // A companion has no bus of its own.
-            for child in self.answer(children).await?.unwrap_or_default() {
-                if child_type(&child.type_) == Some("usb-bus") {
-                    let bus_path = format!("{path}/{}", child.name);
-                    let bus = child.name;
-                    let has_companions = false;
-                    let controller =
-                        Controller { bus, bus_path, kind, usb2_ports, usb3_ports, has_companions };
-                    controllers.push(controller);
+            let buses: Vec<String> = match bus {
+                BusName::Known(bus) => vec![bus],
+                BusName::Asked(children) => {
+                    let children = self.answer(children).await?.unwrap_or_default().into_iter();
+                    let buses = children.filter(|c| child_type(&c.type_) == Some("usb-bus"));
+                    buses.map(|child| child.name).collect()
                 }
-            }
+            };
+            controllers.extend(buses.into_iter().map(|bus| Controller {
+                bus_path: format!("{path}/{bus}"),
+                bus,
+                kind,
+                usb2_ports,
+                usb3_ports,
+                has_companions: false,
+            }));
         }
         for controller in &mut controllers {
             controller.has_companions = masters.contains(&controller.bus);

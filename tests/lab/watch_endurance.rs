@@ -72,7 +72,7 @@ fn events_that_got_lost_lead_to_a_look_at_everything() {
     let after = hardware.plug(Stick::new("SN2"), xhci(4));
     udev::settle();
     daemon.thaw();
-    daemon.wait_for_log(&["events of udev got lost"]);
+    daemon.wait_for_log(&["events of the kernel got lost"]);
     vm.gets(&[&after, &stays]);
     // And these it does.
     hardware.pull_all(&[after, stays]);

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::entry::Entry;
 use crate::command::screen::{Line, Screen, Style};
-use crate::command::watch::events::{Batch, Events};
+use crate::command::watch::events::{Batch, Events, Source};
 use crate::command::{Context, print_more};
 use crate::error::{Error, chain};
 use crate::event::{Action, Event};
@@ -35,7 +35,7 @@ pub async fn run(context: &Context, rulebook: &Rulebook, json: bool) -> Result<(
     let (mut interrupt, mut terminate) =
         (on(SignalKind::interrupt())?, on(SignalKind::terminate())?);
     // First hear, then look.
-    let events = Events::listen().map_err(setup("listen to udev"))?;
+    let events = Events::listen(Source::Udev).map_err(setup("listen to udev"))?;
     let mut follower = Follower { context, rulebook, json, present: BTreeMap::new() };
     follower.present = follower.look()?;
     if std::io::stdout().is_terminal() {

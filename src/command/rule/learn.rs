@@ -6,7 +6,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{debug, info};
 
 use super::Context;
-use crate::command::watch::events::Events;
+use crate::command::watch::events::{Events, Source};
 use crate::error::{Error, chain};
 use crate::event::Action;
 use crate::progress::Progress;
@@ -21,7 +21,7 @@ const PROMPT: &str = "Plug the device into the port (pull it out first if it is 
 pub async fn plugged(context: &Context, wait: Duration) -> Result<Device, Error> {
     let failed = |source| Error::Setup { what: "hear udev", source };
     // First hear, then ask: who is quick is heard, too.
-    let events = Events::listen().map_err(failed)?;
+    let events = Events::listen(Source::Udev).map_err(failed)?;
     let end = Instant::now() + wait;
     let prompt = Progress::new(context.quiet);
     if !prompt.is_seen() {

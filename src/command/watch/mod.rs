@@ -1,4 +1,4 @@
-//! `watch`: the daemon. It hears udev, notices VMs that start and end, and
+//! `watch`: the daemon. It hears of plugs and pulls, notices VMs that start and end, and
 //! gives each VM's keeper its work. Between events it holds no monitor and
 //! does nothing at all.
 
@@ -20,13 +20,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
 use tokio::time::Interval;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::Context;
 use crate::error::{Error, chain};
 use crate::event::{Action, Event};
 use crate::rulebook::Rulebook;
-use events::{Batch, Events};
+use events::{Batch, Events, Source};
 use keeper::Keeper;
 use queue::Work;
 use shared::Shared;
@@ -35,6 +35,7 @@ use sockets::Sockets;
 /// The daemon.
 struct Watch<'a> {
     context: &'a Context,
+    events: Events,
     shared: Rc<Shared>,
     /// The keepers, by VM.
     keepers: BTreeMap<String, Post>,
@@ -62,8 +63,6 @@ pub async fn run(context: &Context) -> Result<(), Error> {
     let mut terminate = on(SignalKind::terminate())?;
     let mut interrupt = on(SignalKind::interrupt())?;
     let rulebook = Rulebook::new(context.config()?);
-    // From here on nothing is missed: first hear, then look.
-    let events = Events::listen().map_err(failed("listen to udev"))?;
     let run = async {
         let mut watch = Watch::start(context, rulebook)?;
         let mut watchdog =
@@ -77,7 +76,7 @@ pub async fn run(context: &Context) -> Result<(), Error> {
             }
             let shared = watch.shared.clone();
             tokio::select! {
-                batch = events.next() => watch.heard(batch.map_err(failed("hear udev"))?),
+                batch = watch.events.next() => watch.heard(batch.map_err(failed("hear of plugs"))?),
                 vms = watch.sockets.appeared() => {
                     for vm in vms.map_err(failed("watch for sockets"))? {
                         watch.give(&vm, Work::Started);
@@ -99,6 +98,20 @@ pub async fn run(context: &Context) -> Result<(), Error> {
 
 fn failed(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Setup { what, source }
+}
+
+/// Who is to tell of plugs. The kernel does so first, and that is enough: the
+/// node is there, and root may open it (Linux, drivers/base/core.c,
+/// `device_add`). Others may when udev's rules say so, and properties come from
+/// udev, too.
+fn source(rulebook: &Rulebook) -> Source {
+    let is_root = rustix::process::geteuid().is_root();
+    if is_root && !rulebook.needs_udev() { Source::Kernel } else { Source::Udev }
+}
+
+fn listen(source: Source) -> Result<Events, Error> {
+    debug!("listening to {source}");
+    Events::listen(source).map_err(failed("listen to the kernel's and udev's events"))
 }
 
 fn on(kind: SignalKind) -> Result<Signal, Error> {
@@ -127,19 +140,25 @@ impl<'a> Watch<'a> {
         let shared = Rc::new(Shared::new(context.host.clone(), context.timeout));
         let sockets = Sockets::new().map_err(failed("watch for sockets"))?;
         let keepers = BTreeMap::new();
-        let mut watch = Watch { context, shared, keepers, sockets, is_outdated: false };
+        let events = listen(source(&rulebook))?;
+        let mut watch = Watch { context, events, shared, keepers, sockets, is_outdated: false };
         watch.apply(rulebook)?;
         Ok(watch)
     }
 
     /// Puts a configuration in force: a keeper for each VM, and a sync.
     fn apply(&mut self, rulebook: Rulebook) -> Result<(), Error> {
+        // First hear, then look: so nothing is missed.
+        let source = source(&rulebook);
+        if self.events.source != source {
+            self.events = listen(source)?;
+        }
         let table = rulebook.table(&self.shared.host)?;
         let vms: BTreeMap<String, PathBuf> =
             rulebook.config().vms.iter().map(|vm| (vm.name.clone(), vm.socket.clone())).collect();
         *self.shared.table.borrow_mut() = table;
         *self.shared.rulebook.borrow_mut() = Rc::new(rulebook);
-        // First hear of sockets, then look, here too.
+        // Here, too.
         self.sockets.watch(vms.clone().into_iter().collect());
         self.keepers.retain(|vm, post| vms.get(vm) == Some(&post.socket));
         self.shared.status.borrow_mut().retain(|vm, _| self.keepers.contains_key(vm));
@@ -172,14 +191,14 @@ impl<'a> Watch<'a> {
         }
         for event in batch.events {
             if let Err(error) = self.event(&event) {
-                warn!("passed over an event of udev: {}", chain(&error));
+                warn!("passed over an event of {}: {}", self.events.source, chain(&error));
             }
         }
     }
 
     /// Looks at the host and at every VM.
     fn look_again(&self) {
-        warn!("events of udev got lost; looking at everything");
+        warn!("events of {} got lost; looking at everything", self.events.source);
         match self.shared.rulebook().table(&self.shared.host) {
             Ok(table) => {
                 *self.shared.table.borrow_mut() = table;
