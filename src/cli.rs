@@ -6,6 +6,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
+/// Else they would stand between the options of a command.
+const EVERYWHERE: &str = "Options of every command";
+
 /// Give a virtual machine a USB port, or a USB device, of this host.
 ///
 /// Talks QMP to QEMU itself, without libvirt. VM is the path of the VM's QMP
@@ -33,19 +36,20 @@ pub struct Cli {
 pub struct Global {
     /// How long a conversation with a VM may take, in seconds.
     #[arg(long, global = true, value_name = "SECONDS", default_value = "5")]
+    #[arg(help_heading = EVERYWHERE)]
     pub timeout: String,
 
     /// The configuration, for names of VMs, for sync and for watch.
     #[arg(long, global = true, value_name = "FILE", default_value = "/etc/usb-qmp-hotplug.toml")]
-    #[arg(value_hint = ValueHint::FilePath)]
+    #[arg(value_hint = ValueHint::FilePath, help_heading = EVERYWHERE)]
     pub config: PathBuf,
 
     /// Say less: only errors.
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = EVERYWHERE)]
     pub quiet: bool,
 
     /// Say more: what is tried, and why.
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = EVERYWHERE)]
     pub verbose: bool,
 }
 
@@ -107,8 +111,8 @@ pub enum Command {
     /// passes over everything else. Waits up to a minute for its turn at the
     /// monitor, before --timeout begins. Logs to the journal, or to syslog.
     #[command(after_help = "A rule for everything that is plugged into port 1-1.2:\n  \
-        SUBSYSTEM==\"usb\", ENV{DEVTYPE}==\"usb_device\", DEVPATH==\"*/1-1.2\", \
-        ACTION==\"add|remove\", RUN+=\"/usr/bin/usb-qmp-hotplug udev /run/vm.qmp\"\n\n\
+        SUBSYSTEM==\"usb\", ENV{DEVTYPE}==\"usb_device\", ACTION==\"add|remove\", \\\n      \
+        DEVPATH==\"*/1-1.2\", RUN+=\"/usr/bin/usb-qmp-hotplug udev /run/vm.qmp\"\n\n\
         By hand:\n  ACTION=add BUSNUM=001 DEVNUM=037 usb-qmp-hotplug udev /run/vm.qmp")]
     Udev(Udev),
     /// Make reality match the configuration, once.
@@ -156,9 +160,13 @@ pub enum Command {
     #[command(after_help = "In this shell only:\n  \
         source <(usb-qmp-hotplug completions bash)\n\n\
         For good:\n  \
-        usb-qmp-hotplug completions bash > ~/.local/share/bash-completion/completions/usb-qmp-hotplug\n  \
-        usb-qmp-hotplug completions zsh > ~/.zfunc/_usb-qmp-hotplug   # a directory of $fpath\n  \
-        usb-qmp-hotplug completions fish > ~/.config/fish/completions/usb-qmp-hotplug.fish")]
+        mkdir -p ~/.local/share/bash-completion/completions\n  \
+        usb-qmp-hotplug completions bash \\\n      \
+        > ~/.local/share/bash-completion/completions/usb-qmp-hotplug\n\n\
+        For zsh, in a directory of $fpath; for fish, in its own:\n  \
+        usb-qmp-hotplug completions zsh > ~/.zfunc/_usb-qmp-hotplug\n  \
+        usb-qmp-hotplug completions fish \\\n      \
+        > ~/.config/fish/completions/usb-qmp-hotplug.fish")]
     Completions(Completions),
     /// Write the manual pages to a directory.
     Man(Man),
@@ -401,6 +409,30 @@ pub enum Open {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn examples_fit_the_terminal_and_can_be_copied_from_it() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            for line in help.lines().filter(|line| line.starts_with("  ")) {
+                assert!(line.chars().count() <= 80, "{}: {line}", command.get_name());
+            }
+        }
+    }
+
+    #[test]
+    fn the_options_of_every_command_stand_by_themselves() {
+        let mut root = Cli::command();
+        root.build();
+        for command in root.get_subcommands().filter(|command| command.get_name() != "help") {
+            let apart = |name: &str| {
+                let option = command.get_arguments().find(|option| option.get_id() == name);
+                option.is_some_and(|option| option.get_help_heading() == Some(EVERYWHERE))
+            };
+            assert!(["timeout", "config", "quiet", "verbose"].into_iter().all(apart));
+        }
+    }
 
     #[test]
     fn the_line_of_a_udev_rule_means_what_it_means_among_all_commands() {

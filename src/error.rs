@@ -52,7 +52,7 @@ pub enum Error {
         source: NoSpot,
     },
     /// The VM has no such device.
-    #[error("VM {}: no device {what}; `usb-qmp-hotplug inspect` shows what it has", escape(.vm))]
+    #[error("VM {} has no device for {what}; `usb-qmp-hotplug inspect` shows what it has", escape(.vm))]
     NotInVm {
         /// The VM's socket.
         vm: String,

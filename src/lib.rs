@@ -16,7 +16,8 @@
 //! - [`qmp`]: the edge to a QMP socket; it knows nothing of USB.
 //! - [`vm`]: one VM's USB over a [`qmp::Session`]: inspect, attach, detach.
 //! - [`plug`]: the two operations, attach and detach.
-//! - [`log`]: the journal, syslog, or standard error.
+//! - [`log`]: the journal, syslog, or standard error; [`progress`]: the line
+//!   that says what is waited for.
 //! - [`cli`]: the command line's types; [`command`]: one file per command.
 //!
 //! The port names the device (a device at port `1-1.2` has the QEMU id
@@ -34,6 +35,7 @@ pub mod host;
 pub mod log;
 pub mod plan;
 pub mod plug;
+pub mod progress;
 pub mod qmp;
 pub mod rule;
 pub mod rulebook;

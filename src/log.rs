@@ -2,16 +2,18 @@
 //! message; a command that udev runs also logs to the journal, with its fields,
 //! or where there is no journal to syslog.
 
-use std::fmt::{Debug, Write as _};
+use std::fmt::Debug;
 use std::io::Write as _;
 
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::text::escape;
 
 /// The name that log lines carry.
 const NAME: &str = "usb-qmp-hotplug";
@@ -47,26 +49,73 @@ where
     Some(layer.with_ansi(false).with_level(false).with_target(false).without_time().boxed())
 }
 
-/// Each message as a line on standard error.
+/// Each message as a line on standard error; what --verbose adds, with its
+/// fields, since there the message alone may not say of what it speaks.
 struct StandardError;
 
 impl<S: Subscriber> Layer<S> for StandardError {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut line = Line(format!("{NAME}: "));
-        event.record(&mut line);
-        line.0.push('\n');
+        let text = format!("{}{}\n", crate::progress::make_way(), shown(event));
         // Nobody is left to tell if this fails.
-        let _ = std::io::stderr().lock().write_all(line.0.as_bytes());
+        let _ = std::io::stderr().lock().write_all(text.as_bytes());
     }
 }
 
-struct Line(String);
+fn shown(event: &Event<'_>) -> String {
+    let mut line = Line::default();
+    event.record(&mut line);
+    let Line { message, fields } = line;
+    match *event.metadata().level() {
+        Level::DEBUG if !fields.is_empty() => format!("{NAME}: {message} ({})", fields.join(", ")),
+        _ => format!("{NAME}: {message}"),
+    }
+}
+
+#[derive(Default)]
+struct Line {
+    message: String,
+    fields: Vec<String>,
+}
 
 impl Visit for Line {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        if field.name() == "message" {
-            // Writing to a String cannot fail.
-            let _ = write!(self.0, "{value:?}");
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            name => self.fields.push(format!("{name} {value:?}")),
         }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        // Not in quotes, but no less harmless.
+        self.record_debug(field, &format_args!("{}", escape(value)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[test]
+    fn what_verbose_adds_says_of_what_it_speaks() {
+        struct Kept(Arc<Mutex<Vec<String>>>);
+        impl<S: Subscriber> Layer<S> for Kept {
+            fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+                self.0.lock().unwrap().push(shown(event));
+            }
+        }
+        let kept = Arc::new(Mutex::new(Vec::new()));
+        let subscriber = tracing_subscriber::registry().with(Kept(kept.clone()));
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::debug!(vm = "a\u{1b}b", id = %"usb-host-1-1", "in use");
+            tracing::info!(vm = "a", "attached");
+        });
+        assert_eq!(
+            *kept.lock().unwrap(),
+            [
+                "usb-qmp-hotplug: in use (vm a\\u{1b}b, id usb-host-1-1)",
+                "usb-qmp-hotplug: attached"
+            ]
+        );
     }
 }

@@ -31,6 +31,35 @@ pub fn escape(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
+/// A JSON document with everything that is not plainly visible written as JSON's
+/// own escapes: it means the same, and does nothing to a terminal.
+///
+/// # Examples
+///
+/// ```
+/// use usb_qmp_hotplug::text::escape_json;
+/// assert_eq!(escape_json("[\"\u{9b}31m\"]\n".into()), "[\"\\u009b31m\"]\n");
+/// ```
+pub fn escape_json(json: String) -> String {
+    // What is below the blank is layout: within strings it is escaped already
+    // (RFC 8259, section 7).
+    let hidden = |c: char| c > ' ' && hidden(c);
+    if !json.contains(hidden) {
+        return json;
+    }
+    let mut shown = String::with_capacity(json.len() + 8);
+    for c in json.chars() {
+        if hidden(c) {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                shown += &format!("\\u{unit:04x}");
+            }
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
 /// Control characters, and those of Unicode's format characters that change
 /// how the text around them looks (Unicode Standard Annex #9, section 2;
 /// zero-width characters, separators and the byte order mark).
@@ -201,6 +230,14 @@ mod tests {
         #[test]
         fn any_two_words_can_be_compared(word in any::<String>(), other in any::<String>()) {
             let _ = nearest(&word, [&*other]);
+        }
+
+        #[test]
+        fn json_stays_what_it_is_and_hides_nothing(text in any::<String>(), tag in 0xe0000u32..0xe007f) {
+            let text: String = text.chars().chain(char::from_u32(tag)).collect();
+            let json = escape_json(serde_json::to_string_pretty(&[&text]).unwrap());
+            prop_assert_eq!(serde_json::from_str::<[String; 1]>(&json).unwrap(), [text]);
+            prop_assert!(!json.replace('\n', "").contains(hidden));
         }
 
         #[test]

@@ -6,6 +6,7 @@ use super::{Context, how, together};
 use crate::cli::Attach;
 use crate::error::Error;
 use crate::plug::{self, Attached, Options};
+use crate::text::escape;
 use crate::usb::{Device, DeviceId, Selector};
 use crate::vm::Vm;
 
@@ -26,9 +27,9 @@ pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
     }
     for device in devices {
         // A conversation each, so that one device has the whole time.
-        let attached = match Vm::connect(&socket, context.timeout).await {
+        let attached = match context.connect(&socket).await {
             Ok(mut vm) => one(context, &mut vm, &device, &options).await,
-            Err(error) => Err(error.into()),
+            Err(error) => Err(error),
         };
         errors.extend(attached.err());
     }
@@ -41,15 +42,17 @@ async fn one(
     device: &Device,
     options: &Options,
 ) -> Result<(), Error> {
-    debug!(%device, vm = vm.name(), "attaching");
-    let attached = plug::attach(&context.host, vm, device, options).await?;
-    let (id, vm) = (DeviceId::for_port(&device.port), vm.name());
-    let vm = crate::text::escape(&vm);
+    let (id, name) = (DeviceId::for_port(&device.port), vm.name());
+    let name = escape(&name);
+    debug!(qemu = %vm.session().version(), "attaching {device} to {name}");
+    let attached = plug::attach(&context.host, vm, device, options);
+    let what = format_args!("attaching {device} to {name}");
+    let attached = context.during(what, attached).await?;
     let would = if options.dry_run { "would attach" } else { "attached" };
     match attached {
         Attached::There(spot) => {
-            context.say(format_args!("{would} {device} to {vm} as {id} at {spot}"))
+            context.say(format_args!("{would} {device} to {name} as {id} at {spot}"))
         }
-        Attached::Already => context.say(format_args!("{device} is in {vm} already, as {id}")),
+        Attached::Already => context.say(format_args!("{device} is in {name} already, as {id}")),
     }
 }

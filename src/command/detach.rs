@@ -1,12 +1,13 @@
 //! `detach VM DEVICE...`
 
+use tracing::debug;
+
 use super::{Context, together};
 use crate::cli::Detach;
 use crate::error::Error;
 use crate::host::{self, Host};
 use crate::text::escape;
 use crate::usb::{Address, Device, DeviceId, Selector};
-use crate::vm::Vm;
 
 /// Detaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Detach) -> Result<(), Error> {
@@ -26,16 +27,22 @@ async fn one(
     selector: &Selector,
     dry_run: bool,
 ) -> Result<(), Error> {
-    let mut vm = Vm::connect(socket, context.timeout).await?;
-    let in_vm = vm.host_devices().await?;
+    let mut vm = context.connect(socket).await?;
+    let shown = vm.name();
+    let what = format_args!("asking {} for its devices", escape(&shown));
+    let in_vm = context.during(what, vm.host_devices()).await?;
     let name = vm.name();
+    for (id, _) in &in_vm {
+        debug!("{} has {id}", escape(&name));
+    }
     let missing = || Error::NotInVm { vm: name.clone(), what: selector.to_string() };
     let id = choose(&context.host, selector, &in_vm)?.ok_or_else(missing)?;
     let name = escape(&name);
     if dry_run {
         return context.say(format_args!("would detach {id} from {name}"));
     }
-    if !vm.detach(&id).await? {
+    let what = format_args!("detaching {id} from {name}");
+    if !context.during(what, vm.detach(&id)).await? {
         return Err(missing());
     }
     context.say(format_args!("detached {id} from {name}"))

@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::host::Host;
 use crate::text::{escape, table};
 use crate::usb::{Address, DeviceId, Port, Speed};
-use crate::vm::{GuestDevice, Inventory, Vm};
+use crate::vm::{GuestDevice, Inventory};
 
 /// The JSON document.
 #[derive(Debug, Serialize)]
@@ -77,9 +77,10 @@ impl State {
 /// Shows what the VM has.
 pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     let socket = context.socket(&arguments.vm)?;
-    let mut vm = Vm::connect(&socket, context.timeout).await?;
-    let inventory = vm.inspect().await?;
+    let mut vm = context.connect(&socket).await?;
     let name = vm.name();
+    let what = format_args!("asking {} for its devices", escape(&name));
+    let inventory = context.during(what, vm.inspect()).await?;
     drop(vm);
     let has_controller = !inventory.controllers.is_empty();
     let report = report(&context.host, name, inventory);

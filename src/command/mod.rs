@@ -16,7 +16,7 @@ mod vms;
 mod watch;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tracing::{error, warn};
@@ -25,7 +25,9 @@ use crate::cli::{Cli, Command, Global};
 use crate::config::{self, Config};
 use crate::error::{Error, chain};
 use crate::host::Host;
-use crate::text::{escape, nearest};
+use crate::progress;
+use crate::text::{escape, escape_json, nearest};
+use crate::vm::Vm;
 
 /// What every command needs.
 #[derive(Debug)]
@@ -72,7 +74,7 @@ impl Context {
     /// Reads the configuration for what can do without: a bad one is told and
     /// counts as empty, and so is one that was named and is not there.
     fn config_or_none(&self) -> Config {
-        let is_default = self.config == std::path::Path::new(config::DEFAULT_PATH);
+        let is_default = self.config == Path::new(config::DEFAULT_PATH);
         let config = if is_default { self.config_if_there() } else { self.config() };
         config.unwrap_or_else(|error| {
             warn!("going on without a configuration: {}", chain(&error));
@@ -93,10 +95,25 @@ impl Context {
         let names = config.vms.iter().map(|vm| vm.name.as_str());
         let next = match nearest(vm, names) {
             Some(name) => format!("did you mean `{name}`?"),
-            None => "give the path of its QMP socket, which has a `/`".to_owned(),
+            None => {
+                "give the path of its QMP socket, which has a `/`; `usb-qmp-hotplug vms` shows it"
+                    .to_owned()
+            }
         };
         let (vm, file) = (escape(vm), self.config.to_string_lossy());
         Err(Error::NoVm(format!("no VM `{vm}` in {}; {next}", escape(&file))))
+    }
+
+    /// Does what may take a while; on a terminal a line then says what it is.
+    async fn during<T>(&self, what: std::fmt::Arguments<'_>, work: impl Future<Output = T>) -> T {
+        progress::during(self.quiet, || what.to_string(), work).await
+    }
+
+    /// Connects to a VM.
+    async fn connect(&self, socket: &Path) -> Result<Vm, Error> {
+        let shown = socket.to_string_lossy();
+        let what = format_args!("waiting for the monitor at {}", escape(&shown));
+        Ok(self.during(what, Vm::connect(socket, self.timeout)).await?)
     }
 
     /// Says what was done, on standard output.
@@ -155,7 +172,7 @@ fn print_more(text: &str) -> Result<bool, Error> {
 /// A JSON document, for people too.
 fn json(document: &impl serde::Serialize) -> Result<String, Error> {
     serde_json::to_string_pretty(document)
-        .map(|json| json + "\n")
+        .map(|json| escape_json(json) + "\n")
         .map_err(|error| Error::Write { what: "the JSON document", source: error.into() })
 }
 

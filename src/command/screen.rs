@@ -88,6 +88,11 @@ impl Line {
         self.add(Style::Plain, " ".repeat(missing))
     }
 
+    /// How many columns all of it takes.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
     /// The line with its end, as it goes to the screen.
     pub fn shown(&self, screen: Screen) -> String {
         let mut text = String::new();

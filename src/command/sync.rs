@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use serde::Serialize;
 use tokio::task::JoinSet;
-use tracing::info;
+use tracing::{debug, info};
 
 use super::{Context, json, print, together};
 use crate::cli::Sync;
@@ -14,6 +14,7 @@ use crate::error::{Error, chain};
 use crate::host::Host;
 use crate::plan::{Action, Settled, Table, plan};
 use crate::plug::{self, Attached, Options};
+use crate::progress;
 use crate::rulebook::Rulebook;
 use crate::text::escape;
 use crate::usb::{DeviceId, Port};
@@ -62,12 +63,20 @@ pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
     let vms = vms(context, &rulebook, &arguments.vms)?;
     let (host, timeout, dry_run) = (context.host.clone(), context.timeout, arguments.dry_run);
     let job = Arc::new(Job { host, rulebook, table, timeout, dry_run });
-    let mut running = JoinSet::new();
+    let (mut running, mut names) = (JoinSet::new(), Vec::new());
     for (order, (name, socket)) in vms.into_iter().enumerate() {
         let (job, named) = (job.clone(), !arguments.vms.is_empty());
-        running.spawn(async move { (order, job.vm(name, socket, named).await) });
+        // Each job has its VM's name until it is done.
+        let name: Arc<str> = name.into();
+        names.push(Arc::downgrade(&name));
+        running.spawn(async move { (order, job.vm(name.to_string(), socket, named).await) });
     }
-    let mut done = running.join_all().await;
+    let waiting = || {
+        let names = names.iter().filter_map(Weak::upgrade);
+        let names: Vec<String> = names.map(|name| escape(&name).into_owned()).collect();
+        format!("waiting for {}", names.join(", "))
+    };
+    let mut done = progress::during(context.quiet, waiting, running.join_all()).await;
     done.sort_by_key(|(order, _)| *order);
     let (mut reports, mut errors) = (Vec::new(), Vec::new());
     for (_, (report, failed)) in done {
@@ -133,6 +142,15 @@ impl Job {
                 return (report, vec![error]);
             }
         };
+        let present: Vec<&str> = in_vm.iter().map(|(id, _)| id.as_str()).collect();
+        debug!(
+            "VM {} has {}",
+            report.vm,
+            match present.as_slice() {
+                [] => "no devices of this host".to_owned(),
+                ids => ids.join(", "),
+            }
+        );
         let mut errors = Vec::new();
         for action in plan(&report.vm, &self.table, &in_vm, &Settled::new()) {
             let (mut done, result) = match action {

@@ -67,7 +67,7 @@ pub enum Error {
         name: &'static str,
     },
     /// No device is what was asked for.
-    #[error("no USB device at {0}")]
+    #[error("no USB device for {0}")]
     NoDevice(Absent),
     /// The device was unplugged in the meantime.
     #[error("the device at {0} is gone; plug it in again")]
@@ -126,6 +126,18 @@ pub struct Strings {
     pub product: Option<String>,
     /// The serial number.
     pub serial: Option<String>,
+}
+
+impl Strings {
+    /// The maker's and the product's name; makers repeat theirs in the
+    /// product's, often enough.
+    pub fn name(&self) -> Option<String> {
+        match (&self.manufacturer, &self.product) {
+            (Some(maker), Some(product)) if product.starts_with(maker) => Some(product.clone()),
+            (Some(maker), Some(product)) => Some(format!("{maker} {product}")),
+            (maker, product) => product.clone().or_else(|| maker.clone()),
+        }
+    }
 }
 
 /// The host, below a root directory.

@@ -173,7 +173,11 @@ fn learn_takes_what_is_plugged_in_next() {
     let mut child = learning(&["--vm", &vm.socket()]);
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     let (rule, said) = learnt(&mut child);
-    assert!(said.contains("plugged in: 2-3 ") && said.contains("serial SN1"), "{said}");
+    assert!(
+        said.contains("plugged in: 2-3 (46f4:0001, ")
+            && said.contains("), QEMU USB HARDDRIVE, serial SN1\n"),
+        "{said}"
+    );
     hardware.pull(&stick);
     udev::rules(&rule);
     let mouse = hardware.plug(Device::Mouse, xhci(3));

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::host::{Bus, Holder, Host, UsedBy};
+use crate::host::{Bus, Holder, Host, Strings, UsedBy};
 use crate::rule::{self, Action};
 use crate::rulebook::Rulebook;
 use crate::text::escape;
@@ -149,14 +149,10 @@ impl Entry {
         }
     }
 
-    /// The maker's and the product's name; makers repeat theirs in the
-    /// product's, often enough.
+    /// The maker's and the product's name.
     pub fn name(&self) -> Option<String> {
-        match (&self.vendor_name, &self.product_name) {
-            (Some(vendor), Some(product)) if product.starts_with(vendor) => Some(product.clone()),
-            (Some(vendor), Some(product)) => Some(format!("{vendor} {product}")),
-            (vendor, product) => product.clone().or_else(|| vendor.clone()),
-        }
+        let (manufacturer, product) = (self.vendor_name.clone(), self.product_name.clone());
+        Strings { manufacturer, product, serial: None }.name()
     }
 
     /// `1:37`

@@ -17,7 +17,7 @@ use crate::command::{Context, print_more};
 use crate::error::{Error, chain};
 use crate::event::{Action, Event};
 use crate::rulebook::Rulebook;
-use crate::text::escape;
+use crate::text::{escape, escape_json};
 use crate::usb::{Device, Port};
 
 /// One line of JSON.
@@ -162,7 +162,7 @@ impl Follower<'_> {
                 what: "the JSON document",
                 source: error.into(),
             })?;
-            return print_more(&(line + "\n"));
+            return print_more(&(escape_json(line) + "\n"));
         }
         print_more(&line(report).shown(Screen::of_stdout()))
     }

@@ -79,7 +79,8 @@ PORT       DEVICE  ID         Mb/s  DRIVER       NAME
 bus 1  480 Mb/s, 4 ports, xHCI Host Controller 0000:00:14.0
 ├ 1-1      1:2     0409:55aa   480  hub          Hub
 │ └ 1-1.2  1:3     152d:2338   480  usb-storage  日本製 USB to ATA/ATAP…
-│     serial 0123; sdb is mounted on /media/my stick; rule at line 4: V…
+│     serial 0123
+│     sdb is mounted on /media/my stick; rule at line 4: VM win11
 └ 1-10     1:9     0001:0002   1.5               \\u{1b}[2Jx\\u{202e}
     rule at line 11: VM win11
 "

@@ -5,7 +5,7 @@ use unicode_width::UnicodeWidthStr;
 use super::Report;
 use super::entry::{BusReport, Entry};
 use crate::command::screen::{Line, Screen, Style};
-use crate::text::{escape, fit};
+use crate::text::escape;
 use crate::usb::Port;
 
 /// The least that must be left for names; else other columns are left out.
@@ -77,7 +77,7 @@ pub fn shown(report: &Report, screen: Screen) -> String {
         let style = if entry.hub { Style::Dim } else { Style::Plain };
         line.pad_to(start).add(style, escape(&name));
         text += &line.shown(screen);
-        text += &details(entry, guide).map(|line| line.shown(screen)).unwrap_or_default();
+        text.extend(details(entry, guide, screen.columns).map(|line| line.shown(screen)));
     }
     text
 }
@@ -126,12 +126,38 @@ fn bus_line(bus: &BusReport) -> Line {
     line
 }
 
-/// What there is to say of a device besides, on a line of its own.
-fn details(entry: &Entry, guide: &Guide) -> Option<Line> {
+/// What there is to say of a device besides: on a line of its own, or on two
+/// where the serial number would push the rest off the screen.
+fn details(entry: &Entry, guide: &Guide, columns: usize) -> impl Iterator<Item = Line> {
+    let words = detail_words(entry);
+    let line = |words: &[(Style, String)]| {
+        let mut line = Line::default();
+        line.add(Style::Dim, &guide.below);
+        for (place, (style, word)) in words.iter().enumerate() {
+            if place > 0 {
+                line.add(Style::Dim, "; ");
+            }
+            line.add(*style, word);
+        }
+        line
+    };
+    let whole = line(&words);
+    let lines = match words.split_first() {
+        None => Vec::new(),
+        Some((serial, rest))
+            if entry.serial.is_some() && !rest.is_empty() && whole.columns() > columns =>
+        {
+            vec![line(std::slice::from_ref(serial)), line(rest)]
+        }
+        Some(_) => vec![whole],
+    };
+    lines.into_iter()
+}
+
+fn detail_words(entry: &Entry) -> Vec<(Style, String)> {
     let mut words: Vec<(Style, String)> = Vec::new();
     if let Some(serial) = &entry.serial {
-        // Some have a very long one, and what follows matters more.
-        words.push((Style::Dim, format!("serial {}", fit(&escape(serial), 40))));
+        words.push((Style::Dim, format!("serial {}", escape(serial))));
     }
     words.extend(entry.uses().into_iter().map(|used| (Style::Busy, used)));
     if let Some(holder) = entry.held_text() {
@@ -148,17 +174,9 @@ fn details(entry: &Entry, guide: &Guide) -> Option<Line> {
     }
     // A hub's serial is of no use to anybody.
     if words.is_empty() || (entry.hub && words.len() == 1 && entry.serial.is_some()) {
-        return None;
+        words.clear();
     }
-    let mut line = Line::default();
-    line.add(Style::Dim, &guide.below);
-    for (place, (style, word)) in words.into_iter().enumerate() {
-        if place > 0 {
-            line.add(Style::Dim, "; ");
-        }
-        line.add(style, word);
-    }
-    Some(line)
+    words
 }
 
 /// The lines that lead to a port.

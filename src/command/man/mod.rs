@@ -69,6 +69,18 @@ mod tests {
     }
 
     #[test]
+    fn every_page_has_a_title_that_fits_and_the_usage_of_the_help() {
+        for (name, text) in pages().unwrap().iter().filter(|(name, _)| name.ends_with(".1")) {
+            let title = name.trim_end_matches(".1").len() + "(1)".len();
+            assert!(2 * title + "User Commands".len() + 2 <= 78, "{name}");
+            assert!(text.starts_with(".TH usb") && text.contains(" 1 \"\" "), "{name}");
+        }
+        let (_, attach) = pages().unwrap().into_iter().find(|(n, _)| n.contains("attach")).unwrap();
+        let usage = ".SH SYNOPSIS\nusb\\-qmp\\-hotplug attach [OPTIONS] <VM> <DEVICE>...\n";
+        assert!(attach.contains(usage), "{attach}");
+    }
+
+    #[test]
     fn the_pages_are_plain_ascii_roff() {
         for (name, text) in pages().unwrap() {
             assert!(text.is_ascii(), "{name}");

@@ -3,6 +3,7 @@
 use std::io;
 
 use clap::Command;
+use clap_mangen::Man;
 
 use super::Page;
 
@@ -17,10 +18,9 @@ pub const DOCUMENTS: [(&str, &str, &str); 4] = [
 /// The page of the program.
 pub fn main(root: &Command) -> io::Result<Page> {
     let root = root.clone().mut_subcommand("help", |help| help.hide(true));
-    let man = man(&root);
     let mut text = Vec::new();
-    head(&man, &mut text)?;
-    man.render_subcommands_section(&mut text)?;
+    head(&root, &mut text)?;
+    Man::new(root).render_subcommands_section(&mut text)?;
     let mut text =
         in_bold(&String::from_utf8_lossy(&text)).replace(".SH SUBCOMMANDS", ".SH COMMANDS");
     text += include_str!("main.roff");
@@ -30,9 +30,8 @@ pub fn main(root: &Command) -> io::Result<Page> {
 
 /// The page of a command.
 pub fn command(command: &Command) -> io::Result<Page> {
-    let man = man(command);
     let mut text = Vec::new();
-    head(&man, &mut text)?;
+    head(command, &mut text)?;
     let mut text = in_bold(&String::from_utf8_lossy(&text));
     if let Some(more) = command.get_after_help() {
         text += &more_help(&more.to_string());
@@ -49,16 +48,27 @@ pub fn command(command: &Command) -> io::Result<Page> {
     Ok((format!("usb-qmp-hotplug-{}.1", command.get_name()), text))
 }
 
-/// Without a date, so that the same source makes the same page.
-fn man(command: &Command) -> clap_mangen::Man {
+/// The title, without a date, so that the same source makes the same page. The
+/// generator's own would be too long for a line.
+fn title(command: &Command) -> String {
+    let name = command.get_display_name().unwrap_or("usb-qmp-hotplug");
     let source = concat!("usb-qmp-hotplug ", env!("CARGO_PKG_VERSION"));
-    clap_mangen::Man::new(command.clone()).source(source).manual("")
+    format!(".TH {} 1 \"\" \"{source}\" \"User Commands\"\n", escaped(name))
 }
 
-fn head(man: &clap_mangen::Man, text: &mut Vec<u8>) -> io::Result<()> {
-    man.render_title(text)?;
+/// As the help has it: shorter than the generator's, and with what the
+/// options take.
+fn synopsis(command: &Command) -> String {
+    let usage = command.clone().render_usage().to_string();
+    let words = usage.trim_start_matches("Usage: ").trim();
+    format!(".SH SYNOPSIS\n{}\n", in_bold(&escaped(words)).trim_end())
+}
+
+fn head(command: &Command, text: &mut Vec<u8>) -> io::Result<()> {
+    let man = Man::new(command.clone());
+    text.extend(title(command).into_bytes());
     man.render_name_section(text)?;
-    man.render_synopsis_section(text)?;
+    text.extend(synopsis(command).into_bytes());
     man.render_description_section(text)?;
     man.render_options_section(text)
 }

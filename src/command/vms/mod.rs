@@ -88,7 +88,9 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
         let prober = prober.clone();
         async move { (prober.vm(&qemu).await, qemu) }
     }));
-    let vms = probed.await.into_iter().map(|(probes, qemu)| VmReport::of(qemu, probes, &config));
+    let what = format_args!("asking every VM's monitor");
+    let probed = context.during(what, probed).await;
+    let vms = probed.into_iter().map(|(probes, qemu)| VmReport::of(qemu, probes, &config));
     let mut vms: Vec<VmReport> = vms.collect();
 
     // Those of the configuration that are not among them.
@@ -102,7 +104,7 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
         let prober = prober.clone();
         async move { (prober.socket(&vm.socket).await, vm) }
     }));
-    for (probe, vm) in probed.await {
+    for (probe, vm) in context.during(what, probed).await {
         let mut report = VmReport { name: Some(vm.name), ..VmReport::default() };
         report.add(probe, &config);
         vms.push(report);

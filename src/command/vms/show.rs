@@ -9,6 +9,9 @@ use crate::text::escape;
 /// Where the words after a state begin.
 const INDENT: usize = 13;
 
+/// What gives a VM as many ports as there can be.
+const CONTROLLER: &str = "-device qemu-xhci,id=xhci,p2=15,p3=15";
+
 /// Every VM, with blank lines between them.
 pub fn shown(vms: &[VmReport], screen: Screen) -> String {
     let vms: Vec<String> = vms.iter().map(|vm| one(vm, screen)).collect();
@@ -35,12 +38,12 @@ fn one(vm: &VmReport, screen: Screen) -> String {
         }
         let none_free = controllers.iter().all(|c| c.free == 0);
         let style = if none_free { Style::Bad } else { Style::Good };
-        let words = if words.is_empty() {
-            "none: no USB controller; add `-device qemu-xhci,id=xhci,p2=15,p3=15`".to_owned()
+        if words.is_empty() {
+            text += &row(style, "free ports", "none: it has no USB controller").shown(screen);
+            text += &format!("  To attach devices, start it with one:\n    {CONTROLLER}\n");
         } else {
-            words.join(", ")
-        };
-        text += &row(style, "free ports", &words).shown(screen);
+            text += &row(style, "free ports", &words.join(", ")).shown(screen);
+        }
     }
     text + &vm.to_add.as_ref().map(|advice| advice_lines(vm, advice)).unwrap_or_default()
 }
