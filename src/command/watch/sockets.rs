@@ -1,7 +1,7 @@
 //! Notices that a VM starts: its socket appears. inotify(7) watches the
 //! socket's directory, or as long as there is none, the nearest one above.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::io;
 use std::mem::MaybeUninit;
@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tracing::{debug, warn};
 
@@ -22,9 +23,12 @@ pub struct Sockets {
     inotify: AsyncFd<OwnedFd>,
     /// The VMs' names and sockets.
     targets: Vec<(String, PathBuf)>,
-    /// The watched directories, by inotify's number for them.
-    directories: HashMap<i32, PathBuf>,
+    /// The watched directories, by inotify's number for them, each by all the
+    /// paths that lead there (`/run` and `/var/run`).
+    directories: Directories,
 }
+
+type Directories = HashMap<i32, BTreeSet<PathBuf>>;
 
 /// An entry of a directory that changed; without a name, the directory itself.
 type Change = (PathBuf, Option<PathBuf>);
@@ -49,12 +53,11 @@ impl Sockets {
         for index in 0..self.targets.len() {
             self.arm(index);
         }
-        for (number, directory) in before {
-            // Another path may lead to the same directory and number.
+        for (number, paths) in before {
             if !self.directories.contains_key(&number)
                 && inotify::remove_watch(&self.inotify, number).is_err()
             {
-                debug!("{} was not watched any more", escape(&directory.to_string_lossy()));
+                debug!("{paths:?} was not watched any more");
             }
         }
     }
@@ -116,15 +119,28 @@ impl Sockets {
         // Again, if a nearer one came into being meanwhile.
         loop {
             let added = above.iter().enumerate().find_map(|(distance, directory)| {
-                let number = inotify::add_watch(&self.inotify, *directory, flags).ok()?;
-                Some((distance, number, *directory))
+                match inotify::add_watch(&self.inotify, *directory, flags) {
+                    Ok(number) => return Some((distance, number, *directory)),
+                    // It is yet to come.
+                    Err(Errno::NOENT | Errno::NOTDIR) => {}
+                    Err(error) => {
+                        let directory = escape(&directory.to_string_lossy()).into_owned();
+                        warn!(
+                            vm = name,
+                            "{name}: its start will not be noticed: cannot watch {directory}: \
+                             {error}; {}",
+                            advice(error)
+                        );
+                    }
+                }
+                None
             });
             let Some((distance, number, directory)) = added else {
                 let socket = socket.to_string_lossy();
                 warn!(vm = name, "cannot watch for the socket {}", escape(&socket));
                 return false;
             };
-            self.directories.insert(number, directory.to_owned());
+            self.directories.entry(number).or_default().insert(directory.to_owned());
             if armed == Some(distance) || distance == 0 {
                 return distance == 0;
             }
@@ -133,23 +149,32 @@ impl Sockets {
     }
 }
 
+/// What to do about a directory that cannot be watched.
+fn advice(error: Errno) -> &'static str {
+    match error {
+        Errno::ACCESS | Errno::PERM => "this user must be allowed to read that directory",
+        Errno::NOSPC => "raise fs.inotify.max_user_watches (sysctl)",
+        _ => "after each start, run `usb-qmp-hotplug sync`",
+    }
+}
+
 /// Reads all there is to read. What got lost concerns everybody.
-fn read(inotify: &OwnedFd, directories: &mut HashMap<i32, PathBuf>) -> io::Result<Vec<Change>> {
+fn read(inotify: &OwnedFd, directories: &mut Directories) -> io::Result<Vec<Change>> {
     let mut space = [MaybeUninit::uninit(); 4096];
     let mut reader = inotify::Reader::new(inotify, &mut space);
     let mut changes = Vec::new();
     loop {
         let event = match reader.next() {
             Ok(event) => event,
-            Err(rustix::io::Errno::AGAIN) if !changes.is_empty() => return Ok(changes),
+            Err(Errno::AGAIN) if !changes.is_empty() => return Ok(changes),
             Err(error) => return Err(error.into()),
         };
         if event.events().contains(ReadFlags::QUEUE_OVERFLOW) {
             changes.push((PathBuf::from("/"), None));
         }
-        let Some(directory) = directories.get(&event.wd()) else { continue };
+        let Some(paths) = directories.get(&event.wd()) else { continue };
         let name = event.file_name().map(|name| PathBuf::from(OsStr::from_bytes(name.to_bytes())));
-        changes.push((directory.clone(), name));
+        changes.extend(paths.iter().map(|directory| (directory.clone(), name.clone())));
         // The directory is gone, and its number comes round again.
         if event.events().contains(ReadFlags::IGNORED) {
             directories.remove(&event.wd());
@@ -203,6 +228,19 @@ mod tests {
             fs::remove_dir_all(root.path().join("run")).unwrap();
         }
         assert!(sockets.directories.len() <= 3, "{:?}", sockets.directories);
+    }
+
+    #[tokio::test]
+    async fn two_paths_may_lead_to_one_directory() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("run")).unwrap();
+        std::os::unix::fs::symlink("run", root.path().join("other")).unwrap();
+        let targets = ["run", "other"].map(|d| (d.to_owned(), root.path().join(d).join(d)));
+        let mut sockets = watching(targets.to_vec());
+        for (name, socket) in targets {
+            fs::write(socket, "").unwrap();
+            assert_eq!(appeared(&mut sockets).await, [name]);
+        }
     }
 
     #[tokio::test]
