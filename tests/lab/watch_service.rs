@@ -1,12 +1,13 @@
 //! The daemon as a service: what it tells systemd, signals, and a configuration that changes.
 
-use crate::daemon::{CONFIG, Daemon, configure, rule};
+use crate::daemon::{self, CONFIG, Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::journal::Journal;
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use rustix::process::Signal;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ crate::tests![
     a_good_configuration_takes_over,
     a_bad_configuration_changes_nothing_and_is_told_line_by_line,
     a_bad_configuration_at_the_start_is_an_error,
+    the_journal_has_each_line_once,
     the_watchdog_is_told_that_it_lives,
     it_ends_at_once_and_what_is_attached_stays,
     idle_it_never_wakes,
@@ -99,6 +101,22 @@ fn a_bad_configuration_at_the_start_is_an_error() {
     assert_eq!(daemon.wait().code(), Some(2));
     daemon.wait_for_log(&[&format!("{CONFIG}:1:"), "qmp"]);
     assert_eq!(daemon.said(), [""; 0]);
+}
+
+fn the_journal_has_each_line_once() {
+    let journal = Journal::journald();
+    configure(&["a"], "");
+    // systemd names the stream that standard error is.
+    let stream = daemon::log_file().metadata().unwrap();
+    let stream = format!("{}:{}", stream.dev(), stream.ino());
+    let mut daemon = Daemon::launch(&[], &[("JOURNAL_STREAM", &stream)]);
+    journal.wait_for("ready: 1 VM");
+    daemon.signal(Signal::TERM);
+    daemon.wait();
+    assert_eq!(daemon.log(), "");
+    // Somebody else's stream.
+    let daemon = Daemon::launch(&[], &[("JOURNAL_STREAM", "1:1")]);
+    daemon.wait_for_log(&["ready: 1 VM"]);
 }
 
 fn the_watchdog_is_told_that_it_lives() {
