@@ -212,7 +212,7 @@ impl Keeper {
 
     /// Tells the others how the VM stands.
     pub(super) fn publish(&self) {
-        let attached = self.qemu.as_ref().map(|qemu| qemu.attached.keys().cloned().collect());
+        let attached = self.qemu.as_ref().map(|qemu| qemu.attached.clone());
         self.shared.set(&self.vm, |status| {
             status.running = attached.is_some();
             status.attached = attached.unwrap_or_default();

@@ -182,7 +182,10 @@ impl Keeper {
         if let Some(qemu) = &mut self.qemu {
             qemu.settled.remove(port);
             if in_vm.is_none() || is_left_over {
-                qemu.attached.remove(port);
+                let known = qemu.attached.remove(port);
+                if in_vm.is_none() && known.is_some() {
+                    self.shared.stray(port);
+                }
             }
         }
         self.publish();
