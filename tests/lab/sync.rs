@@ -94,6 +94,12 @@ fn every_vm_gets_what_it_can_and_the_worst_failure_counts() {
     let partly = sync(&[]).exits(6);
     assert!(partly.stderr.contains("16"), "{}", partly.stderr);
     a.gets(&[&sticks[1]]);
+    let json = sync(&["--json"]).exits(6).stdout;
+    let vms = &serde_json::from_str::<Value>(&json).unwrap()["vms"];
+    let [action] = &vms[0]["actions"].as_array().unwrap()[..] else { panic!("{json}") };
+    assert_eq!((&action["port"], &action["done"]), (&json!("2-3"), &json!(false)));
+    assert!(action["error"].as_str().unwrap().contains("16"), "{json}");
+    assert_eq!((&vms[1]["running"], &vms[2]["running"]), (&json!(true), &json!(false)));
     // One that is named ought to run.
     assert!(sync(&["c"]).exits(4).stderr.contains("/run/vm/c.qmp"));
 

@@ -12,7 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 crate::tests![
     a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts,
@@ -39,6 +39,7 @@ fn a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts() {
     let daemon = Daemon::start();
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     let mut vm = Vm::new("a").start();
+    let mut times = Vec::new();
     for _ in 0..3 {
         vm.gets(&[&stick]);
         assert_ne!(stick.driver().as_deref(), Some("usb-storage"));
@@ -48,8 +49,12 @@ fn a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts() {
         vm = Vm::new("a").start();
         let answers = Instant::now();
         vm.gets(&[&stick]);
-        eprintln!("back {:?} after the monitor answered", answers.elapsed());
+        times.push(answers.elapsed());
     }
+    // Emulation in emulation may be slow once, but not always.
+    let quickest = times.iter().min().unwrap();
+    assert!(*quickest < Duration::from_secs(1), "back {times:?} after the monitor answered");
+    eprintln!("back {times:?} after the monitor answered");
 }
 
 fn a_stopped_vm_delays_no_other_and_gets_its_devices_later() {
@@ -120,8 +125,11 @@ fn a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready() {
     daemon.wait_until_it_says("READY=1");
     b.gets(&[&sticks[1]]);
     assert!(a.ids().is_empty());
+    // Its start sync is not over: what happens meanwhile counts, too.
+    hardware.pull(&sticks[0]);
+    let later = hardware.plug(Stick::new("SNA"), xhci(5));
     drop(holder);
-    a.gets(&[&sticks[0]]);
+    a.gets(&[&later]);
     daemon.wait_for_status("2 VMs, 2 running, 2 devices attached");
 }
 
