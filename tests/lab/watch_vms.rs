@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -19,6 +20,7 @@ crate::tests![
     a_stopped_vm_delays_no_other_and_gets_its_devices_later,
     a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
     a_socket_that_is_replaced_is_a_new_vm,
+    a_vm_is_noticed_where_something_was_mounted_over_its_directory,
     a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready,
     a_vm_whose_process_cannot_be_seen_gets_its_device_after_a_restart_too,
     sixty_four_vms_cost_an_event_no_more_than_one,
@@ -112,6 +114,24 @@ fn a_socket_that_is_replaced_is_a_new_vm() {
     // The old one's end sets it free.
     old.kill();
     new.gets(&[&stick]);
+}
+
+fn a_vm_is_noticed_where_something_was_mounted_over_its_directory() {
+    let mut hardware = Hardware::open();
+    configure(&["a"], &rule("a", "port = \"1-3\""));
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    fs::create_dir("/run/vm").unwrap();
+    let daemon = Daemon::start();
+    // As the directory of a user's that logs in, /run/user/1000.
+    let sh = |command: &str| Command::new("sh").args(["-c", command]).status().unwrap();
+    assert!(sh("mount -t tmpfs none /run/vm").success());
+    let vm = Vm::new("a").start();
+    vm.gets(&[&mouse]);
+    vm.kill();
+    daemon.wait_for_status("1 VM, 0 running, 0 devices attached");
+    assert!(sh("umount /run/vm").success());
+    let vm = Vm::new("a").start();
+    vm.gets(&[&mouse]);
 }
 
 fn a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready() {
