@@ -144,7 +144,12 @@ impl Keeper {
         let text = match error {
             // Nothing tells when that ends.
             Error::Host(host::Error::InUse(by)) => {
-                format!("{by}; then plug it in again, or run `usb-qmp-hotplug sync {vm}`")
+                format!(
+                    "{by}; unmount it, then plug it in again or run `usb-qmp-hotplug sync {vm}`"
+                )
+            }
+            Error::Host(host::Error::Held { .. }) => {
+                format!("{error}, then run `usb-qmp-hotplug sync {vm}`")
             }
             error => chain(error),
         };
