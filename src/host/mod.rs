@@ -257,6 +257,14 @@ impl Host {
         Ok(None)
     }
 
+    /// Whether udev has seen the device at a port: before that, it knows no
+    /// property of it.
+    pub fn is_known_to_udev(&self, port: &Port) -> bool {
+        let path = self.directory(port).canonicalize();
+        let device = path.and_then(|path| udev::Device::from_syspath(&path));
+        device.is_ok_and(|device| device.is_initialized())
+    }
+
     /// The speed of the device at a port; `None` if the kernel does not know.
     pub fn speed(&self, port: &Port) -> Option<Speed> {
         self.attribute(port, "speed")?.parse().ok()

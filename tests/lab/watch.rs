@@ -21,6 +21,7 @@ crate::tests![
     a_detach_by_hand_stands_until_the_next_plug,
     what_a_person_attached_leaves_when_it_is_pulled,
     what_a_person_moved_to_another_vm_leaves_when_it_is_pulled,
+    a_rule_may_ask_udev_and_an_earlier_one_may_deny,
     a_rule_for_all_behind_a_hub_leaves_the_hub_alone,
     a_mounted_stick_stays_until_it_is_unmounted_and_synced,
 ];
@@ -183,6 +184,12 @@ fn a_detach_by_hand_stands_until_the_next_plug() {
     vm.kill();
     let vm = Vm::new("a").start();
     vm.gets(&[&mouse, &stick]);
+
+    // Nothing is written down: a daemon that starts makes reality match.
+    run(["detach", &vm.socket(), &stick.port]).succeeds();
+    drop(daemon);
+    let _next = Daemon::start();
+    vm.gets(&[&mouse, &stick]);
 }
 
 fn what_a_person_attached_leaves_when_it_is_pulled() {
@@ -224,6 +231,29 @@ fn what_a_person_moved_to_another_vm_leaves_when_it_is_pulled() {
     b.loses_all();
     a.signal(Signal::CONT);
     a.loses_all();
+}
+
+fn a_rule_may_ask_udev_and_an_earlier_one_may_deny() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let denied = "[[rule]]\ndeny = true\nproperty = { ID_MODEL = \"QEMU_USB_M*\" }\n".to_owned();
+    let asked = rule("a", "property = { ID_BUS = \"usb\", ID_MODEL = \"QEMU_USB_T*\" }");
+    configure(&["a", "b"], &(denied + &asked + &rule("b", "port = \"*\"")));
+    let plugged = hardware.plug_all(vec![(Device::Mouse, xhci(3)), (Device::Tablet, xhci(4))]);
+    // As when the daemon starts and udev has not got to them yet.
+    udev::settle();
+    for device in &plugged {
+        udev::forget_device(&device.sysfs);
+    }
+    let _daemon = Daemon::start();
+    assert_eq!((a.ids(), b.ids()), (vec![], vec![]), "nobody knows whose they are");
+    for device in &plugged {
+        udev::trigger("add", &device.sysfs);
+    }
+    a.gets(&[&plugged[1]]);
+    let keyboard = hardware.plug(Device::Keyboard, xhci(5));
+    b.gets(&[&keyboard]);
+    assert_eq!(plugged[0].driver().as_deref(), Some("usbhid"));
 }
 
 fn a_rule_for_all_behind_a_hub_leaves_the_hub_alone() {
