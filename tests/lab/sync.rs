@@ -32,7 +32,11 @@ fn what_matches_is_attached_and_what_was_left_behind_is_detached() {
     let new = hardware.plug(Stick::new("SN3"), xhci(4));
     configure(&["a", "b", "c"], &rule("b", "serial = \"SN3\""));
 
+    let would = sync(&["--dry-run"]).succeeds().stdout;
+    assert_eq!(a.ids().len(), 3);
     let done = sync(&[]).succeeds().stdout;
+    let done_too = would.replace("would detach", "detached").replace("would attach", "attached");
+    assert_eq!(done_too, done);
     assert_eq!(a.ids(), [by_hand.id_in_vm()]);
     a.must_have(&by_hand);
     assert_eq!(b.ids(), ["mine".to_owned(), new.id_in_vm()]);

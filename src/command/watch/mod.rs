@@ -66,8 +66,8 @@ pub async fn run(context: &Context) -> Result<(), Error> {
     let events = Events::listen().map_err(failed("listen to udev"))?;
     let run = async {
         let mut watch = Watch::start(context, rulebook)?;
-        let mut watchdog =
-            sd_notify::watchdog_enabled().map(|limit| tokio::time::interval(limit / 3));
+        let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
+        let mut watchdog = limit.map(|limit| tokio::time::interval(limit / 3));
         let mut is_ready = false;
         loop {
             if !is_ready && watch.shared.is_settled() {
