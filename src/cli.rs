@@ -77,13 +77,13 @@ impl Cli {
     pub fn read(words: &[OsString]) -> Result<Self, clap::Error> {
         // udev runs the program at every plug, and to set up the options of
         // all other commands takes longer than everything else it does.
-        if words.iter().any(|word| word == "udev")
-            && let Ok(OnlyUdev { global, command: UdevCommand::Udev(udev) }) =
-                OnlyUdev::try_parse_from(words)
-        {
-            return Ok(Cli { global, command: Command::Udev(udev) });
+        let udev = words.iter().any(|word| word == "udev").then(|| OnlyUdev::try_parse_from(words));
+        match udev {
+            Some(Ok(OnlyUdev { global, command: UdevCommand::Udev(udev) })) => {
+                Ok(Cli { global, command: Command::Udev(udev) })
+            }
+            _ => Cli::try_parse_from(words),
         }
-        Cli::try_parse_from(words)
     }
 }
 

@@ -38,6 +38,16 @@ pub enum Error {
     /// A hub was asked for.
     #[error("{0} is a hub: hubs stay with the host; name a device behind it")]
     Hub(Device),
+    /// The VM had the device before, and its QEMU keeps it open (QEMU before
+    /// 9.1, monitor/fds.c, `monitor_fdset_cleanup`).
+    #[error("VM {} still holds {device}, which it had before: a QEMU before 9.1 that is paused does so \
+             until it runs again; resume it", escape(.vm))]
+    StillHeld {
+        /// The VM's socket.
+        vm: String,
+        /// The device.
+        device: Device,
+    },
     /// The kernel still waits for a device that was opened.
     #[error(
         "{0} does not answer the host in time; pull it out and plug it in again, or use --timeout"
@@ -123,7 +133,7 @@ impl Error {
                 _ => 1,
             },
             Error::NoSpot { .. } => 6,
-            Error::Hub(_) => 7,
+            Error::Hub(_) | Error::StillHeld { .. } => 7,
             Error::Host(host::Error::RootHub(_)) => 7,
             Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
             Error::Host(_) | Error::Write { .. } | Error::Setup { .. } => 1,

@@ -1,9 +1,10 @@
 //! Where log lines go. On standard error they are for people, just the
-//! message; a command that udev runs also logs to the journal, with its fields,
-//! or where there is no journal to syslog.
+//! message; a command that udev runs, and the daemon, also log to the journal, with
+//! its fields, or where there is no journal to syslog.
 
 use std::fmt::Debug;
 use std::io::Write as _;
+use std::os::fd::AsFd;
 
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
@@ -25,12 +26,22 @@ pub fn start(to_system_log: bool, quiet: bool, verbose: bool) {
         (_, true) => LevelFilter::DEBUG,
         _ => LevelFilter::INFO,
     };
-    let registry = tracing_subscriber::registry().with(level).with(StandardError);
+    let system_log = if to_system_log { system_log() } else { None };
+    // As a service, standard error is the journal, which is to have each line
+    // once, and with its fields.
+    let is_twice = system_log.is_some() && is_the_journal(std::io::stderr());
+    let standard_error = (!is_twice).then_some(StandardError);
+    let registry = tracing_subscriber::registry().with(level).with(standard_error);
     // A subscriber that is there already (in a test) stays.
-    let _ = match to_system_log {
-        true => registry.with(system_log()).try_init(),
-        false => registry.try_init(),
-    };
+    let _ = registry.with(system_log).try_init();
+}
+
+/// Whether this is the stream to the journal that systemd gave us
+/// (systemd.exec(5), `$JOURNAL_STREAM`).
+fn is_the_journal(stream: impl AsFd) -> bool {
+    let Ok(stat) = rustix::fs::fstat(stream) else { return false };
+    let journal = std::env::var("JOURNAL_STREAM");
+    journal.is_ok_and(|journal| journal == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
 /// The journal, or else syslog, or where that fails too, nothing.

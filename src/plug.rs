@@ -147,7 +147,11 @@ fn access(
     match node {
         Node::Held => {
             let holders = host.holders(address);
-            Err(host::Error::Held { address, holders }.into())
+            let own = vm.pid();
+            if own.is_some() && holders.iter().any(|holder| Some(holder.pid) == own) {
+                return Err(Error::StillHeld { vm: vm.name(), device: device.clone() });
+            }
+            Err(host::Error::Held { device: device.clone(), holders }.into())
         }
         _ if by_address => Ok(Access::Address),
         Node::Ours(descriptor) => Ok(Access::Descriptor(descriptor)),

@@ -1,6 +1,7 @@
 //! The configuration, applied to the host's devices.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 
 use crate::config::Config;
 use crate::guest::Wish;
@@ -35,18 +36,26 @@ impl Rulebook {
     }
 
     /// The first rule that matches a device, and its place among the rules.
-    /// What no rule asks is not read.
+    /// What no rule asks is not read. None decides about a device that udev is
+    /// to tell of and has not got to yet: its event is still to come.
     pub fn decision(&self, host: &Host, device: &Device) -> Option<(usize, &Rule)> {
         let port = &device.port;
         let twin = host.twin(port);
         let serial = if self.needs.serial { host.strings(port).serial } else { None };
         let classes = if self.needs.classes { host.classes(port) } else { Vec::new() };
-        let property = |name: &str| host.property(port, name).map(Cow::Owned);
+        let is_clear = Cell::new(true);
+        let property = |name: &str| {
+            let value = host.property(port, name);
+            if value.is_none() && !host.is_known_to_udev(port) {
+                is_clear.set(false);
+            }
+            value.map(Cow::Owned)
+        };
         let facts = Facts::new(port, twin.as_ref(), device.id)
             .with_serial(serial.as_deref())
             .with_classes(&classes)
             .with_properties(&property);
-        rule::first_match(&self.config.rules, &facts)
+        rule::first_match(&self.config.rules, &facts).filter(|_| is_clear.get())
     }
 
     /// A device, and where it belongs. A hub belongs to the host, whatever a

@@ -95,10 +95,10 @@ pub enum Error {
     #[error("{0}; unmount it first, or use --force and lose what was not written")]
     InUse(Use),
     /// Another process holds the device.
-    #[error("{address} is held by {}; detach it there first", held_by(.holders))]
+    #[error("{device} is held by {}; detach it there first", held_by(.holders))]
     Held {
         /// The device.
-        address: Address,
+        device: Device,
         /// Who holds it; empty if that could not be seen.
         holders: Vec<Holder>,
     },
@@ -267,6 +267,14 @@ impl Host {
             }
         }
         Ok(None)
+    }
+
+    /// Whether udev has seen the device at a port: before that, it knows no
+    /// property of it.
+    pub fn is_known_to_udev(&self, port: &Port) -> bool {
+        let path = self.directory(port).canonicalize();
+        let device = path.and_then(|path| udev::Device::from_syspath(&path));
+        device.is_ok_and(|device| device.is_initialized())
     }
 
     /// The speed of the device at a port; `None` if the kernel does not know.

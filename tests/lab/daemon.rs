@@ -30,6 +30,11 @@ pub fn rule(vm: &str, matches: &str) -> String {
     format!("[[rule]]\nvm = \"{vm}\"\n{matches}\n")
 }
 
+/// What the daemon's standard error is.
+pub fn log_file() -> File {
+    File::options().create(true).append(true).open(LOG).unwrap()
+}
+
 impl Daemon {
     /// Starts it and waits until it is ready.
     pub fn start() -> Daemon {
@@ -56,7 +61,6 @@ impl Daemon {
                 saying.lock().unwrap().extend(text.lines().map(str::to_owned));
             }
         });
-        let log = File::options().create(true).append(true).open(LOG).unwrap();
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
             .args(wrapper)
@@ -66,7 +70,7 @@ impl Daemon {
             .env("NOTIFY_SOCKET", NOTIFY)
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
-            .stderr(log)
+            .stderr(log_file())
             .spawn()
             .expect("the daemon starts");
         Daemon { child, said }

@@ -32,7 +32,11 @@ fn what_matches_is_attached_and_what_was_left_behind_is_detached() {
     let new = hardware.plug(Stick::new("SN3"), xhci(4));
     configure(&["a", "b", "c"], &rule("b", "serial = \"SN3\""));
 
+    let would = sync(&["--dry-run"]).succeeds().stdout;
+    assert_eq!(a.ids().len(), 3);
     let done = sync(&[]).succeeds().stdout;
+    let done_too = would.replace("would detach", "detached").replace("would attach", "attached");
+    assert_eq!(done_too, done);
     assert_eq!(a.ids(), [by_hand.id_in_vm()]);
     a.must_have(&by_hand);
     assert_eq!(b.ids(), ["mine".to_owned(), new.id_in_vm()]);
@@ -94,6 +98,12 @@ fn every_vm_gets_what_it_can_and_the_worst_failure_counts() {
     let partly = sync(&[]).exits(6);
     assert!(partly.stderr.contains("16"), "{}", partly.stderr);
     a.gets(&[&sticks[1]]);
+    let json = sync(&["--json"]).exits(6).stdout;
+    let vms = &serde_json::from_str::<Value>(&json).unwrap()["vms"];
+    let [action] = &vms[0]["actions"].as_array().unwrap()[..] else { panic!("{json}") };
+    assert_eq!((&action["port"], &action["done"]), (&json!("2-3"), &json!(false)));
+    assert!(action["error"].as_str().unwrap().contains("16"), "{json}");
+    assert_eq!((&vms[1]["running"], &vms[2]["running"]), (&json!(true), &json!(false)));
     // One that is named ought to run.
     assert!(sync(&["c"]).exits(4).stderr.contains("/run/vm/c.qmp"));
 

@@ -1,6 +1,7 @@
 //! Rules for the real udevd, and waiting for it.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 const RULES: &str = "/etc/udev/rules.d/90-test.rules";
@@ -23,11 +24,17 @@ pub fn settle() {
 }
 
 /// Replays an event for a device.
-pub fn trigger(action: &str, sysfs: &std::path::Path) {
+pub fn trigger(action: &str, sysfs: &Path) {
     udevadm(&["trigger", "--action", action, sysfs.to_str().unwrap()]);
 }
 
 fn udevadm(arguments: &[&str]) {
     let status = Command::new("udevadm").args(arguments).status().expect("udevadm");
     assert!(status.success(), "udevadm {arguments:?}: {status}");
+}
+
+/// Has udev know nothing of a device, as before it has got to it.
+pub fn forget_device(sysfs: &Path) {
+    let number = fs::read_to_string(sysfs.join("dev")).unwrap();
+    fs::remove_file(format!("/run/udev/data/c{}", number.trim())).unwrap();
 }

@@ -7,6 +7,7 @@ use crate::tool::run;
 use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_until;
+use rustix::process::Signal;
 use std::process::Command;
 
 crate::tests![
@@ -19,6 +20,8 @@ crate::tests![
     either_name_of_a_usb3_socket_means_both,
     a_detach_by_hand_stands_until_the_next_plug,
     what_a_person_attached_leaves_when_it_is_pulled,
+    what_a_person_moved_to_another_vm_leaves_when_it_is_pulled,
+    a_rule_may_ask_udev_and_an_earlier_one_may_deny,
     a_rule_for_all_behind_a_hub_leaves_the_hub_alone,
     a_mounted_stick_stays_until_it_is_unmounted_and_synced,
 ];
@@ -181,6 +184,12 @@ fn a_detach_by_hand_stands_until_the_next_plug() {
     vm.kill();
     let vm = Vm::new("a").start();
     vm.gets(&[&mouse, &stick]);
+
+    // Nothing is written down: a daemon that starts makes reality match.
+    run(["detach", &vm.socket(), &stick.port]).succeeds();
+    drop(daemon);
+    let _next = Daemon::start();
+    vm.gets(&[&mouse, &stick]);
 }
 
 fn what_a_person_attached_leaves_when_it_is_pulled() {
@@ -193,6 +202,58 @@ fn what_a_person_attached_leaves_when_it_is_pulled() {
     vms[1].gets(&[&stick]);
     hardware.pull(&stick);
     vms[1].loses_all();
+}
+
+fn what_a_person_moved_to_another_vm_leaves_when_it_is_pulled() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    configure(&["a", "b"], &rule("a", "serial = \"SN1\""));
+    let daemon = Daemon::start();
+    let by_hand = |command: &str, vm: &Vm, port: &str| {
+        run([command, &vm.socket(), port]).succeeds();
+    };
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    daemon.wait_for_status("2 VMs, 2 running, 1 device attached");
+    by_hand("detach", &a, &stick.port);
+    by_hand("attach", &b, &stick.port);
+    hardware.pull(&stick);
+    b.loses_all();
+    daemon.wait_for_status("2 VMs, 2 running, 0 devices attached");
+
+    // Nor does it matter that another VM had the port before, and hangs.
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    daemon.wait_for_status("2 VMs, 2 running, 1 device attached");
+    a.signal(Signal::STOP);
+    hardware.pull(&stick);
+    let other = hardware.plug(Stick::new("SN2"), xhci(3));
+    by_hand("attach", &b, &other.port);
+    hardware.pull(&other);
+    b.loses_all();
+    a.signal(Signal::CONT);
+    a.loses_all();
+}
+
+fn a_rule_may_ask_udev_and_an_earlier_one_may_deny() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let denied = "[[rule]]\ndeny = true\nproperty = { ID_MODEL = \"QEMU_USB_M*\" }\n".to_owned();
+    let asked = rule("a", "property = { ID_BUS = \"usb\", ID_MODEL = \"QEMU_USB_T*\" }");
+    configure(&["a", "b"], &(denied + &asked + &rule("b", "port = \"*\"")));
+    let plugged = hardware.plug_all(vec![(Device::Mouse, xhci(3)), (Device::Tablet, xhci(4))]);
+    // As when the daemon starts and udev has not got to them yet.
+    udev::settle();
+    for device in &plugged {
+        udev::forget_device(&device.sysfs);
+    }
+    let _daemon = Daemon::start();
+    assert_eq!((a.ids(), b.ids()), (vec![], vec![]), "nobody knows whose they are");
+    for device in &plugged {
+        udev::trigger("add", &device.sysfs);
+    }
+    a.gets(&[&plugged[1]]);
+    let keyboard = hardware.plug(Device::Keyboard, xhci(5));
+    b.gets(&[&keyboard]);
+    assert_eq!(plugged[0].driver().as_deref(), Some("usbhid"));
 }
 
 fn a_rule_for_all_behind_a_hub_leaves_the_hub_alone() {
@@ -231,6 +292,7 @@ fn a_mounted_stick_stays_until_it_is_unmounted_and_synced() {
     sh("umount /run/stick");
     run(["--config", CONFIG, "sync", "a"]).succeeds();
     vm.gets(&[&stick]);
-    hardware.pull(&stick);
-    vm.loses_all();
+    // It goes back to the host like one that the daemon has attached.
+    vm.kill();
+    wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
 }

@@ -3,6 +3,7 @@
 use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Plugged, Stick, xhci};
 use crate::inside;
+use crate::tool::run;
 use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_until;
@@ -61,7 +62,9 @@ fn events_that_got_lost_lead_to_a_look_at_everything() {
     daemon.wait_until_it_says("READY=1");
     let before = hardware.plug(Stick::new("SN1"), xhci(3));
     let stays = hardware.plug(Device::Mouse, xhci(5));
-    vm.gets(&[&before, &stays]);
+    let detached = hardware.plug(Device::Mouse, xhci(6));
+    vm.gets(&[&before, &stays, &detached]);
+    run(["detach", &vm.socket(), &detached.port]).succeeds();
     daemon.freeze();
     for _ in 0..1000 {
         fs::write("/sys/bus/usb/devices/usb1/uevent", "change").unwrap();
@@ -73,7 +76,9 @@ fn events_that_got_lost_lead_to_a_look_at_everything() {
     udev::settle();
     daemon.thaw();
     daemon.wait_for_log(&["events of the kernel got lost"]);
+    // What a person has detached stays so.
     vm.gets(&[&after, &stays]);
+    daemon.wait_for_status("1 VM, 1 running, 2 devices attached");
     // And these it does.
     hardware.pull_all(&[after, stays]);
     vm.loses_all();

@@ -1,20 +1,23 @@
 //! The daemon as a service: what it tells systemd, signals, and a configuration that changes.
 
-use crate::daemon::{CONFIG, Daemon, configure, rule};
+use crate::daemon::{self, CONFIG, Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::journal::Journal;
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use rustix::process::Signal;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
 crate::tests![
     it_is_ready_when_the_first_sync_is_done_and_says_how_things_stand,
     a_good_configuration_takes_over,
+    a_configuration_counts_for_what_waits_since_before_it,
     a_bad_configuration_changes_nothing_and_is_told_line_by_line,
     a_bad_configuration_at_the_start_is_an_error,
+    the_journal_has_each_line_once,
     the_watchdog_is_told_that_it_lives,
     it_ends_at_once_and_what_is_attached_stays,
     idle_it_never_wakes,
@@ -64,6 +67,25 @@ fn a_good_configuration_takes_over() {
     a.must_have(&mouse);
 }
 
+fn a_configuration_counts_for_what_waits_since_before_it() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    configure(&["a", "b"], &rule("a", "port = \"1-3\""));
+    let daemon = Daemon::launch(&["--timeout", "1"], &[]);
+    daemon.wait_until_it_says("READY=1");
+    a.signal(Signal::STOP);
+    let moves = hardware.plug(Device::Mouse, xhci(3));
+    daemon.wait_for_log(&["a does not answer"]);
+    configure(&["a", "b"], &(rule("b", "port = \"1-3\"") + &rule("a", "port = \"1-4\"")));
+    daemon.reload();
+    b.gets(&[&moves]);
+    a.signal(Signal::CONT);
+    // Work is done in order: this one comes last.
+    let last = hardware.plug(Device::Mouse, xhci(4));
+    a.gets(&[&last]);
+    b.gets(&[&moves]);
+}
+
 fn a_bad_configuration_changes_nothing_and_is_told_line_by_line() {
     let mut hardware = Hardware::open();
     let journal = Journal::journald();
@@ -101,6 +123,22 @@ fn a_bad_configuration_at_the_start_is_an_error() {
     assert_eq!(daemon.said(), [""; 0]);
 }
 
+fn the_journal_has_each_line_once() {
+    let journal = Journal::journald();
+    configure(&["a"], "");
+    // systemd names the stream that standard error is.
+    let stream = daemon::log_file().metadata().unwrap();
+    let stream = format!("{}:{}", stream.dev(), stream.ino());
+    let mut daemon = Daemon::launch(&[], &[("JOURNAL_STREAM", &stream)]);
+    journal.wait_for("ready: 1 VM");
+    daemon.signal(Signal::TERM);
+    daemon.wait();
+    assert_eq!(daemon.log(), "");
+    // Somebody else's stream.
+    let daemon = Daemon::launch(&[], &[("JOURNAL_STREAM", "1:1")]);
+    daemon.wait_for_log(&["ready: 1 VM"]);
+}
+
 fn the_watchdog_is_told_that_it_lives() {
     configure(&["a"], "");
     let daemon = Daemon::launch(&[], &[("WATCHDOG_USEC", "300000")]);
@@ -112,6 +150,9 @@ fn the_watchdog_is_told_that_it_lives() {
     assert!(told() <= before + 1, "somebody else tells it");
     daemon.thaw();
     wait_until("the watchdog is told again", || told() > before + 3);
+    drop(daemon);
+    let none = Daemon::launch(&[], &[("WATCHDOG_USEC", "0")]);
+    none.wait_until_it_says("READY=1");
 }
 
 fn it_ends_at_once_and_what_is_attached_stays() {
@@ -156,7 +197,7 @@ fn it_needs_no_more_than_its_unit_gives() {
     let unit = include_str!("../../contrib/systemd/usb-qmp-hotplug.service");
     let value = |name: &str| unit.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     let capability = value("CapabilityBoundingSet=CAP_").to_lowercase();
-    let writable = value("ReadWritePaths=");
+    let writable = value("ReadWritePaths=-");
     // As ProtectKernelTunables= and ReadWritePaths= do.
     let cage = format!(
         "touch /run/writable && mount --bind {writable} /run/writable && mount --bind /sys /sys && \

@@ -9,16 +9,18 @@ use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 crate::tests![
     a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts,
     a_stopped_vm_delays_no_other_and_gets_its_devices_later,
     a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
     a_socket_that_is_replaced_is_a_new_vm,
+    a_vm_is_noticed_where_something_was_mounted_over_its_directory,
     a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready,
     a_vm_whose_process_cannot_be_seen_gets_its_device_after_a_restart_too,
     sixty_four_vms_cost_an_event_no_more_than_one,
@@ -39,7 +41,10 @@ fn a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts() {
     let daemon = Daemon::start();
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     let mut vm = Vm::new("a").start();
-    for _ in 0..3 {
+    // Emulation in emulation may be slow once, or twice, but not always.
+    let mut times = Vec::new();
+    while times.len() < 2 || times.iter().all(|time| *time > Duration::from_secs(1)) {
+        assert!(times.len() < 6, "back {times:?} after the monitor answered");
         vm.gets(&[&stick]);
         assert_ne!(stick.driver().as_deref(), Some("usb-storage"));
         vm.kill();
@@ -48,8 +53,9 @@ fn a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts() {
         vm = Vm::new("a").start();
         let answers = Instant::now();
         vm.gets(&[&stick]);
-        eprintln!("back {:?} after the monitor answered", answers.elapsed());
+        times.push(answers.elapsed());
     }
+    eprintln!("back {times:?} after the monitor answered");
 }
 
 fn a_stopped_vm_delays_no_other_and_gets_its_devices_later() {
@@ -109,6 +115,24 @@ fn a_socket_that_is_replaced_is_a_new_vm() {
     new.gets(&[&stick]);
 }
 
+fn a_vm_is_noticed_where_something_was_mounted_over_its_directory() {
+    let mut hardware = Hardware::open();
+    configure(&["a"], &rule("a", "port = \"1-3\""));
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    fs::create_dir("/run/vm").unwrap();
+    let daemon = Daemon::start();
+    // As the directory of a user's that logs in, /run/user/1000.
+    let sh = |command: &str| Command::new("sh").args(["-c", command]).status().unwrap();
+    assert!(sh("mount -t tmpfs none /run/vm").success());
+    let vm = Vm::new("a").start();
+    vm.gets(&[&mouse]);
+    vm.kill();
+    daemon.wait_for_status("1 VM, 0 running, 0 devices attached");
+    assert!(sh("umount /run/vm").success());
+    let vm = Vm::new("a").start();
+    vm.gets(&[&mouse]);
+}
+
 fn a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready() {
     let mut hardware = Hardware::open();
     let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
@@ -120,8 +144,11 @@ fn a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready() {
     daemon.wait_until_it_says("READY=1");
     b.gets(&[&sticks[1]]);
     assert!(a.ids().is_empty());
+    // Its start sync is not over: what happens meanwhile counts, too.
+    hardware.pull(&sticks[0]);
+    let later = hardware.plug(Stick::new("SNA"), xhci(5));
     drop(holder);
-    a.gets(&[&sticks[0]]);
+    a.gets(&[&later]);
     daemon.wait_for_status("2 VMs, 2 running, 2 devices attached");
 }
 

@@ -57,7 +57,6 @@ fn is_shown(command: &clap::Command) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::Command;
 
     #[test]
     fn every_command_has_a_page() {
@@ -86,26 +85,6 @@ mod tests {
             assert!(text.is_ascii(), "{name}");
             assert_eq!(text.matches(".nf\n").count(), text.matches(".fi\n").count(), "{name}");
             assert!(text.matches('`').count() == 0, "{name}: {text}");
-        }
-    }
-
-    /// Nothing to see where there is no man.
-    #[test]
-    fn man_has_nothing_to_complain_about() {
-        let directory = tempfile::tempdir().unwrap();
-        for (name, text) in pages().unwrap() {
-            let path = directory.path().join(&name);
-            fs::write(&path, text).unwrap();
-            let man = Command::new("man")
-                .args(["--warnings=all", "-E", "UTF-8", "-l", "-Tutf8", "-Z"])
-                .env_clear()
-                .envs([("MANWIDTH", "80"), ("LC_ALL", "C.UTF-8"), ("PATH", "/usr/bin:/bin")])
-                .arg(&path)
-                .output();
-            let Ok(output) = man else { return };
-            let complaints = String::from_utf8_lossy(&output.stderr);
-            assert!(complaints.is_empty(), "{name}: {complaints}");
-            assert!(output.status.success(), "{name}");
         }
     }
 

@@ -54,9 +54,11 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
         return print(&rule);
     }
     install::install(context, &what, &vm.name, &rule)?;
-    if let (By::Port, What::Port(ports)) = (arguments.by, &what)
-        && let Some(device) = ports.iter().find_map(|port| context.host.device(port).ok()?)
-    {
+    let ports = match &what {
+        What::Port(ports) if arguments.by == By::Port => ports.as_slice(),
+        _ => &[],
+    };
+    if let Some(device) = ports.iter().find_map(|port| context.host.device(port).ok()?) {
         info!("{device} is plugged in already; `attach` takes it now, or plug it in again");
     }
     Ok(())

@@ -145,7 +145,12 @@ impl Keeper {
         let text = match error {
             // Nothing tells when that ends.
             Error::Host(host::Error::InUse(by)) => {
-                format!("{by}; then plug it in again, or run `usb-qmp-hotplug sync {vm}`")
+                format!(
+                    "{by}; unmount it, then plug it in again or run `usb-qmp-hotplug sync {vm}`"
+                )
+            }
+            Error::Host(host::Error::Held { .. }) => {
+                format!("{error}, then run `usb-qmp-hotplug sync {vm}`")
             }
             error => chain(error),
         };
@@ -184,7 +189,7 @@ impl Keeper {
             None => queue.drop_all(),
         }
         self.publish();
-        qemu.give_back(&self.shared.host).await;
+        self.give_back(qemu).await;
     }
 
     /// Nobody answers at the socket. A process that is watched may live on,
@@ -193,8 +198,20 @@ impl Keeper {
         if let Some(qemu) = self.qemu.take_if(|qemu| !qemu.is_watched()) {
             info!(vm = self.vm, "{} has ended", self.vm);
             self.publish();
-            qemu.give_back(&self.shared.host).await;
+            self.give_back(qemu).await;
         }
+    }
+
+    /// A QEMU's devices go back to the host: those that it had, and those that
+    /// belong to its VM, for a person may have attached them, or its end have
+    /// cut an attach off.
+    async fn give_back(&self, mut qemu: Qemu) {
+        for (port, seen) in self.shared.table.borrow().iter() {
+            if seen.home.as_ref().is_some_and(|home| home.vm == self.vm) {
+                qemu.attached.insert(port.clone(), seen.device.address);
+            }
+        }
+        qemu.give_back(&self.shared.host).await;
     }
 
     /// Another QEMU answers than before.
@@ -206,14 +223,14 @@ impl Keeper {
             Some(before) if before.is_watched() && !before.has_ended() => {
                 self.earlier.push(before);
             }
-            Some(before) => before.give_back(&self.shared.host).await,
+            Some(before) => self.give_back(before).await,
             None => {}
         }
     }
 
     /// Tells the others how the VM stands.
     pub(super) fn publish(&self) {
-        let attached = self.qemu.as_ref().map(|qemu| qemu.attached.keys().cloned().collect());
+        let attached = self.qemu.as_ref().map(|qemu| qemu.attached.clone());
         self.shared.set(&self.vm, |status| {
             status.running = attached.is_some();
             status.attached = attached.unwrap_or_default();

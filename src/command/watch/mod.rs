@@ -29,7 +29,7 @@ use crate::rulebook::Rulebook;
 use events::{Batch, Events, Source};
 use keeper::Keeper;
 use queue::Work;
-use shared::Shared;
+use shared::{Shared, Status};
 use sockets::Sockets;
 
 /// The daemon.
@@ -65,8 +65,8 @@ pub async fn run(context: &Context) -> Result<(), Error> {
     let rulebook = Rulebook::new(context.config()?);
     let run = async {
         let mut watch = Watch::start(context, rulebook)?;
-        let mut watchdog =
-            sd_notify::watchdog_enabled().map(|limit| tokio::time::interval(limit / 3));
+        let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
+        let mut watchdog = limit.map(|limit| tokio::time::interval(limit / 3));
         let mut is_ready = false;
         loop {
             if !is_ready && watch.shared.is_settled() {
@@ -82,7 +82,10 @@ pub async fn run(context: &Context) -> Result<(), Error> {
                         watch.give(&vm, Work::Started);
                     }
                 }
-                () = shared.changed.notified() => notify(&[NotifyState::Status(&watch.status())]),
+                () = shared.changed.notified() => {
+                    watch.look_for_strays();
+                    notify(&[NotifyState::Status(&watch.status())]);
+                }
                 () = tick(watchdog.as_mut()) => notify(&[NotifyState::Watchdog]),
                 _ = reload.recv() => watch.reload(),
                 _ = terminate.recv() => break,
@@ -211,7 +214,7 @@ impl<'a> Watch<'a> {
     /// Notes what happened to a device, and tells the keepers it concerns.
     fn event(&self, event: &Event) -> Result<(), Error> {
         let Some(port) = &event.port else { return Ok(()) };
-        let mut concerned = self.shared.vms(|status| status.attached.contains(port));
+        let mut concerned = self.shared.vms(|status| status.attached.contains_key(port));
         match event.action {
             Action::Add => {
                 let device = event.device(&self.shared.host)?;
@@ -226,14 +229,28 @@ impl<'a> Watch<'a> {
                 if event.address.is_none() || event.address == seen.map(|device| device.address) {
                     table.remove(port);
                 }
+                let has_it = |status: &Status| {
+                    let known = status.attached.get(port);
+                    known.is_some_and(|known| event.address.is_none_or(|gone| gone == *known))
+                };
                 // A person may have attached it, to any VM.
-                if concerned.is_empty() && !is_hub {
+                if self.shared.vms(has_it).is_empty() && !is_hub {
                     concerned = self.shared.vms(|status| status.running);
                 }
             }
         }
         concerned.iter().for_each(|vm| self.give(vm, Work::Port(port.clone())));
         Ok(())
+    }
+
+    /// Has every VM look for devices that are gone and that a person has moved
+    /// there from the VM that was to have them.
+    fn look_for_strays(&self) {
+        for port in self.shared.strays.take() {
+            for vm in self.shared.vms(|status| status.running) {
+                self.give(&vm, Work::Port(port.clone()));
+            }
+        }
     }
 
     /// Reads the configuration again. A bad one changes nothing.

@@ -1,4 +1,4 @@
-//! Waiting for a descriptor to become readable.
+//! Waiting for a descriptor to become readable, or to have something urgent.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,8 +12,21 @@ use tokio::io::unix::AsyncFd;
 ///
 /// When the kernel cannot poll it.
 pub fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    registered(descriptor, Interest::READABLE)
+}
+
+/// Has the runtime tell when a descriptor has a priority event.
+///
+/// # Errors
+///
+/// When the kernel cannot poll it.
+pub fn urgent(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    registered(descriptor, Interest::PRIORITY)
+}
+
+fn registered(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     #[expect(unsafe_code, reason = "tokio has no safe way in for descriptors of other crates")]
     // SAFETY: an OwnedFd is open until it is dropped, and always the same.
-    let registered = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };
+    let registered = unsafe { AsyncFd::register_with_interest(descriptor, interest) };
     Ok(registered?)
 }

@@ -1,7 +1,7 @@
 //! What the daemon's parts have in common. All of them run on one thread.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -10,15 +10,15 @@ use tokio::sync::Notify;
 use crate::host::Host;
 use crate::plan::{Home, Table};
 use crate::rulebook::Rulebook;
-use crate::usb::Port;
+use crate::usb::{Address, Port};
 
 /// How a VM stands.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
     /// Its monitor answered, and its process has not ended since.
     pub running: bool,
-    /// The ports whose devices it has.
-    pub attached: BTreeSet<Port>,
+    /// What it has, as far as is known: a person may have changed that.
+    pub attached: BTreeMap<Port, Address>,
     /// Whether its first sync has come to an end, good or bad.
     pub settled: bool,
 }
@@ -36,7 +36,10 @@ pub struct Shared {
     pub table: RefCell<Table>,
     /// How the VMs stand.
     pub status: RefCell<BTreeMap<String, Status>>,
-    /// Told at every change of `status`.
+    /// Ports of devices that were not in the VM that was to have them: a person
+    /// may have moved them to another one.
+    pub strays: RefCell<Vec<Port>>,
+    /// Told at every change of `status` and `strays`.
     pub changed: Notify,
 }
 
@@ -49,6 +52,7 @@ impl Shared {
             rulebook: RefCell::default(),
             table: RefCell::default(),
             status: RefCell::default(),
+            strays: RefCell::default(),
             changed: Notify::new(),
         }
     }
@@ -72,6 +76,12 @@ impl Shared {
         if *status != before {
             self.changed.notify_one();
         }
+    }
+
+    /// Notes that a device which is gone was not where it should have been.
+    pub fn stray(&self, port: &Port) {
+        self.strays.borrow_mut().push(port.clone());
+        self.changed.notify_one();
     }
 
     /// The VMs that stand like this.

@@ -17,8 +17,8 @@ use crate::usb::{Address, Device, DeviceId, Port};
 use crate::vm::Vm;
 
 /// How long to wait before connecting again to a socket that appeared but is
-/// not listened on yet, at first.
-const NOT_YET: Duration = Duration::from_millis(5);
+/// not listened on yet, at first and at most.
+const NOT_YET: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(160));
 
 impl Keeper {
     /// A conversation with the VM, as soon as its monitor is free. Notices
@@ -53,7 +53,7 @@ impl Keeper {
         // Without a process there is no telling two QEMUs apart.
         self.lost_sight().await;
         let give_up = Instant::now() + self.shared.timeout;
-        let mut pause = NOT_YET;
+        let mut pause = NOT_YET.0;
         loop {
             let error = match self.connect().await {
                 Ok(vm) => return self.look(vm).await,
@@ -65,7 +65,7 @@ impl Keeper {
                 return Err(error);
             }
             sleep(pause).await;
-            pause *= 2;
+            pause = NOT_YET.1.min(pause * 2);
         }
     }
 
@@ -182,7 +182,10 @@ impl Keeper {
         if let Some(qemu) = &mut self.qemu {
             qemu.settled.remove(port);
             if in_vm.is_none() || is_left_over {
-                qemu.attached.remove(port);
+                let known = qemu.attached.remove(port);
+                if in_vm.is_none() && known.is_some() {
+                    self.shared.stray(port);
+                }
             }
         }
         self.publish();
