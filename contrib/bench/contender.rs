@@ -62,9 +62,15 @@ impl Contender {
         !matches!(self, Nobody | Stamp)
     }
 
-    /// QEMU's own scan is told one port, and takes part in no burst. Where nobody cares, the kernel's part shows.
+    /// Whether it runs all the time, so that what counts is not its first plug, for which the emulator has yet to
+    /// translate its code.
+    pub fn stays(self) -> bool {
+        matches!(self, Floor | Watch | Vhotplug)
+    }
+
+    /// QEMU's own scan is told one port, and takes part in no burst.
     pub fn takes_bursts(self) -> bool {
-        !matches!(self, HostPort | Stamp)
+        self != HostPort
     }
 
     /// How long its slowest may take. QEMU's scan never lets go of what a halted guest does not use.

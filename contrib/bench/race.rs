@@ -66,9 +66,23 @@ impl Outcome {
         Some(milliseconds(began().max()? - began().min()?))
     }
 
+    /// From the first event until the last program of the rule began to run, in milliseconds.
+    fn began_to_run(&self, noted: &[(String, u64)]) -> Option<f64> {
+        let began = self.devices.iter().map(|device| device.began).min()?;
+        let last = noted.iter().map(|(_, at)| *at).max()?;
+        (noted.len() == self.devices.len()).then(|| milliseconds(last.saturating_sub(began)))
+    }
+
     fn lost(&self) -> usize {
         self.devices.iter().filter(|device| device.ended.is_none()).count()
     }
+}
+
+/// What the last so many of these took together, in milliseconds; none if there were fewer.
+fn last(noted: &[(String, u64)], what: &str, count: usize) -> Option<f64> {
+    let all = noted.iter().rev().filter(|(noted, _)| noted == what);
+    let last: Vec<u64> = all.map(|(_, took)| *took).take(count).collect();
+    (last.len() == count).then(|| milliseconds(last.iter().sum()))
 }
 
 fn milliseconds(nanoseconds: u64) -> f64 {
@@ -148,6 +162,10 @@ impl Lab<'_> {
 
     fn turn(&mut self, contender: Contender) -> Numbers {
         let turn = self.start(contender);
+        if contender.stays() {
+            let plug = self.plug(contender, 1);
+            self.pull(contender, &plug.devices);
+        }
         let mut numbers = Numbers::default();
         let plug = self.plug(contender, 1);
         numbers.add("plug_cpu", Some(milliseconds(plug.others)));
@@ -161,11 +179,8 @@ impl Lab<'_> {
         match contender {
             Contender::Nobody => {}
             Contender::Stamp => {
-                let since = |outcome: &Outcome, noted: &[(String, u64)]| {
-                    Some(milliseconds(noted.first()?.1 - outcome.devices[0].began))
-                };
-                numbers.add("plug", since(&plug, &plug_noted));
-                numbers.add("pull", since(&pull, &pull_noted));
+                numbers.add("plug", plug.began_to_run(&plug_noted));
+                numbers.add("pull", pull.began_to_run(&pull_noted));
             }
             _ => {
                 numbers.add("plug", plug.took());
@@ -173,19 +188,15 @@ impl Lab<'_> {
                 numbers.count("lost", plug.lost());
             }
         }
-        for (what, took) in pull_noted {
-            match what.as_str() {
-                "add" => numbers.add("qmp_plug", Some(milliseconds(took))),
-                "remove" => numbers.add("qmp_pull", Some(milliseconds(took))),
-                _ => {}
-            }
-        }
+        numbers.add("qmp_plug", last(&pull_noted, "add", 1));
+        numbers.add("qmp_pull", last(&pull_noted, "remove", 1));
         numbers
     }
 
     /// Many devices at the same instant.
     fn bursts(&mut self) -> Value {
         let mut contenders = Contender::all(self.options);
+        // Nobody, too: the kernel's part is in all of them.
         contenders.retain(|contender| contender.takes_bursts());
         let mut all: BTreeMap<&str, BTreeMap<usize, Numbers>> = BTreeMap::new();
         for round in 0..self.options.burst_rounds {
@@ -194,18 +205,20 @@ impl Lab<'_> {
                 let turn = self.start(contender);
                 for size in BURSTS {
                     let plug = self.plug(contender, size);
+                    let noted = turn.noted();
                     let pull = self.pull(contender, &plug.devices);
-                    let (took, gone) = (plug.took(), pull.took());
+                    let (took, gone) = match contender {
+                        Contender::Stamp => {
+                            (plug.began_to_run(&noted), pull.began_to_run(&turn.noted()))
+                        }
+                        _ => (plug.took(), pull.took()),
+                    };
                     eprintln!("burst of {size}, {}: {took:?} {gone:?}", contender.name());
                     let numbers = all.entry(contender.name()).or_default().entry(size).or_default();
                     numbers.add("told", plug.told());
                     numbers.add("plug", took);
                     numbers.add("pull", gone);
-                    let adds = turn.noted().into_iter().filter(|(what, _)| what == "add");
-                    let adds: Vec<u64> = adds.map(|(_, took)| took).rev().take(size).collect();
-                    if adds.len() == size {
-                        numbers.add("qmp_plug", Some(milliseconds(adds.iter().sum())));
-                    }
+                    numbers.add("qmp_plug", last(&noted, "add", size));
                     numbers.count("lost", plug.lost());
                     numbers.count("left", pull.lost());
                 }

@@ -136,7 +136,8 @@ fn print(results: &Value) {
     println!("{:42} {}", "floor's QMP commands alone", columns("floor", "qmp_plug"));
     let attach = |name: &&str| *name != "nobody" && !bursts[*name].is_null();
     for (name, title) in CONTENDERS.iter().filter(|(name, _)| attach(name)) {
-        println!("{title:42} {} {:>10}", columns(name, "plug"), lost(&bursts[*name]));
+        let lost = if *name == "stamp" { String::new() } else { lost(&bursts[*name]).to_string() };
+        println!("{title:42} {} {lost:>10}", columns(name, "plug"));
     }
 
     let resident = &results["resident"];
@@ -219,6 +220,12 @@ fn goals(results: &Value) -> Vec<(String, f64, f64)> {
         let floor = &results["race"]["bursts"]["floor"]["12"];
         let ratio = || Some(burst? / Spread::of(&floor["plug"])?.median);
         goals.push((format!("{who}, burst of 12: the floor's"), ratio(), 1.2));
+        if who == "rule" {
+            let started = Spread::of(&results["race"]["bursts"]["stamp"]["12"]["plug"]);
+            let ratio = || Some(burst? / (started?.median + of("floor", "qmp_plug")?));
+            let name = "rule, burst of 12: the last program that does nothing + floor's QMP";
+            goals.push((name.to_owned(), ratio(), 1.2));
+        }
         let lost_alone = alone[who]["lost"][0].as_f64().unwrap_or_default();
         goals.push((format!("{who}: devices lost"), Some(lost_alone + lost(sizes)), 0.0));
     }
