@@ -46,7 +46,7 @@ async fn one(
     let name = escape(&name);
     debug!(qemu = %vm.session().version(), "attaching {device} to {name}");
     let attached = plug::attach(&context.host, vm, device, options);
-    let what = format_args!("attaching {device} to {name}");
+    let what = || format!("attaching {device} to {name}");
     let attached = context.during(what, attached).await?;
     let would = if options.dry_run { "would attach" } else { "attached" };
     match attached {

@@ -29,7 +29,7 @@ async fn one(
 ) -> Result<(), Error> {
     let mut vm = context.connect(socket).await?;
     let shown = vm.name();
-    let what = format_args!("asking {} for its devices", escape(&shown));
+    let what = || format!("asking {} for its devices", escape(&shown));
     let in_vm = context.during(what, vm.host_devices()).await?;
     let name = vm.name();
     for (id, _) in &in_vm {
@@ -41,7 +41,7 @@ async fn one(
     if dry_run {
         return context.say(format_args!("would detach {id} from {name}"));
     }
-    let what = format_args!("detaching {id} from {name}");
+    let what = || format!("detaching {id} from {name}");
     if !context.during(what, vm.detach(&id)).await? {
         return Err(missing());
     }

@@ -79,7 +79,7 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     let socket = context.socket(&arguments.vm)?;
     let mut vm = context.connect(&socket).await?;
     let name = vm.name();
-    let what = format_args!("asking {} for its devices", escape(&name));
+    let what = || format!("asking {} for its devices", escape(&name));
     let inventory = context.during(what, vm.inspect()).await?;
     drop(vm);
     let has_controller = !inventory.controllers.is_empty();

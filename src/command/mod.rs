@@ -105,14 +105,14 @@ impl Context {
     }
 
     /// Does what may take a while; on a terminal a line then says what it is.
-    async fn during<T>(&self, what: std::fmt::Arguments<'_>, work: impl Future<Output = T>) -> T {
-        progress::during(self.quiet, || what.to_string(), work).await
+    async fn during<T>(&self, what: impl Fn() -> String, work: impl Future<Output = T>) -> T {
+        progress::during(self.quiet, what, work).await
     }
 
     /// Connects to a VM.
     async fn connect(&self, socket: &Path) -> Result<Vm, Error> {
         let shown = socket.to_string_lossy();
-        let what = format_args!("waiting for the monitor at {}", escape(&shown));
+        let what = || format!("waiting for the monitor at {}", escape(&shown));
         Ok(self.during(what, Vm::connect(socket, self.timeout)).await?)
     }
 

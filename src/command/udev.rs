@@ -55,7 +55,7 @@ async fn act(
 async fn connect(context: &Context, socket: &Path) -> Result<Vm, Error> {
     let turn = Vm::connect_in_turn(socket, TURN.max(context.timeout), context.timeout);
     let shown = socket.to_string_lossy();
-    let what = format_args!("waiting for a turn at the monitor at {}", escape(&shown));
+    let what = || format!("waiting for a turn at the monitor at {}", escape(&shown));
     Ok(context.during(what, turn).await?)
 }
 

@@ -88,7 +88,7 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
         let prober = prober.clone();
         async move { (prober.vm(&qemu).await, qemu) }
     }));
-    let what = format_args!("asking every VM's monitor");
+    let what = || "asking every VM's monitor".to_owned();
     let probed = context.during(what, probed).await;
     let vms = probed.into_iter().map(|(probes, qemu)| VmReport::of(qemu, probes, &config));
     let mut vms: Vec<VmReport> = vms.collect();
