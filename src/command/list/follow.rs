@@ -148,9 +148,8 @@ impl Follower<'_> {
             goes_on &= self.pulled(&port)?;
         }
         for (port, entry) in now {
-            if !self.present.contains_key(&port) {
+            if self.present.insert(port, entry.clone()).is_none() {
                 goes_on &= self.tell(&Report::Plugged { device: &entry })?;
-                self.present.insert(port, entry);
             }
         }
         Ok(goes_on)

@@ -123,10 +123,11 @@ fn advice_lines(vm: &VmReport, advice: &Advice) -> String {
             format!("  To attach devices, {what}:\n    {option}\n")
         }
         Advice::Libvirt(lines) => {
-            let lines: String = lines.lines().map(|line| format!("    {line}\n")).collect();
+            let lines: Vec<&str> = lines.lines().collect();
             format!(
                 "  libvirt holds its monitor for as long as the VM runs. Give it another with\n  \
-                 `virsh edit`, then stop and start it; libvirt calls it tainted (custom-argv):\n{lines}"
+                 `virsh edit`, then stop and start it; libvirt calls it tainted (custom-argv):\n    {}\n",
+                lines.join("\n    ")
             )
         }
     }
