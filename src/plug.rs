@@ -74,9 +74,19 @@ pub async fn attach(
     let survey = vm.survey(&id, speed, &options.wish).await?;
 
     // From here to the end of the attach, nobody mounts its disks.
-    let (claims, node) = open(host, device, options, vm.session().deadline()).await?;
-    if survey.present == Some(Some(device.address)) && holds(host, vm, device.address) {
+    let (claims, mut node) = open(host, device, options, vm.session().deadline()).await?;
+    // An id with the right address is not enough: addresses come round again,
+    // and the device may be a new one. What cannot be seen is believed.
+    let is_known = survey.present == Some(Some(device.address));
+    let is_held = matches!(node, Node::Held);
+    let holds = if is_known || is_held { holds(host, vm, device.address) } else { None };
+    if is_known && holds.unwrap_or(true) {
         return Ok(Attached::Already);
+    }
+    if is_held && holds == Some(true) && !options.dry_run {
+        // By what it had before, and should have closed.
+        vm.drop_descriptors().await?;
+        node = host.open(device.address)?;
     }
     let access = access(host, vm, device, options.open, node)?;
     if survey.present.is_some() && !options.dry_run {
@@ -128,11 +138,9 @@ async fn open(
     }
 }
 
-/// Whether the VM's QEMU holds the node. An id with the right address is not
-/// enough: addresses come round again, and the device may be a new one. What
-/// cannot be seen is believed.
-fn holds(host: &Host, vm: &Vm, address: Address) -> bool {
-    vm.pid().and_then(|pid| host.holds(pid, address)).unwrap_or(true)
+/// Whether the VM's QEMU holds the node; `None` if that cannot be seen.
+fn holds(host: &Host, vm: &Vm, address: Address) -> Option<bool> {
+    host.holds(vm.pid()?, address)
 }
 
 fn access(
@@ -146,12 +154,12 @@ fn access(
     let by_address = open == Open::Address || vm.session().version() < HOSTDEVICE_SINCE;
     match node {
         Node::Held => {
-            let holders = host.holders(address);
-            let own = vm.pid();
-            if own.is_some() && holders.iter().any(|holder| Some(holder.pid) == own) {
-                return Err(Error::StillHeld { vm: vm.name(), device: device.clone() });
+            let device = device.clone();
+            if holds(host, vm, address) == Some(true) {
+                return Err(Error::StillHeld { vm: vm.name(), device });
             }
-            Err(host::Error::Held { device: device.clone(), holders }.into())
+            let holders = host.holders(address);
+            Err(host::Error::Held { device, holders }.into())
         }
         _ if by_address => Ok(Access::Address),
         Node::Ours(descriptor) => Ok(Access::Descriptor(descriptor)),

@@ -129,6 +129,19 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
+/// Cuts the cells of one column so that the lines of [`table`] have at most so
+/// many columns of a terminal, or else the cells as few as 8.
+pub fn narrow(rows: &mut [Vec<String>], column: usize, columns: usize) {
+    const LEAST: usize = 8;
+    let width = |column: usize| rows.iter().filter_map(|row| Some(row.get(column)?.width())).max();
+    let all = (0..).map_while(width).enumerate();
+    let others: usize = all.filter(|(other, _)| *other != column).map(|(_, width)| width + 2).sum();
+    let room = columns.saturating_sub(others).max(LEAST);
+    for cell in rows.iter_mut().filter_map(|row| row.get_mut(column)) {
+        *cell = fit(cell, room).into_owned();
+    }
+}
+
 /// The longest word that [`nearest`] looks at, in characters.
 const LONGEST_WORD: usize = 64;
 
@@ -182,6 +195,22 @@ mod tests {
             vec!["bb".into(), "c".into(), String::new()],
         ];
         assert_eq!(table(&rows), "a   日本  x\nbb  c\n");
+    }
+
+    #[test]
+    fn one_column_gives_way_where_lines_are_too_long() {
+        let rows = |name: &str| vec![vec!["a".into(), name.into(), "end".into()]];
+        for (name, columns, shown) in [
+            ("0123456789", 19, "a  0123456789  end\n"),
+            ("0123456789", 18, "a  0123456789  end\n"),
+            ("0123456789", 17, "a  01234567…  end\n"),
+            ("0123456789", 3, "a  0123456…  end\n"),
+            ("short", 3, "a  short  end\n"),
+        ] {
+            let mut rows = rows(name);
+            narrow(&mut rows, 1, columns);
+            assert_eq!(table(&rows), shown, "{name} in {columns}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ const LEFT: f64 = 300.0;
 const ROW: f64 = 34.0;
 const PLUG: &str = "#1f6feb";
 const PULL: &str = "#d1700f";
-const COLOURS: [&str; 5] = ["#6e7781", "#1a7f37", "#1f6feb", "#d1700f", "#a40e26"];
+const COLOURS: [&str; 6] = ["#6e7781", "#8250df", "#1a7f37", "#1f6feb", "#d1700f", "#a40e26"];
 
 /// A scale on which every factor of ten has the same length.
 struct Scale {

@@ -1,16 +1,21 @@
 //! `inspect VM`
 
 use std::fmt::Write;
+use std::io::IsTerminal;
 
 use serde::Serialize;
 
+use super::screen::Screen;
 use super::{Context, json, print};
 use crate::cli::Inspect;
 use crate::error::Error;
 use crate::host::Host;
-use crate::text::{escape, table};
+use crate::text::{escape, narrow, table};
 use crate::usb::{Address, DeviceId, Port, Speed};
 use crate::vm::{GuestDevice, Inventory};
+
+/// The column of the table with what devices say of themselves, at any length.
+const PRODUCT: usize = 4;
 
 /// The JSON document.
 #[derive(Debug, Serialize)]
@@ -87,7 +92,9 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     if arguments.json {
         return print(&json(&report)?);
     }
-    print(&shown(&report, has_controller))
+    // What is not read by people is whole.
+    let columns = std::io::stdout().is_terminal().then(|| Screen::of_stdout().columns);
+    print(&shown(&report, has_controller, columns))
 }
 
 fn report(host: &Host, socket: String, inventory: Inventory) -> Report {
@@ -140,7 +147,7 @@ fn host_report(host: &Host, port: Option<Port>, address: Option<Address>) -> Hos
     report
 }
 
-fn shown(report: &Report, has_controller: bool) -> String {
+fn shown(report: &Report, has_controller: bool, columns: Option<usize>) -> String {
     let vm = &report.vm;
     let mut text = format!("VM {}", escape(vm.name.as_deref().unwrap_or(&vm.socket)));
     let status = vm.status.as_deref().unwrap_or("status unknown");
@@ -165,6 +172,9 @@ fn shown(report: &Report, has_controller: bool) -> String {
             or_dash(device.product.as_deref()),
             device.host.as_ref().map(host_cell).unwrap_or_default(),
         ]);
+    }
+    if let Some(columns) = columns {
+        narrow(&mut rows, PRODUCT, columns);
     }
     text + &table(&rows)
 }

@@ -58,9 +58,10 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// Where the next bytes go: to the end of this, which has room for some.
+    /// Where the next bytes go: to the end of this, which has room for some,
+    /// and not for many: whoever fills it has not been looked at yet.
     pub fn space(&mut self) -> &mut Vec<u8> {
-        self.bytes.reserve(ROOM);
+        self.bytes.reserve_exact(ROOM);
         &mut self.bytes
     }
 

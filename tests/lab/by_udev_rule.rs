@@ -2,6 +2,7 @@
 
 use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::vm::Vm;
+use crate::wait::wait_until;
 use crate::{tool, udev};
 
 crate::tests![
@@ -23,8 +24,9 @@ fn a_stick_comes_and_goes_five_times_at_one_port() {
         hardware.pull(&stick);
         vm.loses_all();
         // The first one has QEMU set up its USB library.
-        let open = vm.descriptors();
-        assert_eq!(open, *descriptors.get_or_insert(open), "descriptors in round {round}");
+        udev::settle();
+        let first = *descriptors.get_or_insert_with(|| vm.descriptors());
+        wait_until("as many descriptors are open as after the first", || vm.descriptors() <= first);
     }
 }
 

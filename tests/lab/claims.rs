@@ -1,6 +1,6 @@
 //! One device, one VM; and QEMUs that have hardly any rights.
 
-use crate::hardware::{Hardware, Stick, xhci};
+use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::tool::{self, run};
 use crate::udev;
 use crate::vm::Vm;
@@ -15,6 +15,7 @@ crate::tests![
     two_monitors_of_one_vm_do_not_mix_devices_up,
     a_busy_or_stopped_monitor_hangs_nobody,
     a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another,
+    an_old_paused_qemu_that_keeps_what_it_gave_back_is_named,
 ];
 
 fn a_second_vm_is_kept_out_until_the_first_is_killed() {
@@ -130,4 +131,20 @@ fn a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another() {
     }
     run(["attach", &second.socket(), &stick.port]).succeeds();
     second.gets(&[&stick]);
+}
+
+fn an_old_paused_qemu_that_keeps_what_it_gave_back_is_named() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").paused().start();
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    let attach = || run(["attach", &vm.socket(), &mouse.port]);
+    attach().succeeds();
+    run(["detach", &vm.socket(), &mouse.port]).succeeds();
+    if std::env::var("LAB_QEMU").unwrap() == "7.2" {
+        let refused = attach().exits(7).stderr;
+        assert!(refused.contains("still holds 1-3") && refused.contains("resume"), "{refused}");
+        vm.boot();
+    }
+    attach().succeeds();
+    vm.gets(&[&mouse]);
 }
