@@ -73,7 +73,7 @@ impl Contender {
         self != HostPort
     }
 
-    /// How long its slowest may take. QEMU's scan never lets go of what a halted guest does not use.
+    /// How long its slowest may take.
     pub fn patience(self) -> Duration {
         Duration::from_secs(if self == HostPort { 5 } else { 60 })
     }

@@ -48,12 +48,16 @@ pub fn draw(results: &Value) -> String {
     let top = alone(&mut picture, results);
     let height = bursts(&mut picture, results, top + 60.0);
     let note = describe(results).replace('&', "&amp;").replace('<', "&lt;");
-    let _ = writeln!(picture, r#"<text x="16" y="{}" font-size="10">{note}</text>"#, height + 30.0);
+    // The machine, and the one in it.
+    for (n, line) in note.split("; ").enumerate() {
+        let y = height + 34.0 + 14.0 * n as f64;
+        let _ = writeln!(picture, r#"<text x="16" y="{y}" font-size="10">{line}</text>"#);
+    }
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {}\" \
          font-family=\"sans-serif\" font-size=\"13\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n{picture}</svg>\n",
-        height + 46.0
+        height + 60.0
     )
 }
 
@@ -155,7 +159,7 @@ fn bursts(picture: &mut String, results: &Value, top: f64) -> f64 {
         let y = top + 40.0 + 22.0 * n as f64;
         let _ = writeln!(
             picture,
-            r#"<circle cx="22" cy="{}" r="4" fill="{colour}"/><text x="32" y="{y}">{title}</text>"#,
+            r#"<circle cx="20" cy="{}" r="4" fill="{colour}"/><text x="28" y="{y}" font-size="11">{title}</text>"#,
             y - 4.0
         );
     }
