@@ -16,6 +16,7 @@
 //! - [`qmp`]: the edge to a QMP socket; it knows nothing of USB.
 //! - [`vm`]: one VM's USB over a [`qmp::Session`]: inspect, attach, detach.
 //! - [`plug`]: the two operations, attach and detach.
+//! - [`apart`]: what may wait for hardware, on a thread of its own.
 //! - [`log`]: the journal, syslog, or standard error; [`progress`]: the line
 //!   that says what is waited for.
 //! - [`cli`]: the command line's types; [`command`]: one file per command.
@@ -25,6 +26,7 @@
 //! permission that QEMU gets, and a `flock` on that descriptor keeps every
 //! other VM out. Nothing is ever written to disk.
 
+pub mod apart;
 pub mod cli;
 pub mod command;
 pub mod config;

@@ -24,12 +24,7 @@ fn main() -> ExitCode {
         .enable_time()
         .build()
         .map_err(|source| Error::Write { what: "to the kernel's event queue", source })
-        .and_then(|runtime| {
-            let done = runtime.block_on(command::run(&cli));
-            // Whoever still waits for the hardware is not waited for.
-            runtime.shutdown_background();
-            done
-        });
+        .and_then(|runtime| runtime.block_on(command::run(&cli)));
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

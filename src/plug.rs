@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
+use crate::apart::apart;
 use crate::error::Error;
 use crate::guest::{Spot, Wish};
 use crate::host::{self, Claims, Host, Node};
@@ -128,12 +129,11 @@ async fn open(
     if !guard && !options.apart {
         return open();
     }
-    let failed = |error: tokio::task::JoinError| Error::Setup {
-        what: "wait for the device to be opened",
-        source: error.into(),
-    };
-    match timeout_at(deadline, tokio::task::spawn_blocking(open)).await {
-        Ok(opened) => opened.map_err(failed)?,
+    match timeout_at(deadline, apart(open)).await {
+        Ok(opened) => opened.map_err(|source| Error::Setup {
+            what: "open the device on a thread of its own",
+            source,
+        })?,
         Err(_) => Err(silent),
     }
 }

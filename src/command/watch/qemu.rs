@@ -7,8 +7,10 @@ use std::task::{Context, Poll, ready};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::unix::AsyncFd;
+use tracing::warn;
 
 use super::readable::readable;
+use crate::apart::apart;
 use crate::host::{Host, Node};
 use crate::plan::Settled;
 use crate::usb::{Address, Port};
@@ -78,7 +80,8 @@ impl Qemu {
                 }
             }
         };
-        // It has no result, and a panic has been told.
-        let _ = tokio::task::spawn_blocking(give_back).await;
+        if let Err(error) = apart(give_back).await {
+            warn!("cannot give devices back to the host's drivers: {error}; plug them in again");
+        }
     }
 }
