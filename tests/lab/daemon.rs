@@ -8,6 +8,7 @@ use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 pub const CONFIG: &str = "/run/usb-qmp-hotplug.toml";
 const NOTIFY: &str = "/run/notify";
@@ -155,9 +156,13 @@ impl Daemon {
         self.field("status", "VmRSS:").trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Waits until nothing is left of the threads that waited for the hardware.
+    /// Waits until nothing is left to do: no thread waits for the hardware, and it sleeps.
     pub fn is_idle(&self) {
-        wait_until("it has one thread", || fs::read_dir(self.proc("task")).unwrap().count() == 1);
+        wait_until("it has one thread, which slept for a second", || {
+            let before = self.switches();
+            thread::sleep(Duration::from_secs(1));
+            self.switches() == before && fs::read_dir(self.proc("task")).unwrap().count() == 1
+        });
     }
 
     /// How often all of its threads together have slept and woken.

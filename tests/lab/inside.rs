@@ -57,7 +57,7 @@ fn run_apart(name: &str) -> Result<(), String> {
         .stderr(output)
         .spawn()
         .expect("this program starts");
-    let kernel_before = kernel_log().len();
+    let kernel_before = kernel_log();
     let ended = panic::catch_unwind(panic::AssertUnwindSafe(|| {
         wait_at_most(deadline(), "the test's end", || child.try_wait().expect("a child"))
     }));
@@ -71,7 +71,10 @@ fn run_apart(name: &str) -> Result<(), String> {
         Err(_) => format!("It was killed after {:?}.\n", deadline()),
     };
     let output = fs::read(OUTPUT).unwrap_or_default();
-    let kernel = kernel_log().split_off(kernel_before).join("\n");
+    // The kernel keeps only the last lines.
+    let kernel = kernel_log();
+    let known = kernel_before.last().and_then(|last| kernel.iter().rposition(|line| line == last));
+    let kernel = kernel[known.map_or(0, |known| known + 1)..].join("\n");
     Err(format!("{}{ending}--- the kernel's log\n{kernel}", String::from_utf8_lossy(&output)))
 }
 
