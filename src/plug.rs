@@ -119,7 +119,7 @@ async fn open(
     options: &Options,
     deadline: Instant,
 ) -> Result<(Claims, Node), Error> {
-    let guard = !options.force && host.has_disk(&device.port);
+    let guard = !options.force && (options.apart || host.has_disk(&device.port));
     let (host, device) = (host.clone(), device.clone());
     let silent = Error::Silent(device.clone());
     let open = move || -> Result<(Claims, Node), Error> {
