@@ -1,11 +1,14 @@
 //! The machine's USB controllers and what is plugged into them: the emulator's monitor, seen from inside.
 
 use crate::qmp::Qmp;
+use crate::sockets;
 use crate::udev;
 use crate::wait::{wait_for, wait_until};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+
+pub use crate::sockets::{Socket, dock, ehci, uhci, xhci};
 
 /// Shared with the emulator, which takes file names relative to it.
 const SHARED: &str = "/run/lab";
@@ -65,57 +68,12 @@ impl From<Stick> for Device {
     }
 }
 
-/// Where something is plugged in.
-#[derive(Clone)]
-pub struct Socket {
-    bus: &'static str,
-    pci_class: &'static str,
-    port: String,
-}
-
-/// Sockets 1 to 15 of the xHCI controller: two kernel buses, sticks appear on the SuperSpeed one.
-pub fn xhci(port: u32) -> Socket {
-    Socket { bus: "hw.0", pci_class: "0x0c0330", port: port.to_string() }
-}
-
-/// Sockets 1 to 6 of the high-speed controller.
-pub fn ehci(port: u32) -> Socket {
-    Socket { bus: "ehci.0", pci_class: "0x0c0320", port: port.to_string() }
-}
-
-/// Sockets 1 and 2 of the full-speed controller.
-pub fn uhci(port: u32) -> Socket {
-    Socket { bus: "uhci.0", pci_class: "0x0c0300", port: port.to_string() }
-}
-
-impl Socket {
-    /// A socket of the hub that is plugged in here.
-    pub fn below(&self, port: u32) -> Socket {
-        Socket { port: format!("{}.{port}", self.port), ..self.clone() }
-    }
-
-    /// The kernel's directories for this socket: one for each bus of the controller.
-    fn candidates(&self) -> Vec<PathBuf> {
-        let devices = Path::new("/sys/bus/usb/devices");
-        let name = |entry: fs::DirEntry| {
-            entry.file_name().into_string().ok()?.strip_prefix("usb")?.parse::<u32>().ok()
-        };
-        fs::read_dir(devices)
-            .expect("sysfs")
-            .filter_map(|entry| name(entry.ok()?))
-            .filter(|bus| {
-                read(&devices.join(format!("usb{bus}/../class"))).as_deref() == Some(self.pci_class)
-            })
-            .map(|bus| devices.join(format!("{bus}-{}", self.port)))
-            .collect()
-    }
-}
-
 /// A device that the kernel and udevd have seen.
 #[derive(Clone, Debug)]
 pub struct Plugged {
     /// The emulator's name for it.
     id: String,
+    socket: Socket,
     /// The kernel's name for the port, `2-3`.
     pub port: String,
     pub sysfs: PathBuf,
@@ -126,6 +84,11 @@ pub struct Plugged {
 impl Plugged {
     pub fn node(&self) -> PathBuf {
         format!("/dev/bus/usb/{:03}/{:03}", self.bus, self.address).into()
+    }
+
+    /// Waits until the kernel and udevd have it again, where bus numbers or addresses have changed.
+    pub fn again(&self) -> Plugged {
+        arrived(self.id.clone(), &self.socket)
     }
 
     /// What the program under test calls it in a VM.
@@ -196,7 +159,7 @@ impl Hardware {
     }
 
     fn arguments(&mut self, id: &str, device: &Device, socket: &Socket) -> Value {
-        let mut arguments = json!({"id": id, "bus": socket.bus, "port": socket.port});
+        let mut arguments = json!({"id": id, "bus": socket.controller, "port": socket.port});
         match device {
             Device::Stick(stick) => {
                 let file = format!("{id}.img");
@@ -239,6 +202,14 @@ impl Hardware {
         self.forget_images();
     }
 
+    /// Connects the dock: a second xHCI controller, which gets the last bus numbers.
+    pub fn connect_dock(&mut self) {
+        let controller = json!({"driver": "qemu-xhci", "id": "dock", "bus": "expansion"});
+        sockets::connect_dock(|| {
+            self.qmp.must("device_add", controller);
+        });
+    }
+
     /// Pulls out what an earlier test has left.
     pub fn clear(&mut self) {
         let left = self.qmp.must("qom-list", json!({"path": "/machine/peripheral"}));
@@ -253,6 +224,7 @@ impl Hardware {
             // A hub takes what is behind it along.
             let _ = self.qmp.execute("device_del", json!({"id": id}));
         }
+        sockets::clear();
         wait_until("nothing is plugged in", || {
             fs::read_dir("/sys/bus/usb/devices").unwrap().flatten().all(|entry| {
                 let name = entry.file_name().into_string().unwrap();
@@ -281,10 +253,11 @@ impl Hardware {
 }
 
 fn arrived(id: String, socket: &Socket) -> Plugged {
-    wait_for(&format!("{} {} in the kernel and udevd", socket.bus, socket.port), || {
+    wait_for(&format!("{} {} in the kernel and udevd", socket.controller, socket.port), || {
         let sysfs = socket.candidates().into_iter().find(|path| path.exists())?;
         let plugged = Plugged {
             id: id.clone(),
+            socket: socket.clone(),
             port: sysfs.file_name()?.to_str()?.to_owned(),
             bus: read(&sysfs.join("busnum"))?.parse().ok()?,
             address: read(&sysfs.join("devnum"))?.parse().ok()?,

@@ -1,6 +1,7 @@
 //! The lab itself: what the other tests take for granted.
 
-use crate::hardware::{Device, Hardware, Stick, ehci, uhci, xhci};
+use crate::hardware::{Device, Hardware, Plugged, Stick, dock, ehci, uhci, xhci};
+use crate::sockets::swap_buses;
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use serde_json::json;
@@ -11,6 +12,7 @@ crate::tests![
     qemu_has_the_version_its_name_says,
     a_plugged_stick_reaches_sysfs_and_udev,
     every_socket_is_where_it_says,
+    bus_numbers_change_places_and_sockets_do_not,
     qemu_boots_from_a_stick_attached_by_address,
     an_isolated_qemu_sees_no_usb_device,
 ];
@@ -53,6 +55,42 @@ fn every_socket_is_where_it_says() {
     let ports: Vec<&str> =
         plugged.iter().chain([&behind]).map(|device| device.port.as_str()).collect();
     assert_eq!(ports, ["1-1", "1-15", "3-2", "4-2", "4-1", "4-1.3"]);
+}
+
+fn bus_numbers_change_places_and_sockets_do_not() {
+    let mut hardware = Hardware::open();
+    hardware.connect_dock();
+    let plugged = hardware.plug_all(vec![
+        (Stick::new("HERE").into(), xhci(3)),
+        (Device::Hub, xhci(2)),
+        (Stick::new("DOCK").into(), dock(3)),
+        (Device::Hub, dock(2)),
+    ]);
+    let numbers = |plugged: &[Plugged]| plugged.iter().map(|d| d.bus).collect::<Vec<_>>();
+    let [usb2, usb3] = [plugged[3].bus, plugged[2].bus];
+    assert!(usb2 > 4 && usb3 == usb2 + 1, "the last ones: {plugged:?}");
+    assert_eq!(numbers(&plugged), [2, 1, usb3, usb2]);
+    let controllers = |plugged: &[Plugged]| {
+        let path = |device: &Plugged| device.devpath().split("/usb").next().unwrap().to_owned();
+        plugged.iter().map(path).collect::<Vec<_>>()
+    };
+    let before = controllers(&plugged);
+
+    swap_buses();
+    let swapped: Vec<Plugged> = plugged.iter().map(Plugged::again).collect();
+    assert_eq!(numbers(&swapped), [usb3, usb2, 2, 1]);
+    assert_eq!(controllers(&swapped), before);
+    assert_eq!(fs::read_to_string(swapped[2].sysfs.join("serial")).unwrap().trim(), "DOCK");
+
+    swap_buses();
+    let back: Vec<Plugged> = plugged.iter().map(Plugged::again).collect();
+    assert_eq!(numbers(&back), numbers(&plugged));
+
+    // The next test finds what it expects.
+    swap_buses();
+    hardware.clear();
+    assert_eq!(hardware.plug(Stick::new("NEXT"), xhci(3)).port, "2-3");
+    assert!(dock(3).candidates().is_empty());
 }
 
 fn qemu_boots_from_a_stick_attached_by_address() {

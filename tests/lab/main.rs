@@ -9,6 +9,7 @@
 //! listed in its file's `TESTS`. Its parts:
 //!
 //! - [`hardware`]: plug and pull sticks, mice and hubs on the machine's controllers
+//! - [`sockets`]: the controllers' sockets, and bus numbers that change places
 //! - [`vm`]: a QEMU in the machine, and what it says of itself on a monitor of its own
 //! - [`udev`]: rules, and waiting for udevd
 //! - [`tool`]: the program under test, as a user runs it
@@ -50,6 +51,7 @@ mod outside;
 mod qmp;
 mod refused;
 mod rule;
+mod sockets;
 mod sync;
 mod tool;
 mod udev;
