@@ -1,9 +1,10 @@
 //! What can go wrong, and with which exit code the program then ends.
 
-use crate::guest::NoSpot;
+use crate::host;
+use crate::policy::config;
+use crate::qemu::{NoGuestPort, qmp};
 use crate::text::escape;
-use crate::usb::{Device, ParseError};
-use crate::{config, host, qmp};
+use crate::usb::{Device, EventError, ParseError};
 
 /// An error of this tool. Its message names the thing and the next step; the
 /// cause, where there is one, is its source.
@@ -29,10 +30,13 @@ pub enum Error {
         /// The reason.
         source: std::io::Error,
     },
-    /// The command line, or udev's variables.
+    /// The command line.
     #[error("{0}")]
     Usage(String),
-    /// A name on the command line, or in udev's variables, that is none.
+    /// udev's variables.
+    #[error(transparent)]
+    Event(#[from] EventError),
+    /// A name on the command line that is none.
     #[error(transparent)]
     Parse(#[from] ParseError),
     /// A hub was asked for.
@@ -55,11 +59,11 @@ pub enum Error {
     Silent(Device),
     /// The VM has no place for the device.
     #[error("VM {}", escape(.vm))]
-    NoSpot {
+    NoGuestPort {
         /// The VM's socket.
         vm: String,
         /// Why.
-        source: NoSpot,
+        source: NoGuestPort,
     },
     /// The VM has no such device.
     #[error("VM {} has no device for {what}; `usb-qmp-hotplug inspect` shows what it has", escape(.vm))]
@@ -121,7 +125,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         use qmp::ErrorKind;
         match self {
-            Error::Usage(_) | Error::Parse(_) | Error::Config(_) => 2,
+            Error::Usage(_) | Error::Event(_) | Error::Parse(_) | Error::Config(_) => 2,
             Error::NoVm(_) => 4,
             Error::Host(host::Error::Ambiguous { .. }) => 2,
             Error::Host(host::Error::NoDevice(_) | host::Error::Gone(_)) => 3,
@@ -132,7 +136,7 @@ impl Error {
                 ErrorKind::Refused(_) => 6,
                 _ => 1,
             },
-            Error::NoSpot { .. } => 6,
+            Error::NoGuestPort { .. } => 6,
             Error::Hub(_) | Error::StillHeld { .. } => 7,
             Error::Host(host::Error::RootHub(_)) => 7,
             Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
@@ -141,15 +145,4 @@ impl Error {
             Error::Several { errors, .. } => errors.iter().map(Error::exit_code).max().unwrap_or(1),
         }
     }
-}
-
-/// An error with its causes, on one line: `what: why: why that`.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {}", escape(&cause.to_string()));
-        source = cause.source();
-    }
-    text
 }

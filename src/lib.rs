@@ -2,47 +2,36 @@
 //! in and it is in the guest, pull it out and it is gone. The tool talks QMP
 //! to QEMU itself.
 //!
-//! The map of the house, from the inside out:
+//! The rooms, from the inside out; none imports one that stands below it:
 //!
-//! - [`usb`]: ports, addresses, devices and ids, parsed and printed. Pure.
-//! - [`guest`]: a VM's USB controllers and the choice of a free port. Pure.
-//! - [`text`]: how untrusted strings and tables are shown. Pure.
+//! - [`text`]: how untrusted text is shown. Pure.
+//! - [`usb`]: ports, addresses, devices, ids and events, parsed and printed. Pure.
+//! - [`host`]: the host's side: sysfs, `/proc`, device nodes, disks, events.
+//! - [`qemu`]: the VM's side: the QMP session, what a VM has, a device in and out.
+//! - [`policy`]: the configuration, its rules, and which device belongs where.
 //! - [`error`]: what can go wrong, and the exit codes.
-//! - [`config`]: the configuration file; [`rule`]: which device a rule means.
-//! - [`rulebook`]: the configuration, applied to the host's devices.
-//! - [`plan`]: what a VM lacks, and what it has too many. Pure.
-//! - [`event`]: a udev event, from its variables.
-//! - [`host`]: the edge to sysfs, `/proc` and the device nodes.
-//! - [`qmp`]: the edge to a QMP socket; it knows nothing of USB.
-//! - [`vm`]: one VM's USB over a [`qmp::Session`]: inspect, attach, detach.
-//! - [`plug`]: the two operations, attach and detach.
-//! - [`apart`]: what may wait for hardware, on a thread of its own.
-//! - [`log`]: the journal, syslog, or standard error; [`progress`]: the line
-//!   that says what is waited for.
-//! - [`cli`]: the command line's types; [`command`]: one file per command.
+//! - [`attach`]: the two operations, attach and detach.
+//! - [`reconcile`]: what a VM lacks, and what it has too many. Pure.
+//! - [`ui`]: tables, the line that says what is waited for, the log.
+//! - [`daemon`]: the `watch` command.
+//! - [`cli`]: the command line's types; [`command`]: the commands.
 //!
 //! The port names the device (a device at port `1-1.2` has the QEMU id
 //! `usb-host-1-1.2` in every VM), an open descriptor of the device node is the
 //! permission that QEMU gets, and a `flock` on that descriptor keeps every
 //! other VM out. Nothing is ever written to disk.
 
-pub mod apart;
+pub mod attach;
 pub mod cli;
 pub mod command;
-pub mod config;
+pub mod daemon;
 pub mod error;
-pub mod event;
-pub mod guest;
 pub mod host;
-pub mod log;
-pub mod plan;
-pub mod plug;
-pub mod progress;
-pub mod qmp;
-pub mod rule;
-pub mod rulebook;
+pub mod policy;
+pub mod qemu;
+pub mod reconcile;
 pub mod text;
+pub mod ui;
 pub mod usb;
-pub mod vm;
 
 pub use error::Error;

@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use usb_qmp_hotplug::cli::{Cli, Command};
 use usb_qmp_hotplug::text::escape;
-use usb_qmp_hotplug::{Error, command, log};
+use usb_qmp_hotplug::ui::{log, output};
+use usb_qmp_hotplug::{Error, command};
 
 fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().collect();
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            command::report(&error, in_background);
+            output::report(&error, in_background);
             ExitCode::from(error.exit_code())
         }
     }

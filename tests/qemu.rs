@@ -27,9 +27,9 @@ use serde_json::{Map, Value};
 use tempfile::TempDir;
 use tool::{PROGRAM, outcome_of, program, run};
 use usb_qmp_hotplug::Error;
-use usb_qmp_hotplug::guest::{Spot, Wish};
+use usb_qmp_hotplug::qemu::{Access, Attachment, Vm};
+use usb_qmp_hotplug::qemu::{GuestPort, Placement};
 use usb_qmp_hotplug::usb::DeviceId;
-use usb_qmp_hotplug::vm::{Access, Attachment, Vm};
 
 /// How long anything may take: only what fails takes so long.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -184,16 +184,16 @@ impl Qemu {
     }
 
     /// Attaches something that is no USB device, by descriptor.
-    fn attach_nonsense(&self, spots: &[Spot]) -> Error {
+    fn attach_nonsense(&self, guest_ports: &[GuestPort]) -> Error {
         self.talk(async |vm| {
             let file = File::options().read(true).write(true).open("/dev/null").unwrap();
             let access = Access::Descriptor(file.into());
             let (id, options) = (id(), Map::new());
             let address = "1:37".parse().unwrap();
             let attachment = Attachment { id: &id, address, options: &options };
-            let error = vm.attach(&attachment, &access, spots).await.unwrap_err();
+            let error = vm.attach(&attachment, &access, guest_ports).await.unwrap_err();
             assert_eq!(vm.host_devices().await.unwrap(), []);
-            error
+            error.into()
         })
     }
 }
@@ -209,8 +209,8 @@ fn id() -> DeviceId {
     "usb-host-1-1.2".parse().unwrap()
 }
 
-fn spot(bus: &str, port: &str) -> Spot {
-    Spot { bus: bus.into(), port: port.into() }
+fn guest_port(bus: &str, port: &str) -> GuestPort {
+    GuestPort { bus: bus.into(), port: port.into() }
 }
 
 // inspect
@@ -400,18 +400,18 @@ fn a_killed_qemu_is_exit_4_and_nothing_to_do_for_udev() {
 
 fn what_qemu_refuses_is_exit_6_in_its_words() {
     let qemu = Qemu::start("-device qemu-xhci,id=xhci");
-    let error = qemu.attach_nonsense(&[spot("nope.0", "1")]);
+    let error = qemu.attach_nonsense(&[guest_port("nope.0", "1")]);
     assert_eq!(error.exit_code(), 6);
     assert!(error.to_string().contains("Bus 'nope.0' not found"), "{error}");
-    let error = qemu.attach_nonsense(&[spot("xhci.0", "77")]);
+    let error = qemu.attach_nonsense(&[guest_port("xhci.0", "77")]);
     assert!(error.to_string().contains("usb port 77 (bus xhci.0) not found (in use?)"), "{error}");
 }
 
 fn a_port_in_use_is_passed_over_for_the_next() {
     let qemu = Qemu::start("-device qemu-xhci,id=xhci -device usb-mouse,port=1");
-    let error = qemu.attach_nonsense(&[spot("xhci.0", "1")]);
+    let error = qemu.attach_nonsense(&[guest_port("xhci.0", "1")]);
     assert!(error.to_string().contains("(in use?)"), "{error}");
-    let error = qemu.attach_nonsense(&[spot("xhci.0", "1"), spot("xhci.0", "2")]);
+    let error = qemu.attach_nonsense(&[guest_port("xhci.0", "1"), guest_port("xhci.0", "2")]);
     assert!(error.to_string().contains("failed to open host usb device"), "{error}");
 }
 
@@ -420,7 +420,7 @@ fn a_failed_attach_leaves_no_descriptor_in_a_set() {
     // While the machine does not run, QEMU before 9.1 only marks descriptors as removed.
     qemu.talk(async |vm| vm.session().execute(&cont {}).await.unwrap());
     for _ in 0..2 {
-        let error = qemu.attach_nonsense(&[spot("xhci.0", "1")]);
+        let error = qemu.attach_nonsense(&[guest_port("xhci.0", "1")]);
         assert!(error.to_string().contains("failed to open host usb device"), "{error}");
     }
     let sets = qemu.talk(async |vm| vm.session().execute(&query_fdsets {}).await.unwrap());
@@ -435,17 +435,17 @@ fn a_survey_finds_the_free_ports_of_all_controllers() {
          -device usb-mouse,id=mouse,bus=xhci.0,port=2 -device usb-mouse,bus=xhci.0,port=3 \
          -device usb-mouse,id=other,bus=ehci.0,port=1",
     );
-    let spots = |speed: &str| -> Vec<String> {
+    let guest_ports = |speed: &str| -> Vec<String> {
         let speed = Some(speed.parse().unwrap());
-        let survey = qemu.talk(async |vm| vm.survey(&id(), speed, &Wish::default()).await);
-        let survey = survey.unwrap();
-        assert_eq!(survey.present, None);
-        survey.spots.unwrap().iter().map(ToString::to_string).collect()
+        let probe = qemu.talk(async |vm| vm.probe(&id(), speed, &Placement::default()).await);
+        let probe = probe.unwrap();
+        assert_eq!(probe.present, None);
+        probe.guest_ports.unwrap().iter().map(ToString::to_string).collect()
     };
-    let fast = spots("480");
+    let fast = guest_ports("480");
     assert_eq!(fast[..2], ["xhci.0 port 1", "ehci.0 port 2"]);
     assert_eq!(fast.len(), 1 + 5 + 2 + 2);
-    let slow = spots("1.5");
+    let slow = guest_ports("1.5");
     assert_eq!(slow[0], "xhci.0 port 1");
     assert!(slow.contains(&"usb-bus.0 port 2".to_owned()), "{slow:?}");
     assert!(slow.contains(&"usb-bus.1 port 2".to_owned()), "{slow:?}");
@@ -455,9 +455,13 @@ fn a_survey_finds_the_controller_of_the_board() {
     for board in ["-usb", "-machine usb=on", "-machine q35 -usb"] {
         let qemu = Qemu::start(board);
         let speed = Some("480".parse().unwrap());
-        let survey = qemu.talk(async |vm| vm.survey(&id(), speed, &Wish::default()).await);
-        let spots = survey.unwrap().spots.unwrap();
-        assert_eq!(spots[..2], [spot("usb-bus.0", "1"), spot("usb-bus.0", "2")], "{board}");
+        let probe = qemu.talk(async |vm| vm.probe(&id(), speed, &Placement::default()).await);
+        let guest_ports = probe.unwrap().guest_ports.unwrap();
+        assert_eq!(
+            guest_ports[..2],
+            [guest_port("usb-bus.0", "1"), guest_port("usb-bus.0", "2")],
+            "{board}"
+        );
     }
 }
 

@@ -21,8 +21,8 @@ use qapi::qmp::{add_fd, qom_get, query_name, query_status, remove_fd};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 use usb_qmp_hotplug::Error as ToolError;
-use usb_qmp_hotplug::error::chain;
-use usb_qmp_hotplug::qmp::{Error, ErrorKind, Session};
+use usb_qmp_hotplug::qemu::qmp::{Error, ErrorKind, Session};
+use usb_qmp_hotplug::text::chain;
 
 /// Time enough for everything that does happen.
 const ENOUGH: Duration = Duration::from_secs(10);

@@ -24,13 +24,13 @@ use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 use usb_qmp_hotplug::Error;
-use usb_qmp_hotplug::error::chain;
-use usb_qmp_hotplug::guest::{Spot, Wish};
+use usb_qmp_hotplug::attach::{self, Attached, Open, Options};
 use usb_qmp_hotplug::host::Host;
-use usb_qmp_hotplug::plug::{self, Attached, Open, Options};
-use usb_qmp_hotplug::qmp::ErrorKind;
+use usb_qmp_hotplug::qemu::qmp::ErrorKind;
+use usb_qmp_hotplug::qemu::{Access, Attachment, Vm};
+use usb_qmp_hotplug::qemu::{GuestPort, Placement};
+use usb_qmp_hotplug::text::chain;
 use usb_qmp_hotplug::usb::{Address, Device, DeviceId};
-use usb_qmp_hotplug::vm::{Access, Attachment, Vm};
 
 const ENOUGH: Duration = Duration::from_secs(10);
 
@@ -245,8 +245,8 @@ fn end(vm: Vm, served: JoinHandle<Qemu>) -> Qemu {
     served.join().unwrap()
 }
 
-fn spots(ports: &[&str]) -> Vec<Spot> {
-    ports.iter().map(|port| Spot { bus: "xhci.0".into(), port: (*port).into() }).collect()
+fn guest_ports(ports: &[&str]) -> Vec<GuestPort> {
+    ports.iter().map(|port| GuestPort { bus: "xhci.0".into(), port: (*port).into() }).collect()
 }
 
 fn id() -> DeviceId {
@@ -258,11 +258,11 @@ fn address() -> Address {
 }
 
 /// Attaches by a descriptor (of something else, which a played QEMU does not mind).
-async fn attach_descriptor(vm: &mut Vm, ports: &[&str]) -> Result<Spot, Error> {
+async fn attach_descriptor(vm: &mut Vm, ports: &[&str]) -> Result<GuestPort, Error> {
     let access = Access::Descriptor(File::open("/dev/null").unwrap().into());
     let (id, options) = (id(), Map::new());
     let attachment = Attachment { id: &id, address: address(), options: &options };
-    vm.attach(&attachment, &access, &spots(ports)).await
+    Ok(vm.attach(&attachment, &access, &guest_ports(ports)).await?.unwrap())
 }
 
 // The descriptor.
@@ -270,8 +270,8 @@ async fn attach_descriptor(vm: &mut Vm, ports: &[&str]) -> Result<Spot, Error> {
 #[tokio::test]
 async fn a_device_is_added_by_descriptor_and_none_is_left_in_its_set() {
     let (mut vm, served, _directory) = vm(Qemu::default(), ENOUGH).await;
-    let spot = attach_descriptor(&mut vm, &["3", "4"]).await.unwrap();
-    assert_eq!(spot.to_string(), "xhci.0 port 3");
+    let guest_port = attach_descriptor(&mut vm, &["3", "4"]).await.unwrap();
+    assert_eq!(guest_port.to_string(), "xhci.0 port 3");
     let qemu = end(vm, served);
     assert_eq!(qemu.changes, ["add-fd", "device_add 3", "remove-fd"]);
     let set = *qemu.sets.keys().next().unwrap();
@@ -297,8 +297,8 @@ async fn one_set_serves_all_attaches_through_a_socket() {
 async fn a_port_in_use_is_passed_over() {
     let qemu = Qemu { in_use: vec!["1", "2"], ..Qemu::default() };
     let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
-    let spot = attach_descriptor(&mut vm, &["1", "2", "3", "4"]).await.unwrap();
-    assert_eq!(spot.port, "3");
+    let guest_port = attach_descriptor(&mut vm, &["1", "2", "3", "4"]).await.unwrap();
+    assert_eq!(guest_port.port, "3");
     let qemu = end(vm, served);
     let each = ["1", "2", "3"].map(|port| format!("add-fd device_add {port} remove-fd"));
     assert_eq!(qemu.changes.join(" "), each.join(" "));
@@ -463,7 +463,7 @@ async fn attach(
     options: &Options,
 ) -> (Result<Attached, Error>, Qemu) {
     let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
-    let attached = plug::attach(&machine.host(), &mut vm, &machine.device(), options).await;
+    let attached = attach::attach(&machine.host(), &mut vm, &machine.device(), options).await;
     (attached, end(vm, served))
 }
 
@@ -471,8 +471,8 @@ async fn attach(
 async fn a_node_that_only_qemu_may_open_is_named_to_it() {
     let machine = Machine::new();
     let (attached, qemu) = attach(&machine, Qemu::default(), &Options::default()).await;
-    let [spot] = spots(&["1"]).try_into().unwrap();
-    assert_eq!(attached.unwrap(), Attached::There(spot));
+    let [guest_port] = guest_ports(&["1"]).try_into().unwrap();
+    assert_eq!(attached.unwrap(), Attached::There(guest_port));
     assert_eq!(qemu.added[0]["hostdevice"], "/dev/bus/usb/001/037");
     assert_eq!(qemu.changes, ["device_add 1"]);
 }
@@ -516,8 +516,8 @@ async fn what_an_earlier_device_left_behind_is_replaced() {
     let machine = Machine::new();
     let qemu = Qemu::with_device("usb-host-1-1.2", 1, 36, "1");
     let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
-    let [spot] = spots(&["1"]).try_into().unwrap();
-    assert_eq!(attached.unwrap(), Attached::There(spot), "its port is free again");
+    let [guest_port] = guest_ports(&["1"]).try_into().unwrap();
+    assert_eq!(attached.unwrap(), Attached::There(guest_port), "its port is free again");
     assert_eq!(qemu.changes, ["device_del usb-host-1-1.2", "device_add 1"]);
 }
 
@@ -560,8 +560,8 @@ async fn a_dry_run_sees_the_port_that_a_leftover_would_give_back() {
     let options = Options { dry_run: true, ..Options::default() };
     let qemu = Qemu { ports: 1, ..Qemu::with_device("usb-host-1-1.2", 1, 36, "1") };
     let (attached, qemu) = attach(&machine, qemu, &options).await;
-    let [spot] = spots(&["1"]).try_into().unwrap();
-    assert_eq!(attached.unwrap(), Attached::There(spot));
+    let [guest_port] = guest_ports(&["1"]).try_into().unwrap();
+    assert_eq!(attached.unwrap(), Attached::There(guest_port));
     assert!(qemu.changes.is_empty(), "{:?}", qemu.changes);
 }
 
@@ -615,8 +615,8 @@ async fn a_taken_port_is_not_even_tried() {
 #[tokio::test]
 async fn a_port_that_the_user_chose_is_the_only_one_tried() {
     let machine = Machine::new();
-    let wish = Wish { bus: Some("xhci.0".into()), port: Some("1".into()) };
-    let options = Options { wish, ..Options::default() };
+    let placement = Placement { bus: Some("xhci.0".into()), port: Some("1".into()) };
+    let options = Options { placement, ..Options::default() };
     let qemu = Qemu::with_device("usb-host-1-1.3", 1, 38, "1");
     let (attached, qemu) = attach(&machine, qemu, &options).await;
     assert_eq!(attached.unwrap_err().exit_code(), 6);
@@ -644,7 +644,7 @@ async fn a_vm_without_room_says_what_to_add() {
 async fn a_device_that_is_not_there_is_no_error_to_detach() {
     let (mut vm, served, _directory) = vm(Qemu::default(), ENOUGH).await;
     assert!(!vm.detach(&id()).await.unwrap());
-    assert!(!plug::detach_gone(&mut vm, &id(), address()).await.unwrap());
+    assert!(!attach::detach_gone(&mut vm, &id(), address()).await.unwrap());
     end(vm, served);
 }
 
@@ -652,7 +652,7 @@ async fn a_device_that_is_not_there_is_no_error_to_detach() {
 async fn the_removal_of_an_old_device_leaves_a_newer_one_at_its_port() {
     let qemu = Qemu::with_device("usb-host-1-1.2", 1, 38, "1");
     let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
-    assert!(!plug::detach_gone(&mut vm, &id(), address()).await.unwrap());
-    assert!(plug::detach_gone(&mut vm, &id(), "1:38".parse().unwrap()).await.unwrap());
+    assert!(!attach::detach_gone(&mut vm, &id(), address()).await.unwrap());
+    assert!(attach::detach_gone(&mut vm, &id(), "1:38".parse().unwrap()).await.unwrap());
     assert_eq!(end(vm, served).changes, ["device_del usb-host-1-1.2"]);
 }

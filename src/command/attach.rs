@@ -2,18 +2,19 @@
 
 use tracing::debug;
 
-use super::{Context, how, together};
+use super::{Context, options};
+use crate::attach::{self, Attached, Options};
 use crate::cli::Attach;
 use crate::error::Error;
-use crate::plug::{self, Attached, Options};
+use crate::qemu::Vm;
 use crate::text::escape;
+use crate::ui::output::together;
 use crate::usb::{Device, DeviceId, Selector};
-use crate::vm::Vm;
 
 /// Attaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
     let socket = context.socket(&arguments.vm)?;
-    let options = how::options(&arguments.how, arguments.dry_run)?;
+    let options = options::options(&arguments.how, arguments.dry_run)?;
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
     let mut errors = Vec::new();
@@ -45,13 +46,13 @@ async fn one(
     let (id, name) = (DeviceId::for_port(&device.port), vm.name());
     let name = escape(&name);
     debug!(qemu = %vm.session().version(), "attaching {device} to {name}");
-    let attached = plug::attach(&context.host, vm, device, options);
+    let attached = attach::attach(&context.host, vm, device, options);
     let what = || format!("attaching {device} to {name}");
     let attached = context.during(what, attached).await?;
     let would = if options.dry_run { "would attach" } else { "attached" };
     match attached {
-        Attached::There(spot) => {
-            context.say(format_args!("{would} {device} to {name} as {id} at {spot}"))
+        Attached::There(guest_port) => {
+            context.say(format_args!("{would} {device} to {name} as {id} at {guest_port}"))
         }
         Attached::Already => context.say(format_args!("{device} is in {name} already, as {id}")),
     }

@@ -1,9 +1,9 @@
 //! `completions SHELL`: the script that completes command lines there. It asks
 //! the program itself, with the hidden command `complete`.
 
-use super::print;
 use crate::cli::{Completions, Shell};
 use crate::error::Error;
+use crate::ui::output::print;
 
 /// Prints the script.
 pub fn run(arguments: &Completions) -> Result<(), Error> {

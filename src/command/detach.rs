@@ -2,11 +2,12 @@
 
 use tracing::debug;
 
-use super::{Context, together};
+use super::Context;
 use crate::cli::Detach;
 use crate::error::Error;
 use crate::host::{self, Host};
 use crate::text::escape;
+use crate::ui::output::together;
 use crate::usb::{Address, Device, DeviceId, Selector};
 
 /// Detaches every device it can, then reports what failed.

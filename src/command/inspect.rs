@@ -5,14 +5,16 @@ use std::io::IsTerminal;
 
 use serde::Serialize;
 
-use super::screen::Screen;
-use super::{Context, json, print};
+use super::Context;
 use crate::cli::Inspect;
 use crate::error::Error;
 use crate::host::Host;
-use crate::text::{escape, narrow, table};
+use crate::qemu::{GuestDevice, Inventory};
+use crate::text::escape;
+use crate::ui::output::{json, print};
+use crate::ui::screen::Screen;
+use crate::ui::table::{narrow, table};
 use crate::usb::{Address, DeviceId, Port, Speed};
-use crate::vm::{GuestDevice, Inventory};
 
 /// The column of the table with what devices say of themselves, at any length.
 const PRODUCT: usize = 4;

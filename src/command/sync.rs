@@ -8,17 +8,18 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 use tracing::{debug, info};
 
-use super::{Context, json, print, together};
+use super::Context;
+use crate::attach::{self, Attached, Options};
 use crate::cli::Sync;
-use crate::error::{Error, chain};
+use crate::error::Error;
 use crate::host::Host;
-use crate::plan::{Action, Settled, Table, plan};
-use crate::plug::{self, Attached, Options};
-use crate::progress;
-use crate::rulebook::Rulebook;
-use crate::text::escape;
+use crate::policy::{Policy, Table};
+use crate::qemu::Vm;
+use crate::reconcile::{self, Handled, Step, reconcile};
+use crate::text::{chain, escape};
+use crate::ui::output::{json, print, together};
+use crate::ui::progress;
 use crate::usb::{DeviceId, Port};
-use crate::vm::Vm;
 
 /// The JSON document.
 #[derive(Debug, Serialize)]
@@ -50,7 +51,7 @@ struct ActionReport {
 /// What one VM's sync needs.
 struct Job {
     host: Host,
-    rulebook: Rulebook,
+    policy: Policy,
     table: Table,
     timeout: std::time::Duration,
     dry_run: bool,
@@ -58,11 +59,11 @@ struct Job {
 
 /// Syncs every VM it can, all at the same time, then reports what failed.
 pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
-    let rulebook = Rulebook::new(context.config()?);
-    let table = rulebook.table(&context.host)?;
-    let vms = vms(context, &rulebook, &arguments.vms)?;
+    let policy = Policy::new(context.config()?);
+    let table = policy.table(&context.host)?;
+    let vms = vms(context, &policy, &arguments.vms)?;
     let (host, timeout, dry_run) = (context.host.clone(), context.timeout, arguments.dry_run);
-    let job = Arc::new(Job { host, rulebook, table, timeout, dry_run });
+    let job = Arc::new(Job { host, policy, table, timeout, dry_run });
     let (mut running, mut names) = (JoinSet::new(), Vec::new());
     for (order, (name, socket)) in vms.into_iter().enumerate() {
         let (job, named) = (job.clone(), !arguments.vms.is_empty());
@@ -95,16 +96,16 @@ pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
 /// The VMs that were named, or all.
 fn vms(
     context: &Context,
-    rulebook: &Rulebook,
+    policy: &Policy,
     named: &[String],
 ) -> Result<Vec<(String, PathBuf)>, Error> {
-    let all = rulebook.config().vms.iter();
+    let all = policy.config().vms.iter();
     if named.is_empty() {
         return Ok(all.map(|vm| (vm.name.clone(), vm.socket.clone())).collect());
     }
     let one = |named: &String| {
         let socket = context.socket(named)?;
-        let known = rulebook.config().vms.iter().find(|vm| vm.socket == socket);
+        let known = policy.config().vms.iter().find(|vm| vm.socket == socket);
         let known = known.ok_or_else(|| {
             let named = escape(named);
             Error::Usage(format!("{named} is no VM of the configuration; add a [vm.NAME] for it"))
@@ -152,10 +153,10 @@ impl Job {
             }
         );
         let mut errors = Vec::new();
-        for action in plan(&report.vm, &self.table, &in_vm, &Settled::new()) {
-            let (mut done, result) = match action {
-                Action::Attach(port) => self.attach(&socket, port).await,
-                Action::Detach(id, why) => (
+        for step in reconcile(&report.vm, &self.table, &in_vm, &Handled::new()) {
+            let (mut done, result) = match step {
+                Step::Attach(port) => self.attach(&socket, port).await,
+                Step::Detach(id, why) => (
                     ActionReport {
                         action: "detach",
                         port: id.port(),
@@ -189,8 +190,8 @@ impl Job {
 
     async fn attach(&self, socket: &Path, port: Port) -> (ActionReport, Result<(), Error>) {
         let seen = self.table.get(&port);
-        let home = seen.and_then(|seen| seen.home.as_ref());
-        let line = home.map(|home| self.rulebook.line(home));
+        let assignment = seen.and_then(|seen| seen.assignment.as_ref());
+        let line = assignment.map(|assignment| self.policy.line(assignment));
         let report = ActionReport {
             action: "attach",
             id: DeviceId::for_port(&port),
@@ -200,11 +201,12 @@ impl Job {
             error: None,
             port: Some(port),
         };
-        let (Some(seen), Some(home)) = (seen, home) else { return (report, Ok(())) };
-        let options = Options { dry_run: self.dry_run, ..self.rulebook.options(home) };
+        let (Some(seen), Some(assignment)) = (seen, assignment) else { return (report, Ok(())) };
+        let options =
+            Options { dry_run: self.dry_run, ..reconcile::options(&self.policy, assignment) };
         let attached = async {
             let mut vm = Vm::connect(socket, self.timeout).await?;
-            plug::attach(&self.host, &mut vm, &seen.device, &options).await
+            attach::attach(&self.host, &mut vm, &seen.device, &options).await
         };
         (report, attached.await.map(|_: Attached| ()))
     }

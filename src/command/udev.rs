@@ -6,14 +6,13 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
 
-use super::{Context, how};
+use super::{Context, options};
+use crate::attach::{self, Attached, Options};
 use crate::cli::Udev;
-use crate::error::{Error, chain};
-use crate::event::{Action, Event};
-use crate::plug::{self, Attached, Options};
-use crate::text::escape;
-use crate::usb::{Device, DeviceId};
-use crate::vm::Vm;
+use crate::error::Error;
+use crate::qemu::Vm;
+use crate::text::{chain, escape};
+use crate::usb::{Action, Device, DeviceId, HotplugEvent};
 
 /// How long to wait until the monitor is free. Of many devices that are
 /// plugged in at once, each event has a process of its own, and QEMU serves one
@@ -24,7 +23,7 @@ const TURN: Duration = Duration::from_secs(60);
 pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
     let variable = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
     let start = Instant::now();
-    let Some(event) = Event::from_variables(variable)? else {
+    let Some(event) = HotplugEvent::from_variables(variable)? else {
         debug!("not an event of ours");
         return Ok(());
     };
@@ -41,13 +40,15 @@ pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
 async fn act(
     context: &Context,
     arguments: &Udev,
-    event: &Event,
+    event: &HotplugEvent,
     start: Instant,
 ) -> Result<(), Error> {
     let socket = context.socket(&arguments.vm)?;
-    let options = how::options(&arguments.how, false)?;
+    let options = options::options(&arguments.how, false)?;
     match event.action {
-        Action::Add => add(context, &socket, &event.device(&context.host)?, &options, start).await,
+        Action::Add => {
+            add(context, &socket, &context.host.device_of(event)?, &options, start).await
+        }
         Action::Remove => remove(context, &socket, event, start).await,
     }
 }
@@ -70,12 +71,12 @@ async fn add(
         return Err(Error::Hub(device.clone()));
     }
     let mut vm = connect(context, socket).await?;
-    let attached = plug::attach(&context.host, &mut vm, device, options).await?;
+    let attached = attach::attach(&context.host, &mut vm, device, options).await?;
     let (name, id, ms) = (vm.name(), DeviceId::for_port(&device.port), start.elapsed().as_millis());
     let vm = escape(&name);
     match attached {
-        Attached::There(spot) => {
-            info!(%vm, port = %device.port, %id, ms, "attached {device} to {vm} at {spot} in {ms} ms");
+        Attached::There(guest_port) => {
+            info!(%vm, port = %device.port, %id, ms, "attached {device} to {vm} at {guest_port} in {ms} ms");
         }
         Attached::Already => info!(%vm, port = %device.port, %id, "{device} is in {vm} already"),
     }
@@ -85,14 +86,14 @@ async fn add(
 async fn remove(
     context: &Context,
     socket: &Path,
-    event: &Event,
+    event: &HotplugEvent,
     start: Instant,
 ) -> Result<(), Error> {
     let mut vm = connect(context, socket).await?;
     let (id, detached) = match (&event.port, event.address) {
         (Some(port), Some(address)) => {
             let id = DeviceId::for_port(port);
-            let detached = plug::detach_gone(&mut vm, &id, address).await?;
+            let detached = attach::detach_gone(&mut vm, &id, address).await?;
             (Some(id), detached)
         }
         (Some(port), None) => {

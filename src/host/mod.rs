@@ -4,15 +4,16 @@
 //! Linux documents the attributes in Documentation/ABI/testing/sysfs-bus-usb.
 
 mod absent;
+mod attributes;
+mod blocking;
 mod bus;
-pub mod cmdline;
 mod disk;
-mod facts;
-mod holder;
+mod error;
+pub mod events;
 mod node;
-mod process;
+pub mod proc;
+pub mod readable;
 mod release;
-mod socket;
 
 use std::fs;
 use std::io;
@@ -21,15 +22,14 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 
 pub use absent::Absent;
+pub use blocking::blocking;
 pub use bus::Bus;
 pub use disk::{Claims, Use, UsedBy};
-pub use holder::Holder;
+pub use error::Error;
 pub use node::{Node, unlock};
-pub use process::Qemu;
-pub use socket::{Reach, UnixSockets};
+pub use proc::{Holder, Qemu, Reach, UnixSockets};
 
-use crate::text::escape;
-use crate::usb::{self, Address, Device, ParseError, Port, Selector, Speed, VendorProduct};
+use crate::usb::{self, Address, Device, HotplugEvent, Port, Selector, Speed, VendorProduct};
 
 /// Character devices of this major number are USB device nodes (Linux,
 /// include/linux/usb.h, `USB_DEVICE_MAJOR`).
@@ -38,84 +38,6 @@ pub const USB_DEVICE_MAJOR: u32 = 189;
 /// The most that is read of one file of sysfs or `/proc`, in bytes. An
 /// attribute of sysfs has a page at most; mount tables can be long.
 const MAX_FILE: u64 = 4 << 20;
-
-/// What can go wrong on the host's side.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A file of sysfs or `/proc`, or a node, could not be read.
-    #[error("cannot read {}", escape(&.path.to_string_lossy()))]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The reason.
-        source: io::Error,
-    },
-    /// A file does not say what the kernel writes there.
-    #[error("{}", escape(&.path.to_string_lossy()))]
-    Attribute {
-        /// The file.
-        path: PathBuf,
-        /// What it says.
-        source: ParseError,
-    },
-    /// A device's description lacks something.
-    #[error("{}: there is no {name}", escape(&.path.to_string_lossy()))]
-    Missing {
-        /// The file.
-        path: PathBuf,
-        /// The name of what is missing.
-        name: &'static str,
-    },
-    /// No device is what was asked for.
-    #[error("no USB device for {0}")]
-    NoDevice(Absent),
-    /// The device was unplugged in the meantime.
-    #[error("the device at {0} is gone; plug it in again")]
-    Gone(Address),
-    /// More than one device is what was asked for.
-    #[error("{} devices are {selector}: {}; name one by its port", .devices.len(), listed(.devices))]
-    Ambiguous {
-        /// What was asked for.
-        selector: Selector,
-        /// The devices that fit.
-        devices: Vec<Device>,
-    },
-    /// A root hub was asked for.
-    #[error("{0} is a root hub: hubs stay with the host; name a device behind it")]
-    RootHub(Selector),
-    /// A node is not the device it should be.
-    #[error("{} is not the node of the USB device {address}", escape(&.path.to_string_lossy()))]
-    NotTheNode {
-        /// The node's path.
-        path: PathBuf,
-        /// The device it should be.
-        address: Address,
-    },
-    /// The host uses a disk of the device.
-    #[error("{0}; unmount it first, or use --force and lose what was not written")]
-    InUse(Use),
-    /// Another process holds the device.
-    #[error("{device} is held by {}; detach it there first", held_by(.holders))]
-    Held {
-        /// The device.
-        device: Device,
-        /// Who holds it; empty if that could not be seen.
-        holders: Vec<Holder>,
-    },
-}
-
-fn listed(devices: &[Device]) -> String {
-    let shown: Vec<String> = devices.iter().map(ToString::to_string).collect();
-    shown.join(", ")
-}
-
-fn held_by(holders: &[Holder]) -> String {
-    if holders.is_empty() {
-        return "a process that this user may not see".to_owned();
-    }
-    let shown: Vec<String> = holders.iter().map(ToString::to_string).collect();
-    shown.join(" and ")
-}
 
 /// What a device says of itself. Untrusted: escape it before it is shown.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -201,7 +123,7 @@ impl Host {
             match self.device(&port) {
                 Ok(Some(device)) => devices.push(device),
                 Ok(None) => {}
-                Err(error) => warn!(%port, "left out: {}", crate::error::chain(&error)),
+                Err(error) => warn!(%port, "left out: {}", crate::text::chain(&error)),
             }
         }
         devices.sort_by(|a, b| a.port.cmp(&b.port));
@@ -230,6 +152,19 @@ impl Host {
         };
         let device = self.device(&port.ok_or_else(none)?)?;
         device.ok_or_else(none)
+    }
+
+    /// The device of an event: as the event says it, or where a person typed it
+    /// and it says too little, as sysfs does.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Host::find`].
+    pub fn device_of(&self, event: &HotplugEvent) -> Result<Device, Error> {
+        match event.device() {
+            Some(device) => Ok(device),
+            None => self.find(&event.selector),
+        }
     }
 
     fn only(&self, selector: &Selector, fits: impl Fn(&Device) -> bool) -> Result<Device, Error> {

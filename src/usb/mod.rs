@@ -2,6 +2,7 @@
 //! QEMU ids. Pure: text in, text out.
 
 mod descriptors;
+mod event;
 mod name;
 mod place;
 mod speed;
@@ -10,6 +11,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use descriptors::classes;
+pub use event::{Action, EventError, HotplugEvent};
 pub use name::{DeviceId, Selector};
 pub use place::{Address, Port};
 pub use speed::Speed;

@@ -32,10 +32,10 @@ fn the_documents_have_the_names_that_the_pages_say() {
     let rule = tool::run(["rule", &stick.port, "--toml", "--vm", &vm.socket()]).succeeds().stdout;
     fs::write(CONFIG, rule).unwrap();
     for (command, example) in [
-        (&["sync", "--json"][..], include_str!("../../src/command/man/sync.json")),
-        (&["inspect", "a", "--json"], include_str!("../../src/command/man/inspect.json")),
-        (&["list", "--json"], include_str!("../../src/command/man/list.json")),
-        (&["vms", "--json"], include_str!("../../src/command/man/vms.json")),
+        (&["sync", "--json"][..], include_str!("../../contrib/man/sync.json")),
+        (&["inspect", "a", "--json"], include_str!("../../contrib/man/inspect.json")),
+        (&["list", "--json"], include_str!("../../contrib/man/list.json")),
+        (&["vms", "--json"], include_str!("../../contrib/man/vms.json")),
     ] {
         let document = tool::run(["--config", CONFIG].iter().chain(command)).succeeds().stdout;
         let (mut real, mut said) = (BTreeSet::new(), BTreeSet::new());

@@ -3,18 +3,19 @@
 //! where the shell knows better. The scripts in contrib/completions read it.
 
 mod bash;
-mod line;
+mod cursor;
 mod values;
 
 use std::time::Duration;
 
 use clap::{Arg, CommandFactory, ValueHint};
 
-use super::{Context, print};
+use super::Context;
 use crate::cli::{Cli, Complete, Shell};
 use crate::error::Error;
 use crate::text::{escape, fit};
-use line::{Expected, Line};
+use crate::ui::output::print;
+use cursor::{Cursor, Expected};
 
 /// How long a VM may take to say what it has. A person is waiting.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -52,7 +53,7 @@ pub async fn run(context: &Context, arguments: &Complete) -> Result<(), Error> {
     };
     let mut root = Cli::command();
     root.build();
-    let Some(line) = Line::read(&root, &words) else { return Ok(()) };
+    let Some(line) = Cursor::read(&root, &words) else { return Ok(()) };
     let answer = answer(context, &line).await;
     let mut text = String::new();
     for Candidate { value, help } in &answer.candidates {
@@ -71,7 +72,7 @@ pub async fn run(context: &Context, arguments: &Complete) -> Result<(), Error> {
     print(&text)
 }
 
-async fn answer(context: &Context, line: &Line<'_>) -> Answer {
+async fn answer(context: &Context, line: &Cursor<'_>) -> Answer {
     match &line.expected {
         Expected::Command(command) => {
             let commands = command.get_subcommands().filter(|command| !command.is_hide_set());
@@ -96,7 +97,7 @@ async fn answer(context: &Context, line: &Line<'_>) -> Answer {
     }
 }
 
-async fn of_value(context: &Context, line: &Line<'_>, argument: &Arg) -> Answer {
+async fn of_value(context: &Context, line: &Cursor<'_>, argument: &Arg) -> Answer {
     let possible = argument.get_possible_values();
     if !possible.is_empty() {
         let candidate = |value: &clap::builder::PossibleValue| {

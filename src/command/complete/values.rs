@@ -2,10 +2,10 @@
 
 use super::Candidate;
 use crate::command::Context;
-use crate::host::cmdline::Endpoint;
+use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Reach, Strings};
+use crate::qemu::Vm;
 use crate::usb::{Device, DeviceId};
-use crate::vm::Vm;
 
 /// The VMs of the configuration, by name; and the monitors of the QEMUs that
 /// run, by path, that have no name.

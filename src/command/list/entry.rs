@@ -5,8 +5,8 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::host::{Bus, Holder, Host, Strings, UsedBy};
-use crate::rule::{self, Action};
-use crate::rulebook::Rulebook;
+use crate::policy::Policy;
+use crate::policy::rule::{self, Effect};
 use crate::text::escape;
 use crate::usb::{Address, Device, Port, Speed};
 
@@ -79,9 +79,9 @@ pub struct RuleReport {
 
 impl From<&rule::Rule> for RuleReport {
     fn from(rule: &rule::Rule) -> Self {
-        let vm = match &rule.action {
-            Action::Attach(target) => Some(target.vm.clone()),
-            Action::Deny => None,
+        let vm = match &rule.effect {
+            Effect::Attach(target) => Some(target.vm.clone()),
+            Effect::Deny => None,
         };
         RuleReport { line: rule.line, deny: vm.is_none(), vm }
     }
@@ -114,7 +114,7 @@ impl From<Bus> for BusReport {
 
 impl Entry {
     /// Reads what there is to know of a device.
-    pub fn of(host: &Host, rulebook: &Rulebook, device: &Device, holders: Vec<Holder>) -> Self {
+    pub fn of(host: &Host, policy: &Policy, device: &Device, holders: Vec<Holder>) -> Self {
         let port = &device.port;
         let strings = host.strings(port);
         let own = |text: Option<String>| {
@@ -126,7 +126,7 @@ impl Entry {
         let name = |text, property| own(text).or_else(|| own(host.property(port, property)));
         let drivers = host.drivers(port);
         // A hub stays with the host, whatever a rule says.
-        let rule = if device.is_hub() { None } else { rulebook.decision(host, device) };
+        let rule = if device.is_hub() { None } else { policy.decision(host, device) };
         Entry {
             port: port.clone(),
             twin: host.twin(port),

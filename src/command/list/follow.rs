@@ -11,14 +11,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
 use super::entry::Entry;
-use crate::command::screen::{Line, Screen, Style};
-use crate::command::watch::events::{Batch, Events, Source};
-use crate::command::{Context, print_more};
-use crate::error::{Error, chain};
-use crate::event::{Action, Event};
-use crate::rulebook::Rulebook;
-use crate::text::{escape, escape_json};
-use crate::usb::{Device, Port};
+use crate::command::Context;
+use crate::error::Error;
+use crate::host::events::{Batch, Events, Source};
+use crate::policy::Policy;
+use crate::text::{chain, escape, escape_json};
+use crate::ui::output::print_more;
+use crate::ui::screen::{Line, Screen, Style};
+use crate::usb::{Action, Device, HotplugEvent, Port};
 
 /// One line of JSON.
 #[derive(Debug, Serialize)]
@@ -29,14 +29,14 @@ enum Report<'a> {
 }
 
 /// Follows until interrupted, or nobody reads any more.
-pub async fn run(context: &Context, rulebook: &Rulebook, json: bool) -> Result<(), Error> {
+pub async fn run(context: &Context, policy: &Policy, json: bool) -> Result<(), Error> {
     let setup = |what| move |source| Error::Setup { what, source };
     let on = |kind| signal(kind).map_err(setup("handle signals"));
     let (mut interrupt, mut terminate) =
         (on(SignalKind::interrupt())?, on(SignalKind::terminate())?);
     // First hear, then look.
     let events = Events::listen(Source::Udev).map_err(setup("listen to udev"))?;
-    let mut follower = Follower { context, rulebook, json, present: BTreeMap::new() };
+    let mut follower = Follower { context, policy, json, present: BTreeMap::new() };
     follower.present = follower.look()?;
     if std::io::stdout().is_terminal() {
         info!("following plugs and pulls; Ctrl-C ends");
@@ -73,7 +73,7 @@ async fn closed_stdout() {
 
 struct Follower<'a> {
     context: &'a Context,
-    rulebook: &'a Rulebook,
+    policy: &'a Policy,
     json: bool,
     /// What sysfs no longer says of a device that was pulled.
     present: BTreeMap<Port, Entry>,
@@ -86,7 +86,7 @@ impl Follower<'_> {
     }
 
     fn entry(&self, device: &Device) -> Entry {
-        Entry::of(&self.context.host, self.rulebook, device, Vec::new())
+        Entry::of(&self.context.host, self.policy, device, Vec::new())
     }
 
     /// Tells what happened; false if nobody listens.
@@ -102,10 +102,10 @@ impl Follower<'_> {
         Ok(goes_on)
     }
 
-    fn event(&mut self, event: &Event) -> Result<bool, Error> {
+    fn event(&mut self, event: &HotplugEvent) -> Result<bool, Error> {
         let Some(port) = &event.port else { return Ok(true) };
         match event.action {
-            Action::Add => match event.device(&self.context.host) {
+            Action::Add => match self.context.host.device_of(event) {
                 Ok(device) => self.plugged(&device),
                 Err(error) => {
                     warn!("passed over an event of udev: {}", chain(&error));

@@ -6,13 +6,14 @@ mod tree;
 
 use serde::Serialize;
 
-use super::screen::Screen;
-use super::{Context, json, print};
+use super::Context;
 use crate::cli::List;
 use crate::error::Error;
 use crate::host::Host;
-use crate::rulebook::Rulebook;
+use crate::policy::Policy;
 use crate::text::escape;
+use crate::ui::output::{json, print};
+use crate::ui::screen::Screen;
 use entry::{BusReport, Entry};
 
 /// The JSON document.
@@ -24,11 +25,11 @@ struct Report {
 
 /// Shows what is plugged in, and follows what happens to it if asked to.
 pub async fn run(context: &Context, arguments: &List) -> Result<(), Error> {
-    let rulebook = Rulebook::new(context.config_or_none());
+    let policy = Policy::new(context.config_or_none());
     if arguments.watch {
-        return follow::run(context, &rulebook, arguments.json).await;
+        return follow::run(context, &policy, arguments.json).await;
     }
-    let report = report(&context.host, &rulebook)?;
+    let report = report(&context.host, &policy)?;
     if arguments.json {
         return print(&json(&report)?);
     }
@@ -42,11 +43,11 @@ pub async fn run(context: &Context, arguments: &List) -> Result<(), Error> {
     print(&tree::shown(&report, Screen::of_stdout()))
 }
 
-fn report(host: &Host, rulebook: &Rulebook) -> Result<Report, Error> {
+fn report(host: &Host, policy: &Policy) -> Result<Report, Error> {
     let mut holders = host.all_holders();
     let devices = host.devices()?.into_iter().map(|device| {
         let holders = holders.remove(&device.address).unwrap_or_default();
-        Entry::of(host, rulebook, &device, holders)
+        Entry::of(host, policy, &device, holders)
     });
     let devices: Vec<Entry> = devices.collect();
     let mut numbers: Vec<u16> = devices.iter().map(|entry| entry.bus).collect();

@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::Config;
+use crate::policy::config::Config;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -61,16 +61,16 @@ fn host() -> (tempfile::TempDir, Host) {
     (root, host)
 }
 
-fn rulebook() -> Rulebook {
+fn policy() -> Policy {
     let text = "[vm.win11]\nqmp = \"/run/win11.qmp\"\n\n[[rule]]\nvm = \"win11\"\nport = \"1-1*\"\n\
                 vendor = \"152d\"\n[[rule]]\ndeny = true\nclass = \"03\"\n[[rule]]\nvm = \"win11\"\nport = \"*\"\n";
-    Rulebook::new(Config::parse(Path::new("test.toml"), text).unwrap())
+    Policy::new(Config::parse(Path::new("test.toml"), text).unwrap())
 }
 
 #[test]
 fn the_tree_shows_what_is_plugged_in_where() {
     let (_root, host) = host();
-    let report = report(&host, &rulebook()).unwrap();
+    let report = report(&host, &policy()).unwrap();
     let shown = tree::shown(&report, Screen { columns: 72, colour: false });
     assert_eq!(
         shown,
@@ -91,7 +91,7 @@ bus 1  480 Mb/s, 4 ports, xHCI Host Controller 0000:00:14.0
 fn every_width_is_kept_and_no_colour_changes_the_text() {
     use unicode_width::UnicodeWidthStr;
     let (_root, host) = host();
-    let report = report(&host, &rulebook()).unwrap();
+    let report = report(&host, &policy()).unwrap();
     for columns in 1..140 {
         let plain = tree::shown(&report, Screen { columns, colour: false });
         assert!(plain.lines().all(|line| line.width() <= columns), "{columns}: {plain}");
@@ -107,7 +107,7 @@ fn every_width_is_kept_and_no_colour_changes_the_text() {
 #[test]
 fn json_has_all_of_it() {
     let (_root, host) = host();
-    let report = report(&host, &rulebook()).unwrap();
+    let report = report(&host, &policy()).unwrap();
     let json = serde_json::to_value(&report).unwrap();
     assert_eq!(
         json["devices"][1],
@@ -129,7 +129,7 @@ fn json_has_all_of_it() {
 #[test]
 fn flat_lines_have_a_field_for_everything() {
     let (_root, host) = host();
-    let report = report(&host, &rulebook()).unwrap();
+    let report = report(&host, &policy()).unwrap();
     let lines: String = report.devices.iter().map(flat).collect();
     assert!(lines.starts_with("1-1\t1:2\t0409:55aa\t480\thub\tHub\tH1\t-\t-\t-\t-\n"), "{lines}");
     assert!(lines.lines().all(|line| line.split('\t').count() == 11), "{lines}");
@@ -138,6 +138,6 @@ fn flat_lines_have_a_field_for_everything() {
 
 #[test]
 fn a_host_without_usb_has_no_devices() {
-    let report = report(&Host::at("/nonexistent"), &Rulebook::default()).unwrap();
+    let report = report(&Host::at("/nonexistent"), &Policy::default()).unwrap();
     assert!(report.devices.is_empty());
 }

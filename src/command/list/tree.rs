@@ -4,8 +4,8 @@ use unicode_width::UnicodeWidthStr;
 
 use super::Report;
 use super::entry::{BusReport, Entry};
-use crate::command::screen::{Line, Screen, Style};
 use crate::text::escape;
+use crate::ui::screen::{Line, Screen, Style};
 use crate::usb::Port;
 
 /// The least that must be left for names; else other columns are left out.

@@ -1,5 +1,5 @@
 //! `man DIR`: the manual pages. The command line's types tell most of it; what
-//! they cannot say lies beside this file.
+//! they cannot say lies in contrib/man.
 
 mod page;
 
@@ -44,7 +44,8 @@ fn pages() -> std::io::Result<Vec<Page>> {
     }
     let example = page::verbatim(EXAMPLE);
     let see = page::see(&["usb-qmp-hotplug(1)", "usb-qmp-hotplug-sync(1)", "udevadm(8)"]);
-    let toml = format!("{}.SH EXAMPLE\n{example}{see}", include_str!("toml.5"));
+    let toml =
+        format!("{}.SH EXAMPLE\n{example}{see}", include_str!("../../../contrib/man/toml.5"));
     pages.push(("usb-qmp-hotplug.toml.5".to_owned(), toml));
     Ok(pages)
 }

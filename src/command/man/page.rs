@@ -9,10 +9,26 @@ use super::Page;
 
 /// The JSON documents, by command: an example, and what there is to say of it.
 pub const DOCUMENTS: [(&str, &str, &str); 4] = [
-    ("inspect", include_str!("inspect.json"), include_str!("inspect.roff")),
-    ("sync", include_str!("sync.json"), include_str!("sync.roff")),
-    ("list", include_str!("list.json"), include_str!("list.roff")),
-    ("vms", include_str!("vms.json"), include_str!("vms.roff")),
+    (
+        "inspect",
+        include_str!("../../../contrib/man/inspect.json"),
+        include_str!("../../../contrib/man/inspect.roff"),
+    ),
+    (
+        "sync",
+        include_str!("../../../contrib/man/sync.json"),
+        include_str!("../../../contrib/man/sync.roff"),
+    ),
+    (
+        "list",
+        include_str!("../../../contrib/man/list.json"),
+        include_str!("../../../contrib/man/list.roff"),
+    ),
+    (
+        "vms",
+        include_str!("../../../contrib/man/vms.json"),
+        include_str!("../../../contrib/man/vms.roff"),
+    ),
 ];
 
 /// The page of the program.
@@ -23,7 +39,7 @@ pub fn main(root: &Command) -> io::Result<Page> {
     Man::new(root).render_subcommands_section(&mut text)?;
     let mut text =
         in_bold(&String::from_utf8_lossy(&text)).replace(".SH SUBCOMMANDS", ".SH COMMANDS");
-    text += include_str!("main.roff");
+    text += include_str!("../../../contrib/man/main.roff");
     text += &see(&["usb-qmp-hotplug.toml(5)", "qemu-system-x86_64(1)", "udev(7)", "udevadm(8)"]);
     Ok(("usb-qmp-hotplug.1".to_owned(), text))
 }

@@ -6,12 +6,11 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{debug, info};
 
 use super::Context;
-use crate::command::watch::events::{Events, Source};
-use crate::error::{Error, chain};
-use crate::event::Action;
-use crate::progress::Progress;
-use crate::text::escape;
-use crate::usb::Device;
+use crate::error::Error;
+use crate::host::events::{Events, Source};
+use crate::text::{chain, escape};
+use crate::ui::progress::Progress;
+use crate::usb::{Action, Device};
 
 /// What is asked of the person; on a terminal with the time that is left,
 /// counting down in place.
@@ -40,7 +39,7 @@ pub async fn plugged(context: &Context, wait: Duration) -> Result<Device, Error>
                 }
             };
             for event in batch.events.iter().filter(|event| event.action == Action::Add) {
-                match event.device(&context.host) {
+                match context.host.device_of(event) {
                     Ok(device) => return Ok::<_, Error>(device),
                     // It may be gone again.
                     Err(error) => debug!("passed over an event of udev: {}", chain(&error)),

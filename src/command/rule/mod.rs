@@ -12,17 +12,18 @@ use std::time::Duration;
 
 use tracing::info;
 
-use super::{Context, print, seconds};
+use super::{Context, seconds};
 use crate::cli::{By, Rule};
-use crate::config::DEFAULT_PATH;
 use crate::error::Error;
+use crate::policy::config::DEFAULT_PATH;
+use crate::ui::output::print;
 use what::What;
 
 /// What `--timeout` is when nothing is said.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The VM that a rule is for.
-struct Vm {
+struct RuleVm {
     /// As the rule has udev name it: a name of the configuration, or an
     /// absolute path.
     name: String,
@@ -65,18 +66,18 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
 }
 
 /// The VM of a name or a path.
-fn vm(context: &Context, vm: &str) -> Result<Vm, Error> {
+fn vm(context: &Context, vm: &str) -> Result<RuleVm, Error> {
     let socket = context.socket(vm)?;
     // udev runs programs in its own directory.
     let socket = std::path::absolute(&socket)
         .map_err(|source| Error::Setup { what: "tell the current directory", source })?;
     let configured = !vm.contains('/');
     let name = if configured { vm.to_owned() } else { text(&socket)? };
-    Ok(Vm { name, socket, configured })
+    Ok(RuleVm { name, socket, configured })
 }
 
 /// What udev is to run.
-fn command(context: &Context, vm: &Vm) -> Result<Vec<String>, Error> {
+fn command(context: &Context, vm: &RuleVm) -> Result<Vec<String>, Error> {
     let program = std::env::current_exe()
         .map_err(|source| Error::Setup { what: "tell where this program is", source })?;
     let mut command = vec![text(&program)?];

@@ -4,14 +4,14 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::what::What;
-use super::{Context, Vm, text};
-use crate::config::Config;
+use super::{Context, RuleVm, text};
 use crate::error::Error;
-use crate::rule::MAX_GLOB;
+use crate::policy::config::Config;
+use crate::policy::rule::MAX_GLOB;
 use crate::text::escape;
 
 /// A configuration with the VM and one rule.
-pub fn configuration(context: &Context, what: &What, vm: &Vm) -> Result<String, Error> {
+pub fn configuration(context: &Context, what: &What, vm: &RuleVm) -> Result<String, Error> {
     // A socket may have a name already.
     let config = context.config().unwrap_or_default();
     let known = config.vms.iter().find(|known| known.socket == vm.socket);
@@ -105,7 +105,7 @@ fn string(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::host::Host;
-    use crate::rule::{Action, Facts};
+    use crate::policy::rule::{Effect, Facts};
     use proptest::prelude::*;
     use std::time::Duration;
 
@@ -115,7 +115,7 @@ mod tests {
     }
 
     fn made(what: &What, socket: &str) -> (String, Config) {
-        let vm = Vm { name: socket.into(), socket: socket.into(), configured: false };
+        let vm = RuleVm { name: socket.into(), socket: socket.into(), configured: false };
         let text = configuration(&context(Path::new("/nonexistent")), what, &vm).unwrap();
         let config = Config::parse(Path::new("x"), &text).unwrap();
         assert_eq!(config.vms[0].socket, Path::new(socket));
@@ -132,7 +132,7 @@ mod tests {
              # Whatever is plugged into port 1-1.2 or its other half 2-1.2.\n\
              [[rule]]\nvm = \"win11\"\nport = \"1-1.2\"\n"
         );
-        assert!(matches!(&config.rules[0].action, Action::Attach(target) if target.vm == "win11"));
+        assert!(matches!(&config.rules[0].effect, Effect::Attach(target) if target.vm == "win11"));
         let (text, _) = made(&What::Below(vec!["1-1".parse().unwrap()]), "/run/a.b c.qmp");
         assert!(text.contains("port = \"1-1.*\"") && text.contains("[vm.\"a.b-c\"]"), "{text}");
     }
@@ -141,7 +141,8 @@ mod tests {
     fn a_vm_that_has_a_name_keeps_it() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "[vm.win]\nqmp = \"/run/x.qmp\"\n").unwrap();
-        let vm = Vm { name: "/run/x.qmp".into(), socket: "/run/x.qmp".into(), configured: false };
+        let vm =
+            RuleVm { name: "/run/x.qmp".into(), socket: "/run/x.qmp".into(), configured: false };
         let what = What::Product("0627:0001".parse().unwrap());
         let text = configuration(&context(file.path()), &what, &vm).unwrap();
         assert!(text.contains("has this VM already") && text.contains("[vm.win]"), "{text}");
@@ -150,7 +151,7 @@ mod tests {
     #[test]
     fn what_would_be_no_configuration_is_refused() {
         let long = format!("/{}", "x".repeat(108));
-        let vm = Vm { name: long.clone(), socket: long.into(), configured: false };
+        let vm = RuleVm { name: long.clone(), socket: long.into(), configured: false };
         let what = What::Product("0627:0001".parse().unwrap());
         let error = configuration(&context(Path::new("/nonexistent")), &what, &vm).unwrap_err();
         assert_eq!(error.exit_code(), 2);

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::host::cmdline::CommandLine;
+use crate::host::proc::cmdline::CommandLine;
 
 /// What to add, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

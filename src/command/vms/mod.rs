@@ -1,7 +1,7 @@
 //! `vms`: the QEMU processes of this host, and whether their monitors are free.
 
 mod advice;
-mod probe;
+mod monitor;
 mod show;
 
 use std::os::unix::fs::MetadataExt;
@@ -12,15 +12,16 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use super::screen::Screen;
-use super::{Context, json, print};
+use super::Context;
 use crate::cli::Vms;
-use crate::config::Config;
 use crate::error::Error;
-use crate::guest::Controller;
 use crate::host::{Holder, Qemu};
+use crate::policy::config::Config;
+use crate::qemu::Controller;
+use crate::ui::output::{json, print};
+use crate::ui::screen::Screen;
 use advice::Advice;
-use probe::{Probe, Prober, State};
+use monitor::{Monitor, Monitors, State};
 
 /// The JSON document.
 #[derive(Debug, Serialize)]
@@ -83,14 +84,14 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
     if host.hides_processes() {
         warn!("this user sees only its own processes here (/proc is mounted with hidepid)");
     }
-    let prober = Arc::new(Prober { host: host.clone(), time: context.timeout });
+    let prober = Arc::new(Monitors { host: host.clone(), time: context.timeout });
     let probed = all(host.qemus().into_iter().map(|qemu| {
         let prober = prober.clone();
         async move { (prober.vm(&qemu).await, qemu) }
     }));
     let what = || "asking every VM's monitor".to_owned();
     let probed = context.during(what, probed).await;
-    let vms = probed.into_iter().map(|(probes, qemu)| VmReport::of(qemu, probes, &config));
+    let vms = probed.into_iter().map(|(monitors, qemu)| VmReport::of(qemu, monitors, &config));
     let mut vms: Vec<VmReport> = vms.collect();
 
     // Those of the configuration that are not among them.
@@ -104,9 +105,9 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
         let prober = prober.clone();
         async move { (prober.socket(&vm.socket).await, vm) }
     }));
-    for (probe, vm) in context.during(what, probed).await {
+    for (monitor, vm) in context.during(what, probed).await {
         let mut report = VmReport { name: Some(vm.name), ..VmReport::default() };
-        report.add(probe, &config);
+        report.add(monitor, &config);
         vms.push(report);
     }
     let report = Report { vms };
@@ -133,9 +134,9 @@ async fn all<T: Send + 'static>(
 }
 
 impl VmReport {
-    fn of(qemu: Qemu, probes: Vec<Probe>, config: &Config) -> Self {
+    fn of(qemu: Qemu, monitors: Vec<Monitor>, config: &Config) -> Self {
         let Qemu { pid, program, user, command_line, .. } = qemu;
-        let is = |states: &[State]| probes.iter().any(|probe| states.contains(&probe.state));
+        let is = |states: &[State]| monitors.iter().any(|monitor| states.contains(&monitor.state));
         // Another monitor is no better than one that may do yet.
         let may_do = is(&[State::Forbidden, State::Silent, State::Stopped]);
         let needs_one = !is(&[State::Free]) && (command_line.is_libvirt || !may_do);
@@ -149,12 +150,12 @@ impl VmReport {
             name: command_line.name,
             ..VmReport::default()
         };
-        probes.into_iter().for_each(|probe| vm.add(probe, config));
+        monitors.into_iter().for_each(|monitor| vm.add(monitor, config));
         vm
     }
 
-    fn add(&mut self, probe: Probe, config: &Config) {
-        if let Some(told) = probe.told {
+    fn add(&mut self, monitor: Monitor, config: &Config) {
+        if let Some(told) = monitor.told {
             self.qemu = Some(told.version.to_string());
             self.status = told.status.clone();
             self.name = self.name.take().or_else(|| told.name.clone());
@@ -171,12 +172,12 @@ impl VmReport {
         };
         let holder = |Holder { pid, program, .. }| HolderReport { pid, program };
         self.monitors.push(MonitorReport {
-            configured_as: probe.socket.as_ref().and_then(configured),
-            socket: probe.socket,
-            asked: probe.asked,
-            state: probe.state,
-            held_by: probe.clients.into_iter().map(holder).collect(),
-            note: probe.note,
+            configured_as: monitor.socket.as_ref().and_then(configured),
+            socket: monitor.socket,
+            asked: monitor.asked,
+            state: monitor.state,
+            held_by: monitor.clients.into_iter().map(holder).collect(),
+            note: monitor.note,
         });
     }
 }

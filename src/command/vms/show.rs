@@ -1,10 +1,10 @@
 //! The VMs for people.
 
 use super::advice::Advice;
-use super::probe::State;
+use super::monitor::State;
 use super::{MonitorReport, VmReport};
-use crate::command::screen::{Line, Screen, Style};
 use crate::text::escape;
+use crate::ui::screen::{Line, Screen, Style};
 
 /// Where the words after a state begin.
 const INDENT: usize = 13;

@@ -1,0 +1,124 @@
+//! What every command needs: the global options, the configuration, the VMs.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tracing::warn;
+
+use crate::cli::{Cli, Global};
+use crate::daemon::Settings;
+use crate::error::Error;
+use crate::host::Host;
+use crate::policy::config::{self, Config};
+use crate::qemu::Vm;
+use crate::text::{chain, escape, nearest};
+use crate::ui::output::print;
+use crate::ui::progress;
+
+/// What every command needs.
+#[derive(Debug)]
+pub struct Context {
+    /// The host.
+    pub host: Host,
+    /// The time for one conversation with a VM.
+    pub timeout: Duration,
+    /// Where the configuration is.
+    pub config: PathBuf,
+    /// Say only what failed.
+    pub quiet: bool,
+}
+
+impl Context {
+    /// The context that the global options ask for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`].
+    pub fn new(cli: &Cli) -> Result<Self, Error> {
+        let Global { timeout, config, quiet, .. } = &cli.global;
+        let timeout = seconds("--timeout", timeout)?;
+        Ok(Context { host: Host::default(), timeout, config: config.clone(), quiet: *quiet })
+    }
+
+    /// What the daemon is started with.
+    pub fn settings(&self) -> Settings {
+        let (host, timeout, config) = (self.host.clone(), self.timeout, self.config.clone());
+        Settings { host, timeout, config }
+    }
+
+    /// Reads the configuration.
+    pub fn config(&self) -> Result<Config, Error> {
+        Ok(Config::read(&self.config)?)
+    }
+
+    /// Reads the configuration; one that is not there is empty.
+    pub fn config_if_there(&self) -> Result<Config, Error> {
+        match self.config() {
+            Err(Error::Config(config::Error::Io { source, .. }))
+                if source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                Ok(Config::default())
+            }
+            config => config,
+        }
+    }
+
+    /// Reads the configuration for what can do without: a bad one is told and
+    /// counts as empty, and so is one that was named and is not there.
+    pub fn config_or_none(&self) -> Config {
+        let is_default = self.config == Path::new(config::DEFAULT_PATH);
+        let config = if is_default { self.config_if_there() } else { self.config() };
+        config.unwrap_or_else(|error| {
+            warn!("going on without a configuration: {}", chain(&error));
+            Config::default()
+        })
+    }
+
+    /// The socket of a VM: a path, which has a `/`, or a name of the
+    /// configuration, which is only read for that.
+    pub fn socket(&self, vm: &str) -> Result<PathBuf, Error> {
+        if vm.contains('/') {
+            return Ok(PathBuf::from(vm));
+        }
+        let config = self.config_if_there()?;
+        if let Some(socket) = config.socket(vm) {
+            return Ok(socket.to_owned());
+        }
+        let names = config.vms.iter().map(|vm| vm.name.as_str());
+        let next = match nearest(vm, names) {
+            Some(name) => format!("did you mean `{name}`?"),
+            None => {
+                "give the path of its QMP socket, which has a `/`; `usb-qmp-hotplug vms` shows it"
+                    .to_owned()
+            }
+        };
+        let (vm, file) = (escape(vm), self.config.to_string_lossy());
+        Err(Error::NoVm(format!("no VM `{vm}` in {}; {next}", escape(&file))))
+    }
+
+    /// Does what may take a while; on a terminal a line then says what it is.
+    pub async fn during<T>(&self, what: impl Fn() -> String, work: impl Future<Output = T>) -> T {
+        progress::during(self.quiet, what, work).await
+    }
+
+    /// Connects to a VM.
+    pub async fn connect(&self, socket: &Path) -> Result<Vm, Error> {
+        let shown = socket.to_string_lossy();
+        let what = || format!("waiting for the monitor at {}", escape(&shown));
+        Ok(self.during(what, Vm::connect(socket, self.timeout)).await?)
+    }
+
+    /// Says what was done, on standard output.
+    pub fn say(&self, line: std::fmt::Arguments<'_>) -> Result<(), Error> {
+        if self.quiet { Ok(()) } else { print(&format!("{line}\n")) }
+    }
+}
+
+/// The time that an option names.
+pub fn seconds(option: &str, text: &str) -> Result<Duration, Error> {
+    let seconds: Option<f64> = text.parse().ok().filter(|s| (0.001..=86_400.0).contains(s));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| {
+        let text = escape(text);
+        Error::Usage(format!("{option} {text}: give seconds, more than 0 and at most 86400"))
+    })
+}

@@ -1,0 +1,227 @@
+//! Whether a monitor is free, found out without disturbing anybody: who is
+//! connected is read from the kernel's tables; only where nobody is, a
+//! connection is made, and closed again at once.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::time::timeout;
+
+use crate::host::proc::cmdline::Endpoint;
+use crate::host::{Holder, Host, Qemu, Reach};
+use crate::qemu::qmp::{self, ErrorKind};
+use crate::qemu::{Inventory, Vm};
+use crate::text::{chain, escape};
+
+/// How long a monitor may take to greet. QEMU does so as soon as its main loop
+/// comes round.
+const GREETING: Duration = Duration::from_secs(2);
+
+/// How a monitor stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It answers, and takes commands.
+    Free,
+    /// Another client has it.
+    Held,
+    /// It does not answer.
+    Silent,
+    /// QEMU's process is stopped.
+    Stopped,
+    /// The socket was removed, or nobody listens on it.
+    Gone,
+    /// Another process listens on its path now.
+    Taken,
+    /// This user may not connect to it, or not see where it is.
+    Forbidden,
+    /// This tool cannot use its kind.
+    Unusable,
+    /// It answered something else.
+    Broken,
+}
+
+impl State {
+    /// The state as it stands in the JSON document.
+    pub fn word(self) -> &'static str {
+        match self {
+            State::Free => "free",
+            State::Held => "held",
+            State::Silent => "silent",
+            State::Stopped => "stopped",
+            State::Gone => "gone",
+            State::Taken => "taken",
+            State::Forbidden => "forbidden",
+            State::Unusable => "unusable",
+            State::Broken => "broken",
+        }
+    }
+}
+
+/// What came of looking at a monitor.
+#[derive(Debug)]
+pub struct Monitor {
+    pub socket: Option<PathBuf>,
+    pub asked: String,
+    pub state: State,
+    /// Who has it, as far as that can be seen.
+    pub clients: Vec<Holder>,
+    pub note: Option<String>,
+    /// What the VM told, if it answered.
+    pub told: Option<Inventory>,
+}
+
+impl Monitor {
+    fn of(asked: String) -> Self {
+        let (clients, state) = (Vec::new(), State::Free);
+        Monitor { socket: None, asked, state, clients, note: None, told: None }
+    }
+}
+
+/// What looking at monitors needs.
+#[derive(Debug)]
+pub struct Monitors {
+    pub host: Host,
+    pub time: Duration,
+}
+
+impl Monitors {
+    /// Looks at the monitors of a VM, one after the other, so that QEMU has
+    /// one client of ours at most; all of them together within the time.
+    pub async fn vm(&self, qemu: &Qemu) -> Vec<Monitor> {
+        let deadline = tokio::time::Instant::now() + self.time;
+        let mut monitors: Vec<Monitor> = Vec::new();
+        for endpoint in &qemu.command_line.monitors {
+            let mut monitor = self.look(qemu, endpoint);
+            if monitor.state == State::Free {
+                let is_first = monitors.iter().all(|monitor| monitor.told.is_none());
+                let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+                self.ask(Some(qemu), &mut monitor, left, is_first).await;
+            }
+            monitors.push(monitor);
+        }
+        monitors
+    }
+
+    /// Looks at a socket whose QEMU is not known.
+    pub async fn socket(&self, socket: &Path) -> Monitor {
+        let mut monitor = Monitor::of(socket.to_string_lossy().into_owned());
+        monitor.socket = Some(socket.to_owned());
+        self.ask(None, &mut monitor, self.time, true).await;
+        monitor
+    }
+
+    /// What can be seen without connecting. What nothing speaks against is
+    /// free, as far as is known.
+    fn look(&self, qemu: &Qemu, endpoint: &Endpoint) -> Monitor {
+        let mut monitor = Monitor::of(String::new());
+        let mut is = |state, note: &str| {
+            monitor.state = state;
+            monitor.note = Some(note.to_owned());
+        };
+        let path = match endpoint {
+            Endpoint::Unix(path) => path.clone(),
+            Endpoint::Descriptor(number) => match self.inherited(qemu.pid, *number) {
+                Some(path) => path,
+                None => {
+                    is(State::Forbidden, "its path can be seen only by QEMU's user and by root");
+                    monitor.asked = format!("fd={number}");
+                    return monitor;
+                }
+            },
+            Endpoint::Client(path) => {
+                is(State::Unusable, "QEMU connects to it, and listens to nobody there");
+                monitor.asked = path.clone();
+                return monitor;
+            }
+            Endpoint::Other(words) => {
+                is(State::Unusable, "not a Unix socket, so that no device can be passed to it");
+                monitor.asked = words.clone();
+                return monitor;
+            }
+        };
+        match self.host.reach(qemu.pid, &path) {
+            Reach::Here(socket) => monitor.socket = Some(socket),
+            Reach::Elsewhere(socket) => {
+                monitor.note =
+                    Some("in a mount namespace of its own, a container's perhaps".into());
+                monitor.socket = Some(socket);
+            }
+            Reach::Hidden => {
+                is(State::Forbidden, "relative to a directory that this user may not see");
+            }
+        }
+        if let Some(clients) = self.host.clients(qemu.pid, &path) {
+            monitor.state = State::Held;
+            monitor.clients = clients;
+        } else if qemu.is_stopped && monitor.state == State::Free {
+            monitor.state = State::Stopped;
+        }
+        monitor.asked = path;
+        monitor
+    }
+
+    /// The path of a socket that a process got as a descriptor.
+    fn inherited(&self, pid: i32, descriptor: u32) -> Option<String> {
+        let inode = *self.host.open_sockets(pid)?.get(&descriptor)?;
+        self.host.unix_sockets(pid).path(inode).map(str::to_owned)
+    }
+
+    /// Connects, and asks what ports are free. Nothing is sent before the
+    /// greeting: a monitor that is held would act on it later.
+    async fn ask(&self, qemu: Option<&Qemu>, monitor: &mut Monitor, left: Duration, inspect: bool) {
+        let Some(socket) = monitor.socket.clone() else { return };
+        let mut vm = match connect(&socket, left).await {
+            Ok(Some(vm)) => vm,
+            Ok(None) => {
+                monitor.state = State::Silent;
+                // Somebody may have come in between, or cannot be seen.
+                let clients = qemu.and_then(|qemu| self.host.clients(qemu.pid, &monitor.asked));
+                if let Some(clients) = clients {
+                    monitor.state = State::Held;
+                    monitor.clients = clients;
+                }
+                return;
+            }
+            Err(error) => return failed(monitor, &error),
+        };
+        // It is the id of who called listen(2): libvirt does so for its QEMUs.
+        let is_other =
+            |pid: &i32| qemu.is_some_and(|q| q.pid != *pid) && self.host.qemu(*pid).is_some();
+        if let Some(other) = vm.pid().filter(is_other) {
+            monitor.state = State::Taken;
+            monitor.note = Some(format!("process {other} listens there now"));
+            return;
+        }
+        if inspect {
+            match vm.inspect().await {
+                Ok(inventory) => monitor.told = Some(inventory),
+                Err(error) => failed(monitor, &error),
+            }
+        }
+    }
+}
+
+/// `None` if there is no greeting.
+async fn connect(socket: &Path, left: Duration) -> Result<Option<Vm>, qmp::Error> {
+    match timeout(GREETING.min(left), Vm::connect(socket, left)).await {
+        Ok(Err(qmp::Error { kind: ErrorKind::NoGreeting { .. }, .. })) | Err(_) => Ok(None),
+        Ok(connected) => connected.map(Some),
+    }
+}
+
+fn failed(monitor: &mut Monitor, error: &qmp::Error) {
+    let (state, note) = match &error.kind {
+        ErrorKind::NoSocket(_) => (State::Gone, "there is no such socket".to_owned()),
+        ErrorKind::NobodyListens(_) => (State::Gone, "nobody listens on the socket".to_owned()),
+        ErrorKind::Connect(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
+            (State::Forbidden, "this user may not connect to it; root may".to_owned())
+        }
+        ErrorKind::Connect(source) => (State::Broken, escape(&source.to_string()).into_owned()),
+        ErrorKind::NoReply { .. } => (State::Silent, "it greets, and answers nothing".to_owned()),
+        _ => (State::Broken, chain(error)),
+    };
+    monitor.state = state;
+    monitor.note = Some(note);
+}

@@ -1,0 +1,300 @@
+//! `watch`: the daemon. It hears of plugs and pulls, notices VMs that start and end, and
+//! gives each VM's worker its work. Between events it holds no monitor and
+//! does nothing at all.
+
+mod qemu;
+mod queue;
+mod reconcile;
+mod shared;
+mod sockets;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::task::{JoinHandle, LocalSet, spawn_local};
+use tokio::time::Interval;
+use tracing::{debug, error, info, warn};
+
+use crate::error::Error;
+use crate::host::Host;
+use crate::host::events::{Batch, Events, Source};
+use crate::policy::Policy;
+use crate::policy::config::Config;
+use crate::text::chain;
+use crate::usb::{Action, HotplugEvent};
+use queue::Work;
+use shared::{Shared, Status};
+use sockets::Sockets;
+use worker::Worker;
+
+/// What the daemon is started with.
+#[derive(Debug)]
+pub struct Settings {
+    /// The host.
+    pub host: Host,
+    /// The time for one conversation with a VM.
+    pub timeout: Duration,
+    /// Where the configuration is.
+    pub config: PathBuf,
+}
+
+impl Settings {
+    fn config(&self) -> Result<Config, Error> {
+        Ok(Config::read(&self.config)?)
+    }
+}
+
+/// The daemon.
+struct Watch<'a> {
+    settings: &'a Settings,
+    events: Events,
+    shared: Rc<Shared>,
+    /// The workers, by VM.
+    workers: BTreeMap<String, WorkerHandle>,
+    sockets: Sockets,
+    /// Whether the last configuration that was read is not in force.
+    is_outdated: bool,
+}
+
+/// A worker at work.
+struct WorkerHandle {
+    socket: PathBuf,
+    queue: UnboundedSender<Work>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Runs until it is told to end.
+pub async fn run(settings: &Settings) -> Result<(), Error> {
+    let mut reload = on(SignalKind::hangup())?;
+    let mut terminate = on(SignalKind::terminate())?;
+    let mut interrupt = on(SignalKind::interrupt())?;
+    let policy = Policy::new(settings.config()?);
+    let run = async {
+        let mut watch = Watch::start(settings, policy)?;
+        let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
+        let mut watchdog = limit.map(|limit| tokio::time::interval(limit / 3));
+        let mut is_ready = false;
+        loop {
+            if !is_ready && watch.shared.is_synced() {
+                is_ready = true;
+                notify(&[NotifyState::Ready, NotifyState::Status(&watch.status())]);
+                info!("ready: {}", watch.status());
+            }
+            let shared = watch.shared.clone();
+            tokio::select! {
+                batch = watch.events.next() => watch.heard(batch.map_err(failed("hear of plugs"))?),
+                vms = watch.sockets.appeared() => {
+                    for vm in vms.map_err(failed("watch for sockets"))? {
+                        watch.give(&vm, Work::Started);
+                    }
+                }
+                () = shared.changed.notified() => {
+                    watch.look_for_orphans();
+                    notify(&[NotifyState::Status(&watch.status())]);
+                }
+                () = tick(watchdog.as_mut()) => notify(&[NotifyState::Watchdog]),
+                _ = reload.recv() => watch.reload(),
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+            }
+        }
+        notify(&[NotifyState::Stopping]);
+        info!("ending; what is attached stays attached");
+        Ok(())
+    };
+    LocalSet::new().run_until(run).await
+}
+
+fn failed(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    move |source| Error::Setup { what, source }
+}
+
+/// Who is to tell of plugs. The kernel does so first, and that is enough: the
+/// node is there, and root may open it (Linux, drivers/base/core.c,
+/// `device_add`). Others may when udev's rules say so, and properties come from
+/// udev, too.
+fn source(policy: &Policy) -> Source {
+    let is_root = rustix::process::geteuid().is_root();
+    if is_root && !policy.needs_udev() { Source::Kernel } else { Source::Udev }
+}
+
+fn listen(source: Source) -> Result<Events, Error> {
+    debug!("listening to {source}");
+    Events::listen(source).map_err(failed("listen to the kernel's and udev's events"))
+}
+
+fn on(kind: SignalKind) -> Result<Signal, Error> {
+    signal(kind).map_err(failed("handle signals"))
+}
+
+/// Tells systemd, if it is there (sd_notify(3)).
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        warn!("cannot tell systemd: {error}");
+    }
+}
+
+/// Waits until the watchdog is to be told, for ever if there is none.
+async fn tick(watchdog: Option<&mut Interval>) {
+    match watchdog {
+        Some(interval) => {
+            interval.tick().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+impl<'a> Watch<'a> {
+    fn start(settings: &'a Settings, policy: Policy) -> Result<Self, Error> {
+        let shared = Rc::new(Shared::new(settings.host.clone(), settings.timeout));
+        let sockets = Sockets::new().map_err(failed("watch for sockets"))?;
+        let workers = BTreeMap::new();
+        let events = listen(source(&policy))?;
+        let mut watch = Watch { settings, events, shared, workers, sockets, is_outdated: false };
+        watch.apply(policy)?;
+        Ok(watch)
+    }
+
+    /// Puts a configuration in force: a worker for each VM, and a sync.
+    fn apply(&mut self, policy: Policy) -> Result<(), Error> {
+        // First hear, then look: so nothing is missed.
+        let source = source(&policy);
+        if self.events.source != source {
+            self.events = listen(source)?;
+        }
+        let table = policy.table(&self.shared.host)?;
+        let vms: BTreeMap<String, PathBuf> =
+            policy.config().vms.iter().map(|vm| (vm.name.clone(), vm.socket.clone())).collect();
+        *self.shared.table.borrow_mut() = table;
+        *self.shared.policy.borrow_mut() = Rc::new(policy);
+        // Here, too.
+        self.sockets.watch(vms.clone().into_iter().collect());
+        self.workers.retain(|vm, handle| vms.get(vm) == Some(&handle.socket));
+        self.shared.status.borrow_mut().retain(|vm, _| self.workers.contains_key(vm));
+        for (vm, socket) in vms {
+            self.workers.entry(vm.clone()).or_insert_with(|| {
+                let (queue, inbox) = unbounded_channel();
+                let worker = Worker::new(vm, socket.clone(), self.shared.clone());
+                WorkerHandle { socket, queue, task: spawn_local(worker.run(inbox)) }
+            });
+        }
+        self.give_all(&Work::Sync);
+        Ok(())
+    }
+
+    fn give(&self, vm: &str, work: Work) {
+        if let Some(handle) = self.workers.get(vm) {
+            // A worker lives as long as its handle.
+            let _ = handle.queue.send(work);
+        }
+    }
+
+    fn give_all(&self, work: &Work) {
+        self.workers.keys().for_each(|vm| self.give(vm, work.clone()));
+    }
+
+    fn heard(&self, batch: Batch) {
+        if batch.lost {
+            // What did arrive is seen as well, and is older.
+            return self.look_again();
+        }
+        for event in batch.events {
+            if let Err(error) = self.event(&event) {
+                warn!("passed over an event of {}: {}", self.events.source, chain(&error));
+            }
+        }
+    }
+
+    /// Looks at the host and at every VM.
+    fn look_again(&self) {
+        warn!("events of {} got lost; looking at everything", self.events.source);
+        match self.shared.policy().table(&self.shared.host) {
+            Ok(table) => {
+                *self.shared.table.borrow_mut() = table;
+                self.give_all(&Work::Sync);
+            }
+            Err(error) => error!("{}", chain(&error)),
+        }
+    }
+
+    /// Notes what happened to a device, and tells the workers it concerns.
+    fn event(&self, event: &HotplugEvent) -> Result<(), Error> {
+        let Some(port) = &event.port else { return Ok(()) };
+        let mut concerned = self.shared.vms(|status| status.attached.contains_key(port));
+        match event.action {
+            Action::Add => {
+                let device = self.shared.host.device_of(event)?;
+                let seen = self.shared.policy().seen(&self.shared.host, device);
+                concerned.extend(seen.assignment.as_ref().map(|assignment| assignment.vm.clone()));
+                self.shared.table.borrow_mut().insert(port.clone(), seen);
+            }
+            Action::Remove => {
+                let mut table = self.shared.table.borrow_mut();
+                let seen = table.get(port).map(|seen| &seen.device);
+                let is_hub = seen.is_some_and(|device| device.is_hub());
+                if event.address.is_none() || event.address == seen.map(|device| device.address) {
+                    table.remove(port);
+                }
+                let has_it = |status: &Status| {
+                    let known = status.attached.get(port);
+                    known.is_some_and(|known| event.address.is_none_or(|gone| gone == *known))
+                };
+                // A person may have attached it, to any VM.
+                if self.shared.vms(has_it).is_empty() && !is_hub {
+                    concerned = self.shared.vms(|status| status.running);
+                }
+            }
+        }
+        concerned.iter().for_each(|vm| self.give(vm, Work::Port(port.clone())));
+        Ok(())
+    }
+
+    /// Has every VM look for devices that are gone and that a person has moved
+    /// there from the VM that was to have them.
+    fn look_for_orphans(&self) {
+        for port in self.shared.orphans.take() {
+            for vm in self.shared.vms(|status| status.running) {
+                self.give(&vm, Work::Port(port.clone()));
+            }
+        }
+    }
+
+    /// Reads the configuration again. A bad one changes nothing.
+    fn reload(&mut self) {
+        let mut states = vec![NotifyState::Reloading];
+        states.extend(NotifyState::monotonic_usec_now().ok());
+        notify(&states);
+        let done = self.settings.config().map(Policy::new).and_then(|rules| self.apply(rules));
+        self.is_outdated = done.is_err();
+        match done {
+            Ok(()) => info!("reloaded the configuration: {}", self.status()),
+            Err(error) => {
+                // A bad configuration has a line for each complaint.
+                chain(&error).lines().for_each(|line| error!("{line}"));
+                error!("the old configuration stays in force");
+            }
+        }
+        notify(&[NotifyState::Ready, NotifyState::Status(&self.status())]);
+    }
+
+    /// What `systemctl status` shows.
+    fn status(&self) -> String {
+        let warning = match self.is_outdated {
+            true => "; the configuration is bad, the one before it stays in force",
+            false => "",
+        };
+        self.shared.summary() + warning
+    }
+}

@@ -1,0 +1,111 @@
+//! What the daemon's parts have in common. All of them run on one thread.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::host::Host;
+use crate::policy::{Assignment, Policy, Table};
+use crate::usb::{Address, Port};
+
+/// How a VM stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Its monitor answered, and its process has not ended since.
+    pub running: bool,
+    /// What it has, as far as is known: a person may have changed that.
+    pub attached: BTreeMap<Port, Address>,
+    /// Whether its first sync has come to an end, good or bad.
+    pub synced: bool,
+}
+
+/// What all parts of the daemon see.
+#[derive(Debug)]
+pub struct Shared {
+    /// The host.
+    pub host: Host,
+    /// The time for one conversation with a VM.
+    pub timeout: Duration,
+    /// The rules in force.
+    pub policy: RefCell<Rc<Policy>>,
+    /// The host's devices.
+    pub table: RefCell<Table>,
+    /// How the VMs stand.
+    pub status: RefCell<BTreeMap<String, Status>>,
+    /// Ports of devices that were not in the VM that was to have them: a person
+    /// may have moved them to another one.
+    pub orphans: RefCell<Vec<Port>>,
+    /// Told at every change of `status` and `orphans`.
+    pub changed: Notify,
+}
+
+impl Shared {
+    /// What is known before anything was looked at.
+    pub fn new(host: Host, timeout: Duration) -> Self {
+        Shared {
+            host,
+            timeout,
+            policy: RefCell::default(),
+            table: RefCell::default(),
+            status: RefCell::default(),
+            orphans: RefCell::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// The rules in force.
+    pub fn policy(&self) -> Rc<Policy> {
+        self.policy.borrow().clone()
+    }
+
+    /// Where the device at a port belongs.
+    pub fn assignment(&self, port: &Port) -> Option<Assignment> {
+        self.table.borrow().get(port)?.assignment.clone()
+    }
+
+    /// Changes how a VM stands.
+    pub fn set(&self, vm: &str, change: impl FnOnce(&mut Status)) {
+        let mut all = self.status.borrow_mut();
+        let status = all.entry(vm.to_owned()).or_default();
+        let before = status.clone();
+        change(status);
+        if *status != before {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Notes that a device which is gone was not where it should have been.
+    pub fn orphan(&self, port: &Port) {
+        self.orphans.borrow_mut().push(port.clone());
+        self.changed.notify_one();
+    }
+
+    /// The VMs that stand like this.
+    pub fn vms(&self, stand: impl Fn(&Status) -> bool) -> Vec<String> {
+        let all = self.status.borrow();
+        all.iter().filter(|(_, status)| stand(status)).map(|(vm, _)| vm.clone()).collect()
+    }
+
+    /// The line that `systemctl status` shows: `3 VMs, 2 running, 5 devices
+    /// attached`.
+    pub fn summary(&self) -> String {
+        let all = self.status.borrow();
+        let running = all.values().filter(|status| status.running).count();
+        let attached: usize = all.values().map(|status| status.attached.len()).sum();
+        let plural = |count| if count == 1 { "" } else { "s" };
+        format!(
+            "{} VM{}, {running} running, {attached} device{} attached",
+            all.len(),
+            plural(all.len()),
+            plural(attached)
+        )
+    }
+
+    /// Whether every VM has had its first sync.
+    pub fn is_synced(&self) -> bool {
+        self.status.borrow().values().all(|status| status.synced)
+    }
+}

@@ -1,0 +1,242 @@
+//! Keeps one VM's devices: works its queue off, in order. A worker that waits
+//! for its VM delays no other.
+
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::sleep;
+use tracing::field::display;
+use tracing::{debug, info, warn};
+
+use super::qemu::Qemu;
+use super::queue::{Queue, Work};
+use super::shared::Shared;
+use crate::error::Error;
+use crate::host;
+use crate::qemu::qmp::ErrorKind;
+use crate::text::chain;
+use crate::usb::{DeviceId, Port};
+
+/// How long to wait before trying again what a VM did not answer, at first
+/// and at most.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+
+/// The worker of one VM.
+pub struct Worker {
+    pub(super) vm: String,
+    pub(super) socket: PathBuf,
+    pub(super) shared: Rc<Shared>,
+    /// The QEMU that answered last, and has not ended.
+    pub(super) qemu: Option<Qemu>,
+    /// QEMUs that another one took the socket from, and that have not ended.
+    earlier: Vec<Qemu>,
+    /// What failed last at each port, so that it is told once.
+    failures: BTreeMap<Option<Port>, String>,
+}
+
+/// What is to become of the work that was tried.
+enum Outcome {
+    /// It is done, and led to this.
+    Done(Vec<Work>),
+    /// It will not get better by trying again.
+    Failed,
+    /// The VM is not there.
+    NoVm,
+    /// The VM did not answer in time, or broke the conversation off.
+    Later,
+}
+
+impl Worker {
+    /// A worker for a VM.
+    pub fn new(vm: String, socket: PathBuf, shared: Rc<Shared>) -> Self {
+        shared.set(&vm, |_| {});
+        let (qemu, earlier, failures) = (None, Vec::new(), BTreeMap::new());
+        Worker { vm, socket, shared, qemu, earlier, failures }
+    }
+
+    /// Does what comes in, for ever.
+    pub async fn run(mut self, mut inbox: UnboundedReceiver<Work>) {
+        let mut queue = Queue::default();
+        let mut pause = PAUSE.0;
+        loop {
+            let Some(work) = queue.next() else {
+                tokio::select! {
+                    () = queue.hear(&mut inbox) => {}
+                    qemu = self.end() => self.ended(qemu, &mut queue).await,
+                }
+                continue;
+            };
+            let outcome = tokio::select! {
+                // In a box, so that a worker with nothing to do is small.
+                outcome = Box::pin(self.step(&work)) => outcome,
+                // A VM that starts ends the wait for the old one.
+                () = queue.hear_until_start(&mut inbox) => continue,
+            };
+            match outcome {
+                Outcome::Done(more) => {
+                    more.into_iter().for_each(|work| queue.add(work));
+                    pause = PAUSE.0;
+                }
+                Outcome::Failed => pause = PAUSE.0,
+                Outcome::NoVm => {
+                    queue.drop_all();
+                    self.lost_sight().await;
+                }
+                Outcome::Later => {
+                    queue.put_back(work);
+                    self.synced();
+                    tokio::select! {
+                        () = sleep(pause) => {}
+                        () = queue.hear(&mut inbox) => {}
+                        qemu = self.end() => self.ended(qemu, &mut queue).await,
+                    }
+                    pause = PAUSE.1.min(pause * 2);
+                }
+            }
+            if queue.is_empty() {
+                self.synced();
+            }
+        }
+    }
+
+    /// The first sync has come to an end, for the time being.
+    pub(super) fn synced(&self) {
+        self.shared.set(&self.vm, |status| status.synced = true);
+    }
+
+    async fn step(&mut self, work: &Work) -> Outcome {
+        let (port, done) = match work {
+            Work::Started => (None, self.start().await),
+            Work::Sync => (None, self.sync().await),
+            Work::Port(port) => (Some(port), self.port(port).await.map(|()| Vec::new())),
+        };
+        let error = match done {
+            Ok(more) => {
+                self.failures.remove(&port.cloned());
+                return Outcome::Done(more);
+            }
+            Err(error) => error,
+        };
+        let outcome = match &error {
+            Error::Qmp(error) if error.is_not_running() => return Outcome::NoVm,
+            Error::Qmp(error) => match error.kind {
+                ErrorKind::NoReply { .. } => Outcome::Later,
+                // QEMU ended in the middle of the conversation: the next try
+                // tells, if its process does not.
+                ErrorKind::Lost(_) => {
+                    debug!(vm = self.vm, "{}: {}", self.vm, chain(error));
+                    return Outcome::Later;
+                }
+                _ => Outcome::Failed,
+            },
+            _ => Outcome::Failed,
+        };
+        self.tell(port, &error);
+        outcome
+    }
+
+    /// Logs a failure, once until something else happens there.
+    fn tell(&mut self, port: Option<&Port>, error: &Error) {
+        let vm = &self.vm;
+        let text = match error {
+            // Nothing tells when that ends.
+            Error::Host(host::Error::InUse(by)) => {
+                format!(
+                    "{by}; unmount it, then plug it in again or run `usb-qmp-hotplug sync {vm}`"
+                )
+            }
+            Error::Host(host::Error::Held { .. }) => {
+                format!("{error}, then run `usb-qmp-hotplug sync {vm}`")
+            }
+            error => chain(error),
+        };
+        if self.failures.get(&port.cloned()) == Some(&text) {
+            debug!(vm, port = port.map(display), "{vm}, again: {text}");
+            return;
+        }
+        let assignment = port
+            .and_then(|port| self.shared.assignment(port))
+            .filter(|assignment| assignment.vm == *vm);
+        let rule = assignment.map(|assignment| self.shared.policy().line(&assignment));
+        let id = port.map(DeviceId::for_port).map(display);
+        warn!(vm, port = port.map(display), id, rule, "{vm}: {text}");
+        self.failures.insert(port.cloned(), text);
+    }
+
+    /// Takes the first QEMU of this VM that ends.
+    async fn end(&mut self) -> Qemu {
+        poll_fn(|context| {
+            if self.qemu.as_ref().is_some_and(|qemu| qemu.poll_end(context).is_ready()) {
+                return self.qemu.take().map_or(Poll::Pending, Poll::Ready);
+            }
+            let mut earlier = self.earlier.iter();
+            match earlier.position(|qemu| qemu.poll_end(context).is_ready()) {
+                Some(index) => Poll::Ready(self.earlier.swap_remove(index)),
+                None => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    /// A QEMU ended: its devices are the host's again.
+    async fn ended(&mut self, qemu: Qemu, queue: &mut Queue) {
+        info!(vm = self.vm, "{} has ended", self.vm);
+        match self.qemu {
+            // It was an earlier one, and held what this one may have wanted.
+            Some(_) => queue.add(Work::Sync),
+            None => queue.drop_all(),
+        }
+        self.publish();
+        self.give_back(qemu).await;
+    }
+
+    /// Nobody answers at the socket. A process that is watched may live on,
+    /// without its socket.
+    pub(super) async fn lost_sight(&mut self) {
+        if let Some(qemu) = self.qemu.take_if(|qemu| !qemu.is_watched()) {
+            info!(vm = self.vm, "{} has ended", self.vm);
+            self.publish();
+            self.give_back(qemu).await;
+        }
+    }
+
+    /// A QEMU's devices go back to the host: those that it had, and those that
+    /// belong to its VM, for a person may have attached them, or its end have
+    /// cut an attach off.
+    async fn give_back(&self, mut qemu: Qemu) {
+        for (port, seen) in self.shared.table.borrow().iter() {
+            if seen.assignment.as_ref().is_some_and(|assignment| assignment.vm == self.vm) {
+                qemu.attached.insert(port.clone(), seen.device.address);
+            }
+        }
+        qemu.give_back(&self.shared.host).await;
+    }
+
+    /// Another QEMU answers than before.
+    pub(super) async fn begins(&mut self, qemu: Qemu) {
+        self.failures.clear();
+        let before = self.qemu.replace(qemu);
+        self.publish();
+        match before {
+            Some(before) if before.is_watched() && !before.has_ended() => {
+                self.earlier.push(before);
+            }
+            Some(before) => self.give_back(before).await,
+            None => {}
+        }
+    }
+
+    /// Tells the others how the VM stands.
+    pub(super) fn publish(&self) {
+        let attached = self.qemu.as_ref().map(|qemu| qemu.attached.clone());
+        self.shared.set(&self.vm, |status| {
+            status.running = attached.is_some();
+            status.attached = attached.unwrap_or_default();
+        });
+    }
+}

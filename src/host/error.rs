@@ -1,0 +1,86 @@
+//! What can go wrong on the host's side.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::{Absent, Holder, Use};
+use crate::text::escape;
+use crate::usb::{Address, Device, ParseError, Selector};
+
+/// What can go wrong on the host's side.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file of sysfs or `/proc`, or a node, could not be read.
+    #[error("cannot read {}", escape(&.path.to_string_lossy()))]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
+    /// A file does not say what the kernel writes there.
+    #[error("{}", escape(&.path.to_string_lossy()))]
+    Attribute {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        source: ParseError,
+    },
+    /// A device's description lacks something.
+    #[error("{}: there is no {name}", escape(&.path.to_string_lossy()))]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// The name of what is missing.
+        name: &'static str,
+    },
+    /// No device is what was asked for.
+    #[error("no USB device for {0}")]
+    NoDevice(Absent),
+    /// The device was unplugged in the meantime.
+    #[error("the device at {0} is gone; plug it in again")]
+    Gone(Address),
+    /// More than one device is what was asked for.
+    #[error("{} devices are {selector}: {}; name one by its port", .devices.len(), listed(.devices))]
+    Ambiguous {
+        /// What was asked for.
+        selector: Selector,
+        /// The devices that fit.
+        devices: Vec<Device>,
+    },
+    /// A root hub was asked for.
+    #[error("{0} is a root hub: hubs stay with the host; name a device behind it")]
+    RootHub(Selector),
+    /// A node is not the device it should be.
+    #[error("{} is not the node of the USB device {address}", escape(&.path.to_string_lossy()))]
+    NotTheNode {
+        /// The node's path.
+        path: PathBuf,
+        /// The device it should be.
+        address: Address,
+    },
+    /// The host uses a disk of the device.
+    #[error("{0}; unmount it first, or use --force and lose what was not written")]
+    InUse(Use),
+    /// Another process holds the device.
+    #[error("{device} is held by {}; detach it there first", held_by(.holders))]
+    Held {
+        /// The device.
+        device: Device,
+        /// Who holds it; empty if that could not be seen.
+        holders: Vec<Holder>,
+    },
+}
+
+fn listed(devices: &[Device]) -> String {
+    let shown: Vec<String> = devices.iter().map(ToString::to_string).collect();
+    shown.join(", ")
+}
+
+fn held_by(holders: &[Holder]) -> String {
+    if holders.is_empty() {
+        return "a process that this user may not see".to_owned();
+    }
+    let shown: Vec<String> = holders.iter().map(ToString::to_string).collect();
+    shown.join(" and ")
+}

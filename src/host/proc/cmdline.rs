@@ -1,0 +1,289 @@
+//! What a QEMU's command line says of its monitors (QEMU, qemu-options.hx,
+//! util/qemu-option.c, monitor/monitor.c). Pure; it comes from `/proc` and may
+//! hold anything.
+
+use serde_json::Value;
+
+/// What matters here of a QEMU's command line.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CommandLine {
+    /// The VM's name (`-name`).
+    pub name: Option<String>,
+    /// The QMP monitors, in the command line's order.
+    pub monitors: Vec<Endpoint>,
+    /// Whether QEMU reads more options from a file (`-readconfig`), which may
+    /// hold monitors that are not seen here.
+    pub reads_config: bool,
+    /// Whether libvirt started it: libvirt calls its monitor's chardev
+    /// `charmonitor` (libvirt, src/qemu/qemu_command.c).
+    pub is_libvirt: bool,
+}
+
+/// Where a QMP monitor is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Endpoint {
+    /// QEMU listens on the socket at this path, as QEMU's own directory and
+    /// root see it.
+    Unix(String),
+    /// QEMU got the socket as this descriptor, as libvirt does it.
+    Descriptor(u32),
+    /// QEMU connects to the socket at this path, and is nobody's server there.
+    Client(String),
+    /// TCP, standard input and so on, in the command line's words: no file
+    /// descriptor can be passed there.
+    Other(String),
+}
+
+/// Pairs of one argument, by name.
+type Pairs = Vec<(String, String)>;
+
+impl CommandLine {
+    /// Reads the arguments of a process, its name among them or not.
+    pub fn parse<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut line = CommandLine::default();
+        let mut chardevs: Vec<(String, Endpoint)> = Vec::new();
+        let mut controls = Vec::new();
+        let mut arguments = arguments.into_iter();
+        while let Some(argument) = arguments.next() {
+            let option = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-'));
+            let Some(option) = option else { continue };
+            if !matches!(option, "qmp" | "qmp-pretty" | "mon" | "chardev" | "readconfig" | "name") {
+                continue;
+            }
+            let Some(value) = arguments.next() else { break };
+            match option {
+                "qmp" | "qmp-pretty" => controls.push(match value.strip_prefix("chardev:") {
+                    Some(id) => Err(id.to_owned()),
+                    None => Ok(compat(value)),
+                }),
+                "mon" => {
+                    let options = options(value, "chardev");
+                    if get(&options, "mode") == Some("control") {
+                        controls.extend(get(&options, "chardev").map(|id| Err(id.to_owned())));
+                    }
+                }
+                "chardev" => {
+                    let options = options(value, "backend");
+                    let id = get(&options, "id").unwrap_or_default().to_owned();
+                    chardevs.push((id, chardev(&options, value)));
+                }
+                "readconfig" => line.reads_config = true,
+                _ => {
+                    let options = options(value, "guest");
+                    let name = get(&options, "guest").filter(|name| !name.is_empty());
+                    line.name = name.map(str::to_owned).or(line.name);
+                }
+            }
+        }
+        for control in controls {
+            match control {
+                Ok(endpoint) if endpoint == Endpoint::Other("none".into()) => {}
+                Ok(endpoint) => line.monitors.push(endpoint),
+                Err(id) => {
+                    line.is_libvirt |= id == "charmonitor";
+                    let known = chardevs.iter().find(|(known, _)| *known == id);
+                    let unknown = || Endpoint::Other(format!("chardev {id}"));
+                    line.monitors.push(known.map_or_else(unknown, |(_, at)| at.clone()));
+                }
+            }
+        }
+        line
+    }
+}
+
+/// The short form of `-qmp`, `unix:PATH,server=on,wait=off` (QEMU,
+/// chardev/char.c, `qemu_chr_parse_compat`).
+fn compat(value: &str) -> Endpoint {
+    match value.strip_prefix("unix:") {
+        Some(rest) => unix(&options(rest, "path"), value),
+        None => Endpoint::Other(value.to_owned()),
+    }
+}
+
+fn chardev(options: &Pairs, value: &str) -> Endpoint {
+    let is_socket = options.iter().any(|(_, value)| value == "socket");
+    if !is_socket {
+        return Endpoint::Other(value.to_owned());
+    }
+    // `fd=23`, or as JSON `"addr": {"type": "fd", "data": {"str": "23"}}`.
+    let descriptor = get(options, "fd").or_else(|| get(options, "str"));
+    match descriptor.and_then(|number| number.parse().ok()) {
+        Some(number) => Endpoint::Descriptor(number),
+        None => unix(options, value),
+    }
+}
+
+fn unix(options: &Pairs, value: &str) -> Endpoint {
+    let is_on = |name| get(options, name).is_some_and(|v| matches!(v, "on" | "yes" | "y" | "true"));
+    match get(options, "path") {
+        Some(path) if is_on("abstract") => Endpoint::Other(format!("abstract socket {path}")),
+        Some(path) if is_on("server") => Endpoint::Unix(path.to_owned()),
+        Some(path) => Endpoint::Client(path.to_owned()),
+        None => Endpoint::Other(value.to_owned()),
+    }
+}
+
+/// The last of a name counts.
+fn get<'a>(options: &'a Pairs, name: &str) -> Option<&'a str> {
+    options.iter().rev().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+}
+
+/// `NAME=VALUE,...`, where the first may be the value of `first` alone, a bare
+/// name is `on`, `noNAME` is `off`, and a comma in a value is doubled. Or JSON,
+/// of which every leaf is an option by its own name.
+fn options(text: &str, first: &str) -> Pairs {
+    if text.starts_with('{') {
+        let mut options = Pairs::new();
+        leaves("", &serde_json::from_str(text).unwrap_or_default(), &mut options);
+        return options;
+    }
+    let split = |(place, word): (usize, String)| match word.split_once('=') {
+        Some((name, value)) => (name.to_owned(), value.to_owned()),
+        None if place == 0 => (first.to_owned(), word),
+        None => match word.strip_prefix("no") {
+            Some(name) => (name.to_owned(), "off".to_owned()),
+            None => (word, "on".to_owned()),
+        },
+    };
+    words(text).into_iter().enumerate().map(split).collect()
+}
+
+/// Splits at single commas.
+fn words(text: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        match words.last_mut() {
+            Some(word) if c != ',' || chars.next_if_eq(&',').is_some() => word.push(c),
+            _ => words.push(String::new()),
+        }
+    }
+    words
+}
+
+fn leaves(name: &str, value: &Value, options: &mut Pairs) {
+    match value {
+        Value::Object(members) => members.iter().for_each(|(n, v)| leaves(n, v, options)),
+        Value::Bool(on) => options.push((name.into(), if *on { "on" } else { "off" }.into())),
+        Value::String(text) => options.push((name.into(), text.clone())),
+        Value::Number(number) => options.push((name.into(), number.to_string())),
+        Value::Array(_) | Value::Null => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(text: &str) -> CommandLine {
+        CommandLine::parse(text.split(' '))
+    }
+
+    fn unix(path: &str) -> Endpoint {
+        Endpoint::Unix(path.into())
+    }
+
+    #[test]
+    fn monitors_are_found_in_every_form_that_qemu_takes() {
+        for (arguments, monitors) in [
+            ("-qmp unix:/run/a.qmp,server=on,wait=off", vec![unix("/run/a.qmp")]),
+            ("--qmp unix:/run/a.qmp,server,nowait", vec![unix("/run/a.qmp")]),
+            ("-qmp-pretty unix:a,,b,server=yes", vec![unix("a,b")]),
+            ("-qmp unix:/a,server=on -qmp unix:/b,server=on", vec![unix("/a"), unix("/b")]),
+            // Proxmox VE
+            (
+                "-chardev socket,id=qmp,path=/var/run/qemu-server/1.qmp,server=on,wait=off -mon \
+                 chardev=qmp,mode=control -chardev socket,id=qmp-event,path=/var/run/qmeventd.sock,\
+                 reconnect=5 -mon chardev=qmp-event,mode=control",
+                vec![
+                    unix("/var/run/qemu-server/1.qmp"),
+                    Endpoint::Client("/var/run/qmeventd.sock".into()),
+                ],
+            ),
+            // The monitor may stand first.
+            ("-mon m,mode=control -chardev socket,id=m,path=/a,server=on", vec![unix("/a")]),
+            ("-chardev socket,id=m,path=/a,server=on -qmp chardev:m", vec![unix("/a")]),
+            ("-qmp unix:/a,server=off", vec![Endpoint::Client("/a".into())]),
+            (
+                "-qmp tcp:127.0.0.1:4444,server=on",
+                vec![Endpoint::Other("tcp:127.0.0.1:4444,server=on".into())],
+            ),
+            ("-qmp stdio", vec![Endpoint::Other("stdio".into())]),
+            (
+                "-chardev socket,id=m,path=/a,server=on,abstract=on -qmp chardev:m",
+                vec![Endpoint::Other("abstract socket /a".into())],
+            ),
+            ("-mon nope,mode=control", vec![Endpoint::Other("chardev nope".into())]),
+            // For people, not for programs.
+            ("-monitor unix:/a,server=on -qmp none", vec![]),
+            ("-chardev socket,id=m,path=/a,server=on -mon m", vec![]),
+            ("-chardev socket,id=m,path=/a,server=on -mon m,mode=readline", vec![]),
+            ("-qmp", vec![]),
+        ] {
+            assert_eq!(parse(arguments).monitors, monitors, "{arguments}");
+        }
+    }
+
+    #[test]
+    fn libvirts_monitor_is_known_in_all_its_forms() {
+        let unix_addr = r#"{"type":"unix","data":{"path":"/var/lib/libvirt/qemu/m.sock"}}"#;
+        let fd_addr = r#"{"type":"fd","data":{"str":"23"}}"#;
+        let json = |addr: &str| {
+            format!(
+                r#"{{"id":"charmonitor","backend":{{"type":"socket","data":{{"addr":{addr},"server":true,"wait":false}}}}}}"#
+            )
+        };
+        for (chardev, monitor) in [
+            ("socket,id=charmonitor,fd=23,server=on,wait=off", Endpoint::Descriptor(23)),
+            ("socket,id=charmonitor,path=/m,server,nowait", unix("/m")),
+            (&*json(unix_addr), unix("/var/lib/libvirt/qemu/m.sock")),
+            (&*json(fd_addr), Endpoint::Descriptor(23)),
+        ] {
+            let arguments = [
+                "/usr/bin/qemu-system-x86_64",
+                "-name",
+                "guest=web1,debug-threads=on",
+                "-chardev",
+                chardev,
+                "-mon",
+                "chardev=charmonitor,id=monitor,mode=control",
+            ];
+            let line = CommandLine::parse(arguments);
+            assert_eq!(line.monitors, [monitor], "{chardev}");
+            assert!(line.is_libvirt);
+            assert_eq!(line.name.as_deref(), Some("web1"));
+        }
+    }
+
+    #[test]
+    fn names_and_configuration_files_are_seen() {
+        assert_eq!(parse("-name a,debug-threads=on").name.as_deref(), Some("a"));
+        assert_eq!(parse("-name debug-threads=on,guest=a,,b").name.as_deref(), Some("a,b"));
+        assert_eq!(parse("-name process=x").name, None);
+        assert!(parse("-readconfig /etc/vm.cfg").reads_config);
+        assert!(!parse("-m 64").reads_config);
+    }
+
+    proptest! {
+        #[test]
+        fn no_command_line_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let text = String::from_utf8_lossy(&bytes);
+            let _ = CommandLine::parse(text.split('\0'));
+        }
+
+        #[test]
+        fn no_arguments_panic(arguments in proptest::collection::vec(
+            "-(qmp|mon|chardev|name)|(unix:|socket)?(,|=|\\{|\"|id|path|server|mode=control|\\PC){0,12}", 0..9,
+        )) {
+            let _ = CommandLine::parse(arguments.iter().map(String::as_str));
+        }
+
+        #[test]
+        fn a_path_is_read_back(path in "/[^\0]{0,40}") {
+            let option = format!("socket,id=m,server=on,path={}", path.replace(',', ",,"));
+            let line = CommandLine::parse(["-chardev", &option, "-mon", "m,mode=control"]);
+            prop_assert_eq!(line.monitors, [unix(&path)]);
+        }
+    }
+}

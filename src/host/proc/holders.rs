@@ -1,0 +1,118 @@
+//! Who holds a device: the processes that have its node open.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use super::cmdline::CommandLine;
+use crate::host::{Host, USB_DEVICE_MAJOR, read_if_there};
+use crate::text::escape;
+use crate::usb::Address;
+
+/// A process that has a device's node open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// The process id.
+    pub pid: i32,
+    /// The VM's name, if the process is a QEMU that was given one (`-name`).
+    pub vm: Option<String>,
+    /// The program's name (proc(5), `/proc/PID/comm`).
+    pub program: String,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(vm) = &self.vm {
+            write!(f, "VM {} (process {})", escape(vm), self.pid)
+        } else {
+            write!(f, "process {} ({})", self.pid, escape(&self.program))
+        }
+    }
+}
+
+impl Host {
+    /// The processes that have the node of the device at an address open, as
+    /// far as this process may see them.
+    pub fn holders(&self, address: Address) -> Vec<Holder> {
+        let mut pids = self.processes();
+        pids.retain(|pid| self.holds(*pid, address) == Some(true));
+        pids.into_iter().map(|pid| self.holder(pid)).collect()
+    }
+
+    /// The processes that have USB nodes open, by the device's address, as far
+    /// as this process may see them: one pass over `/proc` for all devices.
+    pub fn all_holders(&self) -> BTreeMap<Address, Vec<Holder>> {
+        let mut holders: BTreeMap<Address, Vec<Holder>> = BTreeMap::new();
+        for pid in self.processes() {
+            let Ok(descriptors) = fs::read_dir(self.path(format!("/proc/{pid}/fd"))) else {
+                continue;
+            };
+            let mut held: Vec<Address> = descriptors
+                .filter_map(|descriptor| address_of(&fs::metadata(descriptor.ok()?.path()).ok()?))
+                .collect();
+            held.sort_unstable();
+            held.dedup();
+            for address in held {
+                holders.entry(address).or_default().push(self.holder(pid));
+            }
+        }
+        holders
+    }
+
+    /// Whether the node of the device at an address is locked, as far as the
+    /// kernel's list of locks says: so it is while a VM has the device, and
+    /// every user may see that (proc(5), `/proc/locks`).
+    pub fn is_locked(&self, address: Address) -> bool {
+        let locks = read_if_there(&self.path("/proc/locks")).ok().flatten().unwrap_or_default();
+        let Ok(node) = fs::metadata(self.path(address.node())) else { return false };
+        let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
+        let file = format!("{major:02x}:{minor:02x}:{}", node.ino());
+        locks.lines().any(|line| {
+            let mut fields = line.split_whitespace();
+            fields.nth(1) == Some("FLOCK") && fields.nth(3) == Some(file.as_str())
+        })
+    }
+
+    /// The ids of all processes that this one may see.
+    pub(in crate::host) fn processes(&self) -> Vec<i32> {
+        let entries = fs::read_dir(self.path("/proc")).into_iter().flatten().flatten();
+        let mut pids: Vec<i32> =
+            entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        pids.sort_unstable();
+        pids
+    }
+
+    /// Whether a process has the node of the device at an address open;
+    /// `None` if this process may not see that.
+    pub fn holds(&self, pid: i32, address: Address) -> Option<bool> {
+        let descriptors = fs::read_dir(self.path(format!("/proc/{pid}/fd"))).ok()?;
+        let rdev = rustix::fs::makedev(USB_DEVICE_MAJOR, address.minor());
+        // Following the link looks at the open file itself, in whatever mount
+        // namespace it was opened. A node that has no name any more is that of
+        // an earlier device, which had the same address.
+        let found = descriptors
+            .filter_map(|descriptor| fs::metadata(descriptor.ok()?.path()).ok())
+            .filter(|file| file.file_type().is_char_device() && file.nlink() > 0)
+            .any(|file| file.rdev() == rdev);
+        Some(found)
+    }
+
+    pub(in crate::host) fn holder(&self, pid: i32) -> Holder {
+        let read = |name| {
+            let text = read_if_there(&self.path(format!("/proc/{pid}/{name}")));
+            text.ok().flatten().unwrap_or_default()
+        };
+        let vm = CommandLine::parse(read("cmdline").split('\0')).name;
+        Holder { pid, vm, program: read("comm").trim_end().to_owned() }
+    }
+}
+
+/// The address of the device whose node a file is.
+fn address_of(file: &fs::Metadata) -> Option<Address> {
+    let (major, minor) = (rustix::fs::major(file.rdev()), rustix::fs::minor(file.rdev()));
+    let is_node = file.file_type().is_char_device() && major == USB_DEVICE_MAJOR;
+    let bus = u16::try_from(minor / 128 + 1).ok()?;
+    let device = u8::try_from(minor % 128 + 1).ok()?;
+    is_node.then_some(Address { bus, device })
+}

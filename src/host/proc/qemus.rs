@@ -1,0 +1,175 @@
+//! The QEMU processes of this host, whatever started them, as `/proc` shows
+//! them (proc(5)).
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::cmdline::CommandLine;
+use crate::host::{Host, read_if_there};
+
+/// A QEMU that runs a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Qemu {
+    /// The process id.
+    pub pid: i32,
+    /// The program, `qemu-system-x86_64`.
+    pub program: String,
+    /// The user it runs as: the name, or the number of one without a name.
+    pub user: Option<String>,
+    /// Whether it is stopped (SIGSTOP), and answers nobody.
+    pub is_stopped: bool,
+    /// What its command line says.
+    pub command_line: CommandLine,
+}
+
+impl Host {
+    /// The QEMU processes, by process id.
+    pub fn qemus(&self) -> Vec<Qemu> {
+        self.processes().into_iter().filter_map(|pid| self.qemu(pid)).collect()
+    }
+
+    /// Whether `/proc` shows this process only some of the others (proc(5),
+    /// `hidepid`).
+    pub fn hides_processes(&self) -> bool {
+        let table = read_if_there(&self.path("/proc/self/mountinfo")).ok().flatten();
+        let hides = |line: &str| {
+            let (mount, filesystem) = line.split_once(" - ")?;
+            let is_proc = mount.split(' ').nth(4)? == "/proc" && filesystem.starts_with("proc ");
+            let hides = |option: &str| {
+                option.strip_prefix("hidepid=").is_some_and(|v| !matches!(v, "0" | "off"))
+            };
+            Some(is_proc && filesystem.split([' ', ',']).any(hides))
+        };
+        let hidden = table.unwrap_or_default().lines().any(|line| hides(line) == Some(true));
+        hidden && !rustix::process::geteuid().is_root()
+    }
+
+    /// The QEMU with this process id, if it is one.
+    pub fn qemu(&self, pid: i32) -> Option<Qemu> {
+        let directory = self.path(format!("/proc/{pid}"));
+        let read = |name| read_if_there(&directory.join(name)).ok().flatten().unwrap_or_default();
+        // A process of the kernel has none, and one that has ended neither.
+        let cmdline = read("cmdline");
+        let arguments: Vec<&str> = cmdline.split_terminator('\0').collect();
+        let first = arguments.first()?;
+        let executable = fs::read_link(directory.join("exe")).ok();
+        let program = match &executable {
+            Some(path) => path.file_name().map(program_name).unwrap_or_default(),
+            None => base_name(first).to_owned(),
+        };
+        // A program may rename itself (`-name process=`), and one that may not
+        // be looked into still tells its name.
+        let by_name =
+            is_qemu(&program) || (executable.is_none() && is_qemu(read("comm").trim_end()));
+        if !by_name && !looks_like_qemu(&arguments) {
+            return None;
+        }
+        let status = read("status");
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+        // Real, effective, saved, and of the filesystem.
+        let uid = field("Uid:").and_then(|uids| uids.split_whitespace().nth(1));
+        Some(Qemu {
+            pid,
+            program,
+            user: uid.map(|uid| self.user_name(uid).unwrap_or_else(|| uid.to_owned())),
+            is_stopped: field("State:").is_some_and(|state| state.trim_start().starts_with('T')),
+            command_line: CommandLine::parse(arguments),
+        })
+    }
+
+    /// The name of a user that the local table knows (passwd(5)).
+    fn user_name(&self, uid: &str) -> Option<String> {
+        let table = read_if_there(&self.path("/etc/passwd")).ok()??;
+        table.lines().find_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next()?;
+            (fields.nth(1)? == uid).then(|| name.to_owned())
+        })
+    }
+}
+
+/// The name of a program's file, also of one that was replaced by an upgrade.
+fn program_name(name: &OsStr) -> String {
+    let name = String::from_utf8_lossy(name.as_bytes());
+    name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned()
+}
+
+fn base_name(path: &str) -> &str {
+    Path::new(path).file_name().and_then(OsStr::to_str).unwrap_or_default()
+}
+
+/// `qemu-system-x86_64`; Red Hat's `qemu-kvm`, Proxmox VE's `kvm`; wrapped by
+/// NixOS, `.qemu-system-x86_64-wrapped`.
+fn is_qemu(name: &str) -> bool {
+    let name = name.trim_start_matches('.');
+    name.starts_with("qemu-system-") || matches!(name, "qemu-kvm" | "kvm" | "qemu-kvm-wrapped")
+}
+
+/// Whether these are the arguments of a QEMU of another name: it has monitors
+/// and a machine. One that runs a QEMU with them (sudo, say) is none itself.
+fn looks_like_qemu(arguments: &[&str]) -> bool {
+    let has = |options: &[&str]| arguments.iter().any(|argument| options.contains(argument));
+    has(&["-qmp", "-mon", "-monitor"])
+        && has(&["-machine", "-M", "-device", "-accel", "-nodefaults"])
+        && !arguments.iter().any(|argument| is_qemu(base_name(argument)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// A `/proc` with these processes: id, program, name, arguments.
+    fn processes(all: &[(i32, Option<&str>, &str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (pid, exe, comm, arguments) in all {
+            let directory = root.path().join(format!("proc/{pid}"));
+            fs::create_dir_all(&directory).unwrap();
+            let cmdline =
+                if arguments.is_empty() { String::new() } else { format!("{arguments} ") };
+            fs::write(directory.join("cmdline"), cmdline.replace(' ', "\0")).unwrap();
+            fs::write(directory.join("comm"), format!("{comm}\n")).unwrap();
+            let status = "Name:\tx\nState:\tS (sleeping)\nUid:\t0\t64055\t0\t0\n";
+            fs::write(directory.join("status"), status).unwrap();
+            if let Some(exe) = exe {
+                symlink(exe, directory.join("exe")).unwrap();
+            }
+        }
+        fs::create_dir_all(root.path().join("etc")).unwrap();
+        fs::write(root.path().join("etc/passwd"), "root:x:0:0::/:\nqemu:x:64055:1::/:\n").unwrap();
+        root
+    }
+
+    #[test]
+    fn qemus_are_known_by_whatever_name() {
+        let root = processes(&[
+            (1, Some("/usr/bin/qemu-system-x86_64"), "qemu-system-x86", "qemu-system-x86_64 -S"),
+            (2, Some("/usr/bin/kvm"), "kvm", "/usr/bin/kvm -id 100"),
+            (3, Some("/usr/libexec/qemu-kvm (deleted)"), "qemu-kvm", "qemu-kvm -S"),
+            // Renamed with -name process=, of the same user and of another.
+            (4, Some("/opt/bin/qemu-system-arm"), "ubuntu", "qemu-system-arm -name process=ubuntu"),
+            (5, None, "ubuntu", "/usr/bin/qemu-system-arm -name process=ubuntu"),
+            (6, None, "qemu-system-x86", "vm"),
+            (7, Some("/opt/my-vmm"), "my-vmm", "my-vmm -qmp unix:/a,server=on -machine q35"),
+            // No VMs.
+            (
+                20,
+                Some("/usr/bin/sudo"),
+                "sudo",
+                "sudo qemu-system-x86_64 -qmp unix:/a -machine q35",
+            ),
+            (21, Some("/bin/sh"), "kvm", "/bin/sh /usr/local/bin/kvm -qmp unix:/a -M q35"),
+            (22, None, "kvm-nx-lpage-re", ""),
+            (23, Some("/usr/bin/qemu-img"), "qemu-img", "qemu-img convert a b"),
+            (24, Some("/usr/bin/grep"), "grep", "grep -device kvm"),
+        ]);
+        let qemus = Host::at(root.path()).qemus();
+        let pids: Vec<i32> = qemus.iter().map(|qemu| qemu.pid).collect();
+        assert_eq!(pids, [1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(qemus[2].program, "qemu-kvm");
+        assert_eq!(qemus[0].user.as_deref(), Some("qemu"));
+        assert!(!qemus[0].is_stopped);
+    }
+}

@@ -1,0 +1,215 @@
+//! From TOML to VMs and rules. What is wrong goes to the sink and the work goes
+//! on; the result counts only if the sink stays empty.
+
+use std::collections::BTreeMap;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::complaint::Sink;
+use super::section::Section;
+use super::value::{self, not, shown};
+use super::{Config, VmEntry};
+use crate::policy::rule::{Effect, Glob, Rule, Target, reserved_option};
+use crate::text::escape;
+
+/// The keys that say which devices a rule matches.
+const MATCH: [&str; 6] = ["port", "vendor", "product", "serial", "class", "property"];
+
+/// The keys that say how a device is attached.
+const GUEST: [&str; 3] = ["guest_bus", "guest_port", "options"];
+
+/// A rule is compared with so many earlier ones to see whether they leave it
+/// anything; with all of them, the longest files would take seconds.
+const COMPARED: usize = 2000;
+
+/// What a file says, if the sink stays empty.
+pub(super) fn document(text: &str, sink: &mut Sink) -> Config {
+    let (root, errors) = DeTable::parse_recoverable(text);
+    for error in &errors {
+        syntax(error, text, sink);
+    }
+    if !errors.is_empty() {
+        return Config::default();
+    }
+    let mut top = Section::top(root.get_ref(), sink);
+    top.allow(&["vm", "rule"]);
+    let named = top.inner("vm", "a table of VMs; begin each with `[vm.NAME]`");
+    let (vms, names) = named.map(vms).unwrap_or_default();
+    let list = top.read("rule", |value| {
+        let expected = "a list of rules; begin each with `[[rule]]`, in two pairs of brackets";
+        value.as_array().ok_or_else(|| not(value, expected))
+    });
+    let rules = list.map(|list| rules(list.iter(), &names, sink)).unwrap_or_default();
+    Config { vms, rules }
+}
+
+/// A complaint about what is not TOML, in the parser's words.
+fn syntax(error: &toml::de::Error, text: &str, sink: &mut Sink) {
+    let span = error.span().unwrap_or(0..0);
+    let at = span.start;
+    let message = escape(error.message());
+    let part = text.get(span).unwrap_or("");
+    if part.is_empty() {
+        return sink.add(at, message.into_owned());
+    }
+    // TOML takes `port = 1-1` for a date, and says no more than that.
+    let before = text.get(..at).unwrap_or("").trim_end_matches([' ', '\t']);
+    let unquoted = before.ends_with('=') && !message.contains("quoted");
+    let hint = if unquoted { "; text must be in quotes" } else { "" };
+    sink.add(at, format!("`{}`: {message}{hint}", shown(part)));
+}
+
+/// The VMs, and the names of all that are defined, rightly or not.
+fn vms<'t>(mut section: Section<'t, '_>) -> (Vec<VmEntry>, Vec<&'t str>) {
+    let (mut vms, mut names) = (Vec::new(), Vec::new());
+    let mut sockets = BTreeMap::new();
+    for (name, at, item) in section.entries() {
+        names.push(name);
+        if !value::is_name(name) {
+            section.complain(name, at, &format!("a VM's name is {}", value::NAME));
+        }
+        let expected = "a table; write `[vm.NAME]` and below it `qmp = \"PATH\"`";
+        let who = format!("vm `{}`", shown(name));
+        let Some(mut vm) = Section::named(who, item, expected, section.sink()) else { continue };
+        vm.allow(&["qmp"]);
+        if !vm.has("qmp") {
+            vm.complain_here(
+                "the key `qmp` is missing; add `qmp = \"PATH\"`, the path of its socket",
+            );
+        }
+        let socket = vm.read("qmp", |path| {
+            let socket = value::socket(path)?;
+            match sockets.insert(socket.clone(), name) {
+                None => Ok(socket),
+                Some(other) => Err(format!(
+                    "VM `{}` has this socket too; give each VM one of its own",
+                    shown(other)
+                )),
+            }
+        });
+        vms.extend(socket.map(|socket| VmEntry { name: name.to_owned(), socket }));
+    }
+    (vms, names)
+}
+
+/// The rules. Says also which of them can never match.
+fn rules<'t>(
+    items: impl Iterator<Item = &'t Spanned<DeValue<'t>>>,
+    vms: &[&str],
+    sink: &mut Sink,
+) -> Vec<Rule> {
+    let mut rules: Vec<(usize, Rule)> = Vec::new();
+    for (number, item) in (1..).zip(items) {
+        let expected = "a table; begin each rule with `[[rule]]`";
+        let Some(section) = Section::named(format!("rule {number}"), item, expected, sink) else {
+            continue;
+        };
+        let at = section.at();
+        let Some(rule) = rule(section, vms) else { continue };
+        let mut compared = rules.iter().take(COMPARED);
+        if let Some((earlier, hides)) = compared.find(|(_, earlier)| earlier.covers(&rule)) {
+            let line = hides.line;
+            sink.add(
+                at,
+                format!(
+                    "rule {number}: it can never match, because rule {earlier} (line {line}) matches \
+                     the same devices first; move it up, or remove it"
+                ),
+            );
+        }
+        rules.push((number, rule));
+    }
+    rules.into_iter().map(|(_, rule)| rule).collect()
+}
+
+/// A rule, unless it is not clear what it matches.
+fn rule(mut section: Section, vms: &[&str]) -> Option<Rule> {
+    let before = section.complaints();
+    let known: Vec<_> = ["vm", "deny", "twin"].into_iter().chain(MATCH).chain(GUEST).collect();
+    section.allow(&known);
+    let mut rule = Rule {
+        line: section.line(),
+        port: section.read("port", value::port),
+        twin: section.read("twin", value::boolean).unwrap_or(true),
+        vendor: section.read("vendor", value::vendor_or_product),
+        product: section.read("product", value::vendor_or_product),
+        serial: section.read("serial", value::glob),
+        class: section.read("class", value::class),
+        properties: properties(&mut section),
+        effect: Effect::Deny,
+    };
+    let mut clear = section.complaints() == before;
+    if clear && !MATCH.iter().any(|key| section.has(key)) {
+        clear = false;
+        section.complain_here(&format!(
+            "it would match every device; say which with `{}` (`port = \"*\"` if all are meant)",
+            MATCH.join("`, `")
+        ));
+    }
+    if let Some(target) = target(&mut section, vms) {
+        rule.effect = Effect::Attach(target);
+    }
+    clear.then_some(rule)
+}
+
+fn properties(section: &mut Section) -> Vec<(String, Glob)> {
+    let expected = "a table of globs, like `{ ID_PATH = \"pci-0000:00:1a.0-*\" }`";
+    let Some(mut table) = section.inner("property", expected) else { return Vec::new() };
+    let entries = table.entries();
+    if entries.is_empty() {
+        section.complain_at_key("property", "it is empty; name a property of udev, or remove it");
+        return Vec::new();
+    }
+    let globs = entries.into_iter().map(|(name, ..)| (name, table.read(name, value::glob)));
+    globs.filter_map(|(name, glob)| Some((name.to_owned(), glob?))).collect()
+}
+
+/// Where the rule's devices go; `None` if they stay with the host.
+fn target(section: &mut Section, vms: &[&str]) -> Option<Target> {
+    let vm = section.read("vm", value::vm);
+    if let Some(name) = vm.filter(|name| !vms.contains(name)) {
+        let hint = match section.nearest(name, vms.iter().copied()) {
+            Some(meant) => format!("did you mean `{}`?", shown(meant)),
+            None => "define it with `[vm.NAME]`".into(),
+        };
+        section.complain_at_value("vm", &format!("there is no VM `{}`; {hint}", shown(name)));
+    }
+    let denied = section.read("deny", value::boolean);
+    let target = Target {
+        vm: vm.unwrap_or_default().to_owned(),
+        guest_bus: section.read("guest_bus", value::guest_bus),
+        guest_port: section.read("guest_port", value::guest_port),
+        options: options(section),
+    };
+    if denied != Some(true) {
+        if !section.has("vm") && (denied.is_some() || !section.has("deny")) {
+            section.complain_here("it has neither `vm` nor `deny = true`; add one of them");
+        }
+        return Some(target);
+    }
+    if section.has("vm") {
+        section.complain_at_key("deny", "it excludes `vm`; keep one of them");
+        return None;
+    }
+    for key in GUEST {
+        section.complain_at_key(key, "it has no meaning with `deny`; remove it");
+    }
+    None
+}
+
+fn options(section: &mut Section) -> serde_json::Map<String, serde_json::Value> {
+    let expected = "a table of properties of `usb-host`, like `{ guest-reset = false }`";
+    let Some(mut section) = section.inner("options", expected) else { return Default::default() };
+    let mut options = serde_json::Map::new();
+    for (name, at, _) in section.entries() {
+        if let Some(instead) = reserved_option(name) {
+            section.complain(name, at, &format!("it cannot be set here; {instead}"));
+        } else if !value::is_name(name) {
+            section.complain(name, at, &format!("a property's name is {}", value::NAME));
+        }
+        let value = section.read(name, value::option);
+        options.extend(value.map(|value| (name.to_owned(), value)));
+    }
+    options
+}

@@ -1,0 +1,109 @@
+//! The configuration: VMs by name, and rules that say which device belongs to
+//! which VM. A file is right as a whole, or every complaint about it is told,
+//! each with its line and column.
+
+mod check;
+mod complaint;
+mod section;
+mod value;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use self::complaint::Sink;
+pub use self::complaint::{Complaint, Complaints};
+use crate::policy::rule::Rule;
+
+/// Where the configuration is when nothing else is said.
+pub const DEFAULT_PATH: &str = "/etc/usb-qmp-hotplug.toml";
+
+/// The largest file that is read, in bytes.
+const MAX_FILE: usize = 1 << 20;
+
+/// A configuration without a fault.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Config {
+    /// The VMs, in the order of the file. Names and sockets stand once.
+    pub vms: Vec<VmEntry>,
+    /// The rules, in the order of the file: the first that matches decides.
+    /// One that attaches names a VM of `vms`.
+    pub rules: Vec<Rule>,
+}
+
+/// A VM that has a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmEntry {
+    /// Its name: letters, digits, `.`, `_` and `-`, so that it is never a path.
+    pub name: String,
+    /// The absolute path of its QMP socket.
+    pub socket: PathBuf,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file could not be read.
+    #[error("cannot read the configuration {}", crate::text::escape(&.path.to_string_lossy()))]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file was read and is not right.
+    #[error(transparent)]
+    Complaints(#[from] Complaints),
+}
+
+impl Config {
+    /// Reads a file, which may be a pipe.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, has more than 1 MiB, is not UTF-8, or is
+    /// refused by [`Config::parse`].
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let mut bytes = Vec::new();
+        // One byte more tells a file that is too long.
+        File::open(path)
+            .and_then(|file| file.take(MAX_FILE as u64 + 1).read_to_end(&mut bytes))
+            .map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        let text = String::from_utf8_lossy(&bytes);
+        match std::str::from_utf8(&bytes) {
+            Err(error) if bytes.len() <= MAX_FILE => {
+                let mut sink = Sink::new(&text);
+                sink.add(error.valid_up_to(), "not UTF-8; save the file in that encoding".into());
+                sink.finish(path)?;
+            }
+            _ => {}
+        }
+        Config::parse(path, &text)
+    }
+
+    /// Reads a file's text. The path is for the complaints only.
+    ///
+    /// # Errors
+    ///
+    /// All [`Complaints`] there are. A text that is not TOML is told so first;
+    /// what it says is judged once that is right.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, Error> {
+        let mut sink = Sink::new(text);
+        let config = if text.len() > MAX_FILE {
+            sink.add(0, format!("the file has more than {} MiB", MAX_FILE >> 20));
+            Config::default()
+        } else {
+            check::document(text, &mut sink)
+        };
+        sink.finish(path)?;
+        Ok(config)
+    }
+
+    /// The socket of the VM of that name.
+    pub fn socket(&self, name: &str) -> Option<&Path> {
+        self.vms.iter().find(|vm| vm.name == name).map(|vm| vm.socket.as_path())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,132 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::policy::rule::{Effect, Facts, Glob, first_match};
+
+mod mistakes;
+
+const EXAMPLE: &str = include_str!("../../../contrib/examples/usb-qmp-hotplug.toml");
+
+fn parse(text: &str) -> Result<Config, Error> {
+    Config::parse(Path::new("f"), text)
+}
+
+/// All complaints about a text, without the file's name, a line each.
+fn complaints(text: &str) -> String {
+    let all = parse(text).err().map(|error| error.to_string()).unwrap_or_default();
+    all.lines().map(|line| line.strip_prefix("f:").unwrap()).collect::<Vec<_>>().join("\n")
+}
+
+/// Two lines that define VM `a`, and a rule, whose first key is on line 4.
+fn rule(keys: &str) -> String {
+    format!("[vm.a]\nqmp = '/a'\n[[rule]]\n{keys}")
+}
+
+#[test]
+fn every_key_arrives() {
+    let text = rule(
+        "vm = 'a'\nport = '1-1.*'\ntwin = false\nvendor = '152D'\nproduct = '0001'\n\
+         serial = 'x?'\nclass = 'fF'\nproperty = { B = 'b', A = '*' }\nguest_bus = 'xhci.0'\n\
+         guest_port = '1.2'\noptions = { guest-reset = false, isobufs = 0x10, pcap = '/p' }\n\
+         [[rule]]\ndeny = true\nserial = '*'\n[vm.\"0.b\"]\nqmp = '/b'\n",
+    );
+    let config = parse(&text).unwrap();
+    let names: Vec<_> = config.vms.iter().map(|vm| vm.name.as_str()).collect();
+    assert_eq!(names, ["a", "0.b"], "in the order of the file");
+    assert_eq!(config.socket("0.b"), Some(Path::new("/b")));
+    assert_eq!(config.socket("b"), None);
+
+    let glob = |text| Glob::new(text).unwrap();
+    let [first, second] = &config.rules[..] else { panic!("{:?}", config.rules) };
+    assert_eq!((first.line, first.twin), (3, false));
+    assert_eq!((first.vendor, first.product, first.class), (Some(0x152d), Some(1), Some(0xff)));
+    assert_eq!((&first.port, &first.serial), (&Some(glob("1-1.*")), &Some(glob("x?"))));
+    assert_eq!(first.properties, [("B".into(), glob("b")), ("A".into(), glob("*"))]);
+    let Effect::Attach(target) = &first.effect else { panic!("{first:?}") };
+    assert_eq!(target.vm, "a");
+    assert_eq!(target.guest_bus.as_deref(), Some("xhci.0"));
+    assert_eq!(target.guest_port.as_deref(), Some("1.2"));
+    let options = serde_json::json!({ "guest-reset": false, "isobufs": 16, "pcap": "/p" });
+    assert_eq!(serde_json::Value::from(target.options.clone()), options);
+    assert_eq!((second.line, second.twin, &second.effect), (15, true, &Effect::Deny));
+}
+
+#[test]
+fn an_empty_file_is_a_configuration() {
+    assert_eq!(parse("# nothing yet\n").unwrap(), Config::default());
+}
+
+#[test]
+fn the_example_is_right_and_does_what_it_says() {
+    let config = parse(EXAMPLE).unwrap();
+    let goes_to = |port: &str, id: &str| {
+        let facts = Facts::new(&port.parse().unwrap(), None, id.parse().unwrap());
+        match &first_match(&config.rules, &facts)?.1.effect {
+            Effect::Deny => Some("the host"),
+            Effect::Attach(target) => Some(target.vm.as_str()),
+        }
+    };
+    assert_eq!(goes_to("1-1.2", "1050:0407"), Some("the host"));
+    assert_eq!(goes_to("1-1.2", "0627:0001"), Some("win11"));
+    assert_eq!(goes_to("2-4.1.3", "0627:0001"), Some("desktop"));
+    assert_eq!(goes_to("3-1", "0627:0001"), None);
+}
+
+#[test]
+fn of_very_many_complaints_the_first_are_told() {
+    let Err(Error::Complaints(all)) = parse(&"=\n".repeat(1000)) else { panic!() };
+    assert_eq!(all.list().len(), 100);
+    assert_eq!(all.path(), Path::new("f"));
+    assert!(all.to_string().ends_with(" more"), "{all}");
+}
+
+#[test]
+fn a_file_that_cannot_be_read_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("c\n.toml");
+    let error = Config::read(&file).unwrap_err();
+    assert!(error.to_string().ends_with("c\\n.toml"), "{error}");
+    assert!(std::error::Error::source(&error).is_some());
+
+    let error = |bytes: &[u8]| {
+        std::fs::write(&file, bytes).unwrap();
+        Config::read(&file).unwrap_err().to_string()
+    };
+    let latin1 = error(b"# a\n# \xc3\xa9 \xe9 \xe9\n");
+    assert!(
+        latin1.ends_with("c\\n.toml:2:5: not UTF-8; save the file in that encoding"),
+        "{latin1}"
+    );
+    let huge = error(&vec![0xff; MAX_FILE + 7]);
+    assert!(huge.ends_with(":1:1: the file has more than 1 MiB"), "{huge}");
+
+    std::fs::write(&file, EXAMPLE).unwrap();
+    assert_eq!(Config::read(&file).unwrap(), parse(EXAMPLE).unwrap());
+}
+
+/// What files are made of, rightly and wrongly.
+fn scraps() -> impl Strategy<Value = String> {
+    let keys =
+        "(vm|deny|port|twin|vendor|class|property|options|guest_bus|qmp|x|'\u{e9}')([.]a)? = ";
+    let values = "'1-1.[*]'|'[0-9a-f*\\[]{0,5}'|true|-?[0-9]{1,20}|\\[\\]|[{] a = 'b' [}]|1e9|\"\\\\u0000\"|'/a'";
+    let heads = "\\[vm[.][ab]\\]|\\[\\[rule\\]\\]|\\[rule\\]|\\[vm\\]|vm|\r|=|\\[\\[|\u{feff}";
+    let line = prop_oneof![
+        4 => (keys, values).prop_map(|(key, value)| key + &value),
+        3 => heads.prop_map(String::from),
+    ];
+    prop::collection::vec(line, 0..12).prop_map(|lines| lines.join("\n"))
+}
+
+proptest! {
+    #[test]
+    fn no_text_panics_and_every_complaint_has_its_place(text in prop_oneof![any::<String>(), scraps()]) {
+        if let Err(Error::Complaints(all)) = parse(&text) {
+            let places: Vec<_> = all.list().iter().map(|found| (found.line, found.column)).collect();
+            prop_assert!(places.is_sorted());
+            for (line, column) in places {
+                let length = text.split('\n').nth(line - 1).map(|line| line.chars().count());
+                prop_assert!(length.is_some_and(|length| (1..=length + 1).contains(&column)));
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Whether a rule matches a device. Pure: the facts come from elsewhere.
+
+mod glob;
+
+use std::borrow::Cow;
+use std::fmt;
+
+pub use self::glob::{Glob, GlobError, MAX_GLOB};
+use crate::usb::{Port, VendorProduct};
+
+/// One rule: what a device must be, and what then happens to it. A key that is
+/// not set matches every device.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rule {
+    /// The line it begins on in the configuration, counted from 1.
+    pub line: usize,
+    /// Fits the name of the device's port.
+    pub port: Option<Glob>,
+    /// Whether `port` means the physical socket: it may fit the name of the
+    /// socket's other half instead.
+    pub twin: bool,
+    /// Is the vendor id.
+    pub vendor: Option<u16>,
+    /// Is the product id.
+    pub product: Option<u16>,
+    /// Fits the serial number; a device without one does not match.
+    pub serial: Option<Glob>,
+    /// Is the class code of the device or of any of its interfaces.
+    pub class: Option<u8>,
+    /// Fit the udev properties of these names; a device that lacks one of them
+    /// does not match.
+    pub properties: Vec<(String, Glob)>,
+    /// What happens to a device that matches.
+    pub effect: Effect,
+}
+
+/// What a rule is for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// The device stays with the host.
+    Deny,
+    /// The device belongs to a VM.
+    Attach(Target),
+}
+
+/// The VM a device belongs to, and how it is attached there.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Target {
+    /// The VM's name in the configuration.
+    pub vm: String,
+    /// The guest's bus (`xhci.0`); if not set, one is chosen.
+    pub guest_bus: Option<String>,
+    /// The port on the guest's bus (`3`, or `1.2` behind a hub); if not set,
+    /// a free one is chosen.
+    pub guest_port: Option<String>,
+    /// More properties of `usb-host`: booleans, integers and strings.
+    pub options: serde_json::Map<String, serde_json::Value>,
+}
+
+/// What rules look at, for one device. Holds only what it was given: see
+/// [`Needs`] for what is worth fetching.
+pub struct Facts<'a> {
+    // As text, written once: most rules compare them.
+    port: String,
+    twin: Option<String>,
+    id: VendorProduct,
+    serial: Option<&'a str>,
+    classes: &'a [u8],
+    property: Property<'a>,
+}
+
+/// Looks up a udev property by its name.
+type Property<'a> = &'a dyn Fn(&str) -> Option<Cow<'a, str>>;
+
+impl<'a> Facts<'a> {
+    /// What is known of every device. `twin` is the other half of the physical
+    /// socket the device is in: one USB 3 socket is two ports, on two buses,
+    /// that the kernel links to each other as `peer`.
+    pub fn new(port: &Port, twin: Option<&Port>, id: VendorProduct) -> Self {
+        Facts {
+            port: port.to_string(),
+            twin: twin.map(Port::to_string),
+            id,
+            serial: None,
+            classes: &[],
+            property: &|_| None,
+        }
+    }
+
+    /// With the serial number, for a device that has one.
+    pub fn with_serial(self, serial: Option<&'a str>) -> Self {
+        Facts { serial, ..self }
+    }
+
+    /// With the class codes of the device and of all its interfaces, in any
+    /// order.
+    pub fn with_classes(self, classes: &'a [u8]) -> Self {
+        Facts { classes, ..self }
+    }
+
+    /// With a way to look up a udev property by name. It is asked only by a
+    /// rule that names a property and matches in everything else.
+    pub fn with_properties(self, property: Property<'a>) -> Self {
+        Facts { property, ..self }
+    }
+}
+
+/// What rules look at beyond the port, the vendor and the product.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// The serial number.
+    pub serial: bool,
+    /// The class codes of device and interfaces.
+    pub classes: bool,
+    /// Properties of udev.
+    pub properties: bool,
+}
+
+impl Needs {
+    /// What any of these rules looks at.
+    pub fn of(rules: &[Rule]) -> Self {
+        rules.iter().fold(Needs::default(), |all, rule| Needs {
+            serial: all.serial || rule.serial.is_some(),
+            classes: all.classes || rule.class.is_some(),
+            properties: all.properties || !rule.properties.is_empty(),
+        })
+    }
+}
+
+impl Rule {
+    /// Whether all keys of the rule match.
+    pub fn matches(&self, facts: &Facts) -> bool {
+        // The cheapest first.
+        self.vendor.is_none_or(|vendor| vendor == facts.id.vendor)
+            && self.product.is_none_or(|product| product == facts.id.product)
+            && self.class.is_none_or(|class| facts.classes.contains(&class))
+            && self.port.as_ref().is_none_or(|port| self.fits_socket(port, facts))
+            && self.serial.as_ref().is_none_or(|glob| facts.serial.is_some_and(|s| glob.matches(s)))
+            && self.properties.iter().all(|(name, glob)| {
+                (facts.property)(name).is_some_and(|value| glob.matches(&value))
+            })
+    }
+
+    fn fits_socket(&self, port: &Glob, facts: &Facts) -> bool {
+        port.matches(&facts.port)
+            || (self.twin && facts.twin.as_ref().is_some_and(|twin| port.matches(twin)))
+    }
+
+    /// Whether it is clear that this rule matches every device that `later`
+    /// matches. `false` means that nothing is known.
+    pub fn covers(&self, later: &Rule) -> bool {
+        // A port that fits everything needs no twin to do so.
+        let socket =
+            self.twin || !later.twin || self.port.as_ref().is_none_or(|p| p.as_str() == "*");
+        socket
+            && implied(&self.vendor, &later.vendor, |a, b| a == b)
+            && implied(&self.product, &later.product, |a, b| a == b)
+            && implied(&self.class, &later.class, |a, b| a == b)
+            && implied(&self.port, &later.port, Glob::covers)
+            && implied(&self.serial, &later.serial, Glob::covers)
+            && self.properties.iter().all(|(name, glob)| {
+                later.properties.iter().any(|(other, value)| name == other && glob.covers(value))
+            })
+    }
+}
+
+/// Whether the later rule's key says at least what the earlier one's does.
+fn implied<T>(earlier: &Option<T>, later: &Option<T>, covers: impl Fn(&T, &T) -> bool) -> bool {
+    match (earlier, later) {
+        (None, _) => true,
+        (Some(earlier), Some(later)) => covers(earlier, later),
+        (Some(_), None) => false,
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rule at line {}", self.line)
+    }
+}
+
+/// The first rule that matches, and its place among the rules, from 0: the one
+/// that decides.
+pub fn first_match<'r>(rules: &'r [Rule], facts: &Facts) -> Option<(usize, &'r Rule)> {
+    rules.iter().enumerate().find(|(_, rule)| rule.matches(facts))
+}
+
+/// For a property of `usb-host` that this tool sets itself, or that cannot be
+/// set: what to do instead. `None` for all others, which are the user's.
+pub fn reserved_option(name: &str) -> Option<&'static str> {
+    match name {
+        "bus" => Some("use `guest_bus`"),
+        "port" => Some("use `guest_port`"),
+        "vendorid" => Some("match with `vendor`"),
+        "productid" => Some("match with `product`"),
+        "hostport" => Some("match with `port`"),
+        "hostbus" | "hostaddr" | "hostdevice" => Some("it comes from the device that matched"),
+        "id" => Some("the id comes from the port the device is plugged into"),
+        "driver" => Some("it is always `usb-host`"),
+        "attached" => Some("it can only be read"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

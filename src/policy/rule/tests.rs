@@ -1,0 +1,183 @@
+use std::cell::Cell;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn rule() -> Rule {
+    Rule {
+        line: 1,
+        port: None,
+        twin: true,
+        vendor: None,
+        product: None,
+        serial: None,
+        class: None,
+        properties: Vec::new(),
+        effect: Effect::Deny,
+    }
+}
+
+fn glob(text: &str) -> Option<Glob> {
+    Some(Glob::new(text).unwrap())
+}
+
+fn on(port: &str) -> Rule {
+    Rule { port: glob(port), ..rule() }
+}
+
+fn property(name: &str, value: &str) -> Rule {
+    Rule { properties: vec![(name.into(), Glob::new(value).unwrap())], ..rule() }
+}
+
+/// A stick in a USB 3 socket, with a storage and a keyboard interface.
+fn stick<'a>() -> Facts<'a> {
+    let (port, twin) = ("2-1.2".parse().unwrap(), "1-1.2".parse().unwrap());
+    Facts::new(&port, Some(&twin), "152d:2338".parse().unwrap())
+        .with_serial(Some("0123456789"))
+        .with_classes(&[0x00, 0x08, 0x03])
+        .with_properties(&|name| (name == "ID_PATH").then_some("pci-0000:00:1a.0-usb-0:1.2".into()))
+}
+
+#[test]
+fn each_key_matches_what_it_names() {
+    let twinless = |port| Rule { twin: false, ..on(port) };
+    let cases = [
+        ("nothing set", rule(), true),
+        ("port", on("2-1.2"), true),
+        ("twin", on("1-1.2"), true),
+        ("glob on twin", on("1-1.*"), true),
+        ("neither half", on("3-1.2"), false),
+        ("twin = false, own half", twinless("2-1.*"), true),
+        ("twin = false, other half", twinless("1-1.2"), false),
+        ("vendor", Rule { vendor: Some(0x152d), ..rule() }, true),
+        ("other vendor", Rule { vendor: Some(0x152e), ..rule() }, false),
+        ("product", Rule { product: Some(0x2338), ..rule() }, true),
+        ("other product", Rule { product: Some(1), ..rule() }, false),
+        ("serial", Rule { serial: glob("0123*"), ..rule() }, true),
+        ("other serial", Rule { serial: glob("123*"), ..rule() }, false),
+        ("device's class", Rule { class: Some(0), ..rule() }, true),
+        ("an interface's class", Rule { class: Some(3), ..rule() }, true),
+        ("no such class", Rule { class: Some(7), ..rule() }, false),
+        ("property", property("ID_PATH", "pci-0000:00:1a.0-*"), true),
+        ("other value", property("ID_PATH", "pci-1*"), false),
+        ("no such property", property("ID_BUS", "*"), false),
+        ("all but one", Rule { vendor: Some(0x152d), class: Some(7), ..on("2-1.2") }, false),
+        ("all", Rule { vendor: Some(0x152d), class: Some(8), ..on("2-1.2") }, true),
+    ];
+    for (name, rule, matches) in cases {
+        assert_eq!(rule.matches(&stick()), matches, "{name}");
+    }
+}
+
+#[test]
+fn what_a_device_lacks_does_not_match() {
+    let bare = Facts::new(&"1-1".parse().unwrap(), None, "152d:2338".parse().unwrap());
+    assert!(on("1-1").matches(&bare));
+    assert!(!on("1-1.*").matches(&bare), "below is not at");
+    assert!(!Rule { serial: glob("*"), ..rule() }.matches(&bare));
+    assert!(!Rule { class: Some(0), ..rule() }.matches(&bare));
+    assert!(!property("ID_PATH", "*").matches(&bare));
+}
+
+#[test]
+fn the_first_rule_that_matches_decides() {
+    let rules = [on("9-9"), Rule { line: 7, ..on("1-1.*") }, rule()];
+    let (place, rule) = first_match(&rules, &stick()).unwrap();
+    assert_eq!((place, rule.to_string()), (1, "rule at line 7".into()));
+    assert_eq!(first_match(&rules[..1], &stick()), None);
+}
+
+#[test]
+fn properties_are_asked_for_last_and_only_if_a_rule_does() {
+    let asked = Cell::new(0);
+    let count = |_: &str| {
+        asked.set(asked.get() + 1);
+        None
+    };
+    let id = "152d:2338".parse().unwrap();
+    let facts = Facts::new(&"1-1".parse().unwrap(), None, id).with_properties(&count);
+    first_match(&[on("1-2"), Rule { vendor: Some(1), ..property("A", "*") }], &facts);
+    assert_eq!(asked.get(), 0);
+    first_match(&[property("A", "*")], &facts);
+    assert_eq!(asked.get(), 1);
+}
+
+#[test]
+fn rules_say_what_they_need() {
+    assert_eq!(Needs::of(&[on("1-1")]), Needs::default());
+    let rules = [Rule { serial: glob("1"), ..rule() }, Rule { class: Some(8), ..rule() }];
+    assert_eq!(Needs::of(&rules), Needs { serial: true, classes: true, properties: false });
+    assert!(Needs::of(&[property("A", "*")]).properties);
+}
+
+#[test]
+fn a_rule_covers_a_later_one_that_says_more() {
+    let twinless = |port| Rule { twin: false, ..on(port) };
+    let vendor = Rule { vendor: Some(1), ..rule() };
+    let both = Rule { product: Some(2), ..vendor.clone() };
+    let cases = [
+        (on("1-1"), on("1-1"), true),
+        (on("1-1.*"), on("1-1.2"), true),
+        (on("1-1.2"), on("1-1.*"), false),
+        (on("1-1"), twinless("1-1"), true),
+        (twinless("1-1"), on("1-1"), false),
+        (twinless("*"), on("1-1"), true),
+        (twinless("*"), vendor.clone(), false),
+        (Rule { twin: false, ..vendor.clone() }, both.clone(), true),
+        (vendor.clone(), both.clone(), true),
+        (both, vendor.clone(), false),
+        (vendor, Rule { vendor: Some(2), ..rule() }, false),
+        (Rule { class: Some(8), ..rule() }, Rule { class: Some(8), ..on("1-1") }, true),
+        (Rule { class: Some(8), ..rule() }, Rule { class: Some(3), ..rule() }, false),
+        (Rule { serial: glob("1*"), ..rule() }, Rule { serial: glob("12"), ..rule() }, true),
+        (Rule { serial: glob("1*"), ..rule() }, on("1-1"), false),
+        (property("A", "x*"), property("A", "xy"), true),
+        (property("A", "x*"), property("B", "xy"), false),
+        (rule(), property("B", "xy"), true),
+    ];
+    for (number, (earlier, later, covers)) in cases.into_iter().enumerate() {
+        assert_eq!(earlier.covers(&later), covers, "case {number}");
+    }
+}
+
+prop_compose! {
+    fn any_rule()(
+        port in prop::option::of("[12]-1([.][12*]|[*])?|[*]"),
+        twin in any::<bool>(),
+        vendor in prop::option::of(1..=2u16),
+        class in prop::option::of(8..=9u8),
+        serial in prop::option::of("[ab*]|a[?]"),
+        tag in prop::option::of("[ab*]"),
+    ) -> Rule {
+        let glob = |text: String| Glob::new(&text).unwrap();
+        let properties = tag.into_iter().map(|value| ("TAG".into(), glob(value))).collect();
+        let (port, serial) = (port.map(glob), serial.map(glob));
+        Rule { port, twin, vendor, class, serial, properties, ..rule() }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_rule_that_covers_another_matches_all_that_it_does(
+        earlier in any_rule(),
+        later in any_rule(),
+        ports in ("[12]-1([.][12])?", prop::option::of("[12]-1([.][12])?")),
+        vendor in 1..=2u16,
+        class in 8..=9u8,
+        serial in prop::option::of("[ab]{1,2}"),
+        tag in prop::option::of("[ab]"),
+    ) {
+        let twin = ports.1.map(|twin| twin.parse().unwrap());
+        let property = |_: &str| tag.as_deref().map(Cow::Borrowed);
+        let classes = [class];
+        let id = VendorProduct { vendor, product: 1 };
+        let facts = Facts::new(&ports.0.parse().unwrap(), twin.as_ref(), id)
+            .with_serial(serial.as_deref())
+            .with_classes(&classes)
+            .with_properties(&property);
+        if earlier.covers(&later) && later.matches(&facts) {
+            prop_assert!(earlier.matches(&facts), "{:?} {:?}", earlier, later);
+        }
+    }
+}

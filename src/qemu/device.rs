@@ -1,0 +1,250 @@
+//! A host device into the VM.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use qapi::qmp::{add_fd, device_add, remove_fd};
+use serde_json::{Map, Value};
+use tracing::debug;
+
+use super::qmp;
+use super::vm::{ALL, Object, USERS, Vm};
+use crate::qemu::{
+    Controller, ControllerKind, GuestPort, InfoLine, NoGuestPort, Placement, guest_ports,
+    parse_info_usb,
+};
+use crate::usb::{Address, DeviceId, Speed};
+
+/// The most places that are tried before QEMU's last "in use" is believed.
+const MAX_TRIES: usize = 64;
+
+/// How QEMU gets at the device.
+#[derive(Debug)]
+pub enum Access {
+    /// We opened its node, and pass the descriptor.
+    Descriptor(OwnedFd),
+    /// QEMU opens its node.
+    Node(PathBuf),
+    /// QEMU looks for it in its list of devices; for a QEMU older than 5.2.
+    Address,
+}
+
+/// A device to attach.
+#[derive(Debug)]
+pub struct Attachment<'a> {
+    /// The id it gets.
+    pub id: &'a DeviceId,
+    /// Where it is on the host.
+    pub address: Address,
+    /// More properties of usb-host, as the user gave them.
+    pub options: &'a Map<String, Value>,
+}
+
+/// What the VM looks like to a device that wants in.
+#[derive(Debug)]
+pub struct Probe {
+    /// The host device that has the id already: where on the host it is, if
+    /// the VM was told.
+    pub present: Option<Option<Address>>,
+    /// Where the device can go once the id is free, the best place first.
+    pub guest_ports: Result<Vec<GuestPort>, NoGuestPort>,
+}
+
+impl Vm {
+    /// Looks for the id, and for places where a device of this speed can go,
+    /// in two round trips; in four where the user gave the VM no xHCI
+    /// controller with a free port, and the machine's own are looked at, too.
+    ///
+    /// # Errors
+    ///
+    /// As for [`crate::qemu::qmp::Session::reply`].
+    pub async fn probe(
+        &mut self,
+        id: &DeviceId,
+        speed: Option<Speed>,
+        placement: &Placement,
+    ) -> Result<Probe, qmp::Error> {
+        let (probe, controllers) = self.probe_of(USERS, id, speed, placement).await?;
+        let best = probe.guest_ports.as_ref().ok().and_then(|guest_ports| guest_ports.first());
+        let is_xhci = |guest_port: &GuestPort| {
+            let mut on_it = controllers.iter().filter(|c| c.bus == guest_port.bus);
+            on_it.any(|c| c.kind == ControllerKind::Xhci)
+        };
+        if best.is_some_and(|guest_port| placement.bus.is_some() || is_xhci(guest_port)) {
+            return Ok(probe);
+        }
+        Ok(self.probe_of(ALL, id, speed, placement).await?.0)
+    }
+
+    /// The probe of the controllers in these containers, and the controllers.
+    async fn probe_of(
+        &mut self,
+        containers: &[&'static str],
+        id: &DeviceId,
+        speed: Option<Speed>,
+        placement: &Placement,
+    ) -> Result<(Probe, Vec<Controller>), qmp::Error> {
+        let objects = self.ask_objects(containers)?;
+        let info = self.ask_info_usb()?;
+        let objects = self.answer_objects(objects).await?;
+        let lines = parse_info_usb(&self.answer(info).await?.unwrap_or_default());
+
+        let has_id = |object: &&Object| object.id.as_deref() == Some(id.as_str());
+        let present = objects.iter().find(has_id).filter(|object| object.driver == "usb-host");
+        let present = match present {
+            Some(object) => Some(self.ask_address(&object.path)?),
+            None => None,
+        };
+        let controllers = self.ask_controllers(&objects)?;
+        // The text numbers the buses; one device of each bus tells its name.
+        let mut buses = BTreeMap::new();
+        for line in &lines {
+            let known = |id: &Option<String>| id.is_some() && line.product(id.as_deref()).is_some();
+            let object = objects.iter().find(|object| known(&object.id));
+            if let (Some(object), false) = (object, buses.contains_key(&line.bus)) {
+                buses.insert(line.bus, self.ask(&object.path, "parent_bus")?);
+            }
+        }
+
+        let present = match present {
+            Some(tickets) => Some(self.answer_address(tickets).await?),
+            None => None,
+        };
+        let controllers = self.answer_controllers(controllers).await?;
+        let mut names = BTreeMap::new();
+        for (number, ticket) in buses {
+            if let Some(path) = self.answer_text(ticket).await? {
+                let controller = controllers.iter().find(|c| c.bus_path == path);
+                names.extend(controller.map(|c| (number, c.bus.clone())));
+            }
+        }
+        // What else there is, is on the only bus, unless that has a number.
+        let only = match controllers.as_slice() {
+            [only] if !names.values().any(|name| *name == only.bus) => Some(&only.bus),
+            _ => None,
+        };
+        let guest_port = |line: InfoLine| {
+            let bus = names.get(&line.bus).or(only)?.clone();
+            Some(GuestPort { bus, port: line.port })
+        };
+        // What an earlier device left behind gives its place to the new one.
+        let stays =
+            |line: &InfoLine| present.is_none() || line.product(Some(id.as_str())).is_none();
+        let taken: Vec<GuestPort> =
+            lines.into_iter().filter(stays).filter_map(guest_port).collect();
+        Ok((
+            Probe { present, guest_ports: guest_ports(&controllers, &taken, speed, placement) },
+            controllers,
+        ))
+    }
+
+    /// Attaches a device at the first of the ports that QEMU finds free. `None`
+    /// if there was no port to try.
+    ///
+    /// # Errors
+    ///
+    /// QEMU's refusal, or what the session met.
+    pub async fn attach(
+        &mut self,
+        attachment: &Attachment<'_>,
+        access: &Access,
+        guest_ports: &[GuestPort],
+    ) -> Result<Option<GuestPort>, qmp::Error> {
+        let mut tries = guest_ports.iter().take(MAX_TRIES).peekable();
+        while let Some(guest_port) = tries.next() {
+            match self.device_add(attachment, access, guest_port).await {
+                Ok(()) => return Ok(Some(guest_port.clone())),
+                Err(error) if tries.peek().is_some() && is_in_use(&error) => {
+                    debug!(%guest_port, "in use, trying the next one");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    async fn device_add(
+        &mut self,
+        attachment: &Attachment<'_>,
+        access: &Access,
+        guest_port: &GuestPort,
+    ) -> Result<(), qmp::Error> {
+        let mut arguments = attachment.options.clone();
+        arguments.insert("hostbus".into(), attachment.address.bus.into());
+        arguments.insert("hostaddr".into(), attachment.address.device.into());
+        arguments.insert("port".into(), guest_port.port.clone().into());
+        let fdset_id = self.fdset_id();
+        let added = match access {
+            Access::Descriptor(descriptor) => {
+                arguments.insert("hostdevice".into(), format!("/dev/fdset/{fdset_id}").into());
+                let descriptor = descriptor.try_clone().map_err(|source| {
+                    qmp::Error::new(self.session.socket(), qmp::ErrorKind::Lost(Some(source)))
+                })?;
+                let command = add_fd { fdset_id: Some(fdset_id), opaque: None };
+                Some(self.session.send_with_descriptor(&command, descriptor)?)
+            }
+            Access::Node(path) => {
+                arguments.insert("hostdevice".into(), path.to_string_lossy().into());
+                None
+            }
+            Access::Address => None,
+        };
+        let attached = self.session.send(&device_add {
+            driver: "usb-host".into(),
+            id: Some(attachment.id.to_string()),
+            bus: Some(guest_port.bus.clone()),
+            arguments,
+        })?;
+        // The removal is on its way before the addition is answered: whatever
+        // becomes of it or of us, no descriptor stays in the set. The device
+        // keeps a copy of its own. (Before QEMU 9.1, those of a paused VM stay
+        // until it runs: monitor/fds.c, `monitor_fdset_cleanup`.)
+        let removed = match added {
+            Some(_) => Some(self.session.send(&remove_fd { fdset_id, fd: None })?),
+            None => None,
+        };
+        if let Some(added) = added {
+            self.session.reply(added).await?;
+        }
+        let attached = self.session.reply(attached).await;
+        // Of a broken session the first error is the one that tells.
+        let goes_on = attached.as_ref().map_or_else(|error| error.refusal().is_some(), |_| true);
+        if let (Some(removed), true) = (removed, goes_on) {
+            self.answer(removed).await?;
+        }
+        attached.map(|_| ())
+    }
+
+    /// Closes what an attach has left that was cut off, when its process was
+    /// killed, say. A descriptor in the set claims its device for ever.
+    ///
+    /// # Errors
+    ///
+    /// As for [`crate::qemu::qmp::Session::reply`].
+    pub async fn drop_descriptors(&mut self) -> Result<(), qmp::Error> {
+        let fdset_id = self.fdset_id();
+        let ticket = self.session.send(&remove_fd { fdset_id, fd: None })?;
+        // QEMU refuses, as there is hardly ever such a set.
+        self.answer(ticket).await.map(|_| ())
+    }
+
+    /// The set that our descriptors go through. QEMU keeps an emptied set for
+    /// ever, so each socket always uses the same one; and QEMU opens any
+    /// descriptor of a set, so two sockets must not share one.
+    fn fdset_id(&self) -> i64 {
+        use std::os::unix::ffi::OsStrExt;
+        // FNV-1a: small, and the same in every build of this tool.
+        let bytes = self.session.socket().as_os_str().as_bytes();
+        let hash = bytes.iter().fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+        });
+        i64::from(hash & 0x7fff_ffff)
+    }
+}
+
+/// Whether QEMU said that the port is taken (QEMU, hw/usb/bus.c,
+/// `usb_claim_port`). The class is `GenericError`, so only the text tells.
+fn is_in_use(error: &qmp::Error) -> bool {
+    error.refusal().is_some_and(|refusal| refusal.desc.ends_with("not found (in use?)"))
+}

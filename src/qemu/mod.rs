@@ -1,0 +1,20 @@
+//! The VM's side: the conversation with its monitor, and what it has of USB.
+//!
+//! - [`qmp`]: the wire; it knows nothing of USB.
+//! - `vm`: one VM's objects, controllers and host devices, over a [`qmp::Session`].
+//! - `device`: a host device into the VM.
+//! - `inspect`: everything USB that the VM has.
+//! - `ports`, `info_usb`: the choice of a free port, and QEMU's own list. Pure.
+
+mod device;
+mod info_usb;
+mod inspect;
+mod ports;
+pub mod qmp;
+mod vm;
+
+pub use device::{Access, Attachment, Probe};
+pub use info_usb::{InfoLine, parse_info_usb};
+pub use inspect::{GuestDevice, Inventory};
+pub use ports::{Controller, ControllerKind, GuestPort, NoGuestPort, Placement, guest_ports};
+pub use vm::Vm;

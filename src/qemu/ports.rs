@@ -1,0 +1,312 @@
+//! A VM's USB controllers, and the choice of a free port. Pure.
+
+use std::fmt;
+
+use crate::text::escape;
+use crate::usb::Speed;
+
+/// The kinds of USB controllers that QEMU has, by the interface they give to
+/// the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ControllerKind {
+    /// Every speed.
+    Xhci,
+    /// High speed; slower devices only through companions.
+    Ehci,
+    /// Full and low speed.
+    Ohci,
+    /// Full and low speed.
+    Uhci,
+}
+
+impl ControllerKind {
+    /// The kind of a QOM type, if it is a controller: `qemu-xhci`,
+    /// `ich9-usb-ehci1`, `piix3-usb-uhci`, `pci-ohci` (QEMU, hw/usb/hcd-*.c).
+    pub fn of_driver(driver: &str) -> Option<Self> {
+        let kinds = [
+            ("xhci", ControllerKind::Xhci),
+            ("ehci", ControllerKind::Ehci),
+            ("ohci", ControllerKind::Ohci),
+            ("uhci", ControllerKind::Uhci),
+        ];
+        kinds.into_iter().find_map(|(word, kind)| driver.contains(word).then_some(kind))
+    }
+}
+
+/// A USB controller with a bus of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Controller {
+    /// Its bus, as `bus=` takes it: `xhci.0`.
+    pub bus: String,
+    /// The bus's QOM path.
+    pub bus_path: String,
+    /// Its kind.
+    pub kind: ControllerKind,
+    /// Ports `1` to this one take devices up to high speed.
+    pub usb2_ports: u32,
+    /// Ports `1` to this one take SuperSpeed devices (xHCI only).
+    pub usb3_ports: u32,
+    /// Whether slower controllers serve this one's ports for slower devices.
+    pub has_companions: bool,
+}
+
+impl Controller {
+    /// How many ports there are.
+    pub fn ports(&self) -> u32 {
+        self.usb2_ports.max(self.usb3_ports)
+    }
+
+    /// The ports that a device of this speed can use, the best first. QEMU
+    /// lets most fast devices run slower where the port is slow (QEMU,
+    /// hw/usb/host-libusb.c, `usb_host_speed_compat`), never the reverse.
+    fn fitting(&self, speed: Option<Speed>) -> Vec<u32> {
+        let all = 1..=self.ports();
+        let slow = speed.is_some_and(|speed| speed <= Speed::FULL);
+        let fast = speed.is_some_and(|speed| speed >= Speed::SUPER);
+        match self.kind {
+            ControllerKind::Xhci if fast => {
+                let (best, rest): (Vec<u32>, Vec<u32>) = all.partition(|p| *p <= self.usb3_ports);
+                best.into_iter().chain(rest).collect()
+            }
+            ControllerKind::Xhci => all.filter(|port| *port <= self.usb2_ports).collect(),
+            ControllerKind::Ehci if slow && !self.has_companions => Vec::new(),
+            _ => all.collect(),
+        }
+    }
+
+    /// The order of preference for a device of this speed, smallest first.
+    fn rank(&self, speed: Option<Speed>) -> u8 {
+        let slow = speed.is_some_and(|speed| speed <= Speed::FULL);
+        match self.kind {
+            ControllerKind::Xhci => 0,
+            ControllerKind::Ehci if slow => 3,
+            ControllerKind::Ehci => 1,
+            ControllerKind::Ohci | ControllerKind::Uhci => 2,
+        }
+    }
+}
+
+/// A place for a device: a bus and a port on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestPort {
+    /// The bus, `xhci.0`.
+    pub bus: String,
+    /// The port, `3`, or behind a hub `2.1`.
+    pub port: String,
+}
+
+impl fmt::Display for GuestPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} port {}", escape(&self.bus), escape(&self.port))
+    }
+}
+
+/// What the user wants of the guest's side.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// The bus, if it matters.
+    pub bus: Option<String>,
+    /// The port, if it matters.
+    pub port: Option<String>,
+}
+
+/// Why there is no place for a device.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoGuestPort {
+    /// The VM has no USB controller.
+    #[error("this VM has no USB controller; add `{}` to its QEMU", line_to_add(&[]))]
+    NoController,
+    /// The VM has no such bus.
+    #[error("this VM has no USB bus `{}`; it has {}", escape(.0), .1.join(", "))]
+    UnknownBus(String, Vec<String>),
+    /// Nothing takes a device that slow.
+    #[error(
+        "no USB controller of this VM ({}) takes a device of {speed} Mb/s; add `{}` to its QEMU",
+        .buses.join(", "), line_to_add(.buses)
+    )]
+    NoneFits {
+        /// The device's speed.
+        speed: Speed,
+        /// The VM's buses.
+        buses: Vec<String>,
+    },
+    /// Every port that would do is taken.
+    #[error(
+        "no free port on {}; detach something, or add `{}` to its QEMU",
+        .0.join(", "), line_to_add(.0)
+    )]
+    Full(Vec<String>),
+}
+
+/// The option that adds a controller with as many ports as there can be
+/// (QEMU, include/hw/usb/xhci.h, `XHCI_MAXPORTS_2`), under an id not yet taken.
+fn line_to_add(buses: &[String]) -> String {
+    let taken = |id: &str| buses.iter().any(|bus| bus.strip_suffix(".0") == Some(id));
+    let id = ["xhci", "xhci2", "xhci3"].into_iter().find(|id| !taken(id)).unwrap_or("xhci4");
+    format!("-device qemu-xhci,id={id},p2=15,p3=15")
+}
+
+/// The places for a device of a speed, the best first. `taken` are the places
+/// that are known to be in use; others may be, so the next place is worth a
+/// try when QEMU says that a port is in use.
+///
+/// # Errors
+///
+/// When there is none, and what to do about it.
+pub fn guest_ports(
+    controllers: &[Controller],
+    taken: &[GuestPort],
+    speed: Option<Speed>,
+    placement: &Placement,
+) -> Result<Vec<GuestPort>, NoGuestPort> {
+    if let Placement { bus: Some(bus), port: Some(port) } = placement {
+        return Ok(vec![GuestPort { bus: bus.clone(), port: port.clone() }]);
+    }
+    let names = |of: &[&Controller]| -> Vec<String> {
+        of.iter().map(|c| escape(&c.bus).into_owned()).collect()
+    };
+    let all: Vec<&Controller> = controllers.iter().collect();
+    if all.is_empty() {
+        return Err(NoGuestPort::NoController);
+    }
+    let mut wanted = all.clone();
+    wanted.retain(|c| placement.bus.as_ref().is_none_or(|bus| *bus == c.bus));
+    if let (true, Some(bus)) = (wanted.is_empty(), &placement.bus) {
+        return Err(NoGuestPort::UnknownBus(bus.clone(), names(&all)));
+    }
+    wanted.sort_by(|a, b| (a.rank(speed), &a.bus).cmp(&(b.rank(speed), &b.bus)));
+    let fitting: Vec<GuestPort> = wanted
+        .iter()
+        .flat_map(|c| {
+            let guest_port = |port| GuestPort { bus: c.bus.clone(), port };
+            match &placement.port {
+                // A port behind a hub is the user's to know.
+                Some(port) => vec![guest_port(port.clone())],
+                None => {
+                    c.fitting(speed).into_iter().map(|port| guest_port(port.to_string())).collect()
+                }
+            }
+        })
+        .collect();
+    if let (true, Some(speed)) = (fitting.is_empty(), speed) {
+        return Err(NoGuestPort::NoneFits { speed, buses: names(&wanted) });
+    }
+    let free: Vec<GuestPort> =
+        fitting.into_iter().filter(|guest_port| !taken.contains(guest_port)).collect();
+    if free.is_empty() { Err(NoGuestPort::Full(names(&wanted))) } else { Ok(free) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn controller(bus: &str, kind: ControllerKind, usb2: u32, usb3: u32) -> Controller {
+        Controller {
+            bus: bus.into(),
+            bus_path: format!("/machine/peripheral/x/{bus}"),
+            kind,
+            usb2_ports: usb2,
+            usb3_ports: usb3,
+            has_companions: false,
+        }
+    }
+
+    fn speed(text: &str) -> Option<Speed> {
+        Some(text.parse().unwrap())
+    }
+
+    fn guest_port(bus: &str, port: u32) -> GuestPort {
+        GuestPort { bus: bus.into(), port: port.to_string() }
+    }
+
+    #[test]
+    fn controllers_are_known_by_their_types() {
+        let kind = ControllerKind::of_driver;
+        assert_eq!(kind("qemu-xhci"), Some(ControllerKind::Xhci));
+        assert_eq!(kind("nec-usb-xhci"), Some(ControllerKind::Xhci));
+        assert_eq!(kind("ich9-usb-ehci1"), Some(ControllerKind::Ehci));
+        assert_eq!(kind("piix3-usb-uhci"), Some(ControllerKind::Uhci));
+        assert_eq!(kind("pci-ohci"), Some(ControllerKind::Ohci));
+        assert_eq!(kind("usb-tablet"), None);
+    }
+
+    #[test]
+    fn xhci_comes_first_and_the_lowest_free_port() {
+        let controllers = [
+            controller("ehci.0", ControllerKind::Ehci, 6, 0),
+            controller("xhci.0", ControllerKind::Xhci, 4, 4),
+        ];
+        let taken = [guest_port("xhci.0", 1), guest_port("xhci.0", 3)];
+        let found = guest_ports(&controllers, &taken, speed("480"), &Placement::default()).unwrap();
+        assert_eq!(
+            found[..3],
+            [guest_port("xhci.0", 2), guest_port("xhci.0", 4), guest_port("ehci.0", 1)]
+        );
+    }
+
+    #[test]
+    fn a_fast_device_prefers_fast_ports_and_a_slow_one_keeps_to_its_own() {
+        let controllers = [controller("xhci.0", ControllerKind::Xhci, 2, 4)];
+        let ports = |speed| -> Vec<String> {
+            let found = guest_ports(&controllers, &[], speed, &Placement::default()).unwrap();
+            found.into_iter().map(|guest_port| guest_port.port).collect()
+        };
+        assert_eq!(ports(speed("12")), ["1", "2"]);
+        assert_eq!(ports(speed("5000")), ["1", "2", "3", "4"]);
+        let controllers = [controller("xhci.0", ControllerKind::Xhci, 4, 2)];
+        let taken = [guest_port("xhci.0", 1)];
+        let found =
+            guest_ports(&controllers, &taken, speed("5000"), &Placement::default()).unwrap();
+        assert_eq!(
+            found,
+            [guest_port("xhci.0", 2), guest_port("xhci.0", 3), guest_port("xhci.0", 4)]
+        );
+    }
+
+    #[test]
+    fn without_xhci_the_controller_fits_the_speed() {
+        let uhci = controller("usb-bus.0", ControllerKind::Uhci, 2, 0);
+        let ehci = controller("ehci.0", ControllerKind::Ehci, 6, 0);
+        let both = [uhci, ehci.clone()];
+        let first =
+            |speed| guest_ports(&both, &[], speed, &Placement::default()).unwrap()[0].bus.clone();
+        assert_eq!(first(speed("480")), "ehci.0");
+        assert_eq!(first(speed("1.5")), "usb-bus.0");
+        let error =
+            guest_ports(std::slice::from_ref(&ehci), &[], speed("12"), &Placement::default())
+                .unwrap_err();
+        assert!(matches!(error, NoGuestPort::NoneFits { .. }), "{error}");
+        let with_companions = Controller { has_companions: true, ..ehci };
+        assert!(guest_ports(&[with_companions], &[], speed("12"), &Placement::default()).is_ok());
+    }
+
+    #[test]
+    fn a_full_controller_says_what_to_add() {
+        let controllers = [controller("xhci.0", ControllerKind::Xhci, 1, 1)];
+        let taken = [guest_port("xhci.0", 1)];
+        let error =
+            guest_ports(&controllers, &taken, speed("480"), &Placement::default()).unwrap_err();
+        assert!(error.to_string().contains("xhci.0"), "{error}");
+        assert!(error.to_string().contains("-device qemu-xhci,id=xhci2,p2=15,p3=15"), "{error}");
+        let error = guest_ports(&[], &[], None, &Placement::default()).unwrap_err();
+        assert!(error.to_string().contains("no USB controller"), "{error}");
+    }
+
+    #[test]
+    fn a_wish_is_kept() {
+        let controllers = [controller("xhci.0", ControllerKind::Xhci, 4, 4)];
+        let placement = |bus: Option<&str>, port: Option<&str>| Placement {
+            bus: bus.map(Into::into),
+            port: port.map(Into::into),
+        };
+        let found = |placement| {
+            guest_ports(&controllers, &[guest_port("xhci.0", 1)], speed("480"), &placement)
+        };
+        // Taken or not: QEMU has the last word on what was asked for.
+        assert_eq!(found(placement(Some("xhci.0"), Some("1"))), Ok(vec![guest_port("xhci.0", 1)]));
+        assert_eq!(found(placement(None, Some("3"))), Ok(vec![guest_port("xhci.0", 3)]));
+        assert_eq!(found(placement(Some("xhci.0"), None)).unwrap()[0], guest_port("xhci.0", 2));
+        let error = found(placement(Some("nope.0"), None)).unwrap_err();
+        assert!(error.to_string().contains("nope.0") && error.to_string().contains("xhci.0"));
+    }
+}

@@ -1,0 +1,319 @@
+//! One VM's USB, over a [`Session`] with its monitor.
+//!
+//! Everything is read from QOM, QEMU's object tree (QEMU,
+//! docs/devel/qom.rst); only a device's real port and its speed stand nowhere
+//! but in the text of `info usb`.
+
+use std::path::Path;
+use std::time::Duration;
+
+use qapi::qmp::{device_del, human_monitor_command, qom_get, qom_list};
+use serde_json::Value;
+
+use super::qmp::{Error, Session, Ticket};
+use super::{Controller, ControllerKind};
+use crate::usb::{Address, DeviceId};
+
+/// Where QEMU keeps the devices of its user that have an id (QEMU,
+/// system/qdev-monitor.c).
+pub(super) const PERIPHERAL: &str = "/machine/peripheral";
+
+/// Where QEMU keeps the devices of its user.
+pub(super) const USERS: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon"];
+
+/// Where QEMU keeps all devices, the machine's own among them (QEMU,
+/// hw/core/qdev.c). Those are many.
+pub(super) const ALL: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon", "/machine/unattached"];
+
+/// What holds the USB controller of a `pc` machine as a part of itself, since
+/// QEMU 8.2 (QEMU, hw/isa/piix.c).
+const SOUTH_BRIDGES: [&str; 2] = ["PIIX3", "piix4-isa"];
+
+/// EHCI controllers have six ports (QEMU, hw/usb/hcd-ehci.h, `EHCI_PORTS`).
+const EHCI_PORTS: u32 = 6;
+
+/// UHCI controllers have two ports (QEMU, hw/usb/hcd-uhci.h, `UHCI_PORTS`).
+const UHCI_PORTS: u32 = 2;
+
+/// A VM whose monitor answers.
+#[derive(Debug)]
+pub struct Vm {
+    pub(super) session: Session,
+}
+
+/// An object in one of the containers.
+#[derive(Debug, Clone)]
+pub(super) struct Object {
+    pub path: String,
+    pub driver: String,
+    /// Its name, where that is the device's id.
+    pub id: Option<String>,
+}
+
+/// What is asked about a controller, and not yet answered.
+pub(super) struct ControllerTickets {
+    kind: ControllerKind,
+    path: String,
+    bus: BusName,
+    counts: [Option<Ticket<qom_get>>; 2],
+    master: Option<Ticket<qom_get>>,
+}
+
+/// The name of a controller's bus.
+enum BusName {
+    /// It follows from the controller's id (QEMU, hw/core/bus.c,
+    /// `qbus_init_internal`).
+    Known(String),
+    /// The controller's children tell, if it has a bus of its own: a companion
+    /// has none.
+    Asked(Ticket<qom_list>),
+}
+
+impl Vm {
+    /// Connects to the VM's monitor; `time` is for the whole conversation.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::connect`].
+    pub async fn connect(socket: &Path, time: Duration) -> Result<Vm, Error> {
+        Ok(Vm { session: Session::connect(socket, time).await? })
+    }
+
+    /// Connects as soon as the monitor is free; `time` begins then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::connect_when_free`].
+    pub async fn connect_when_free(socket: &Path, time: Duration) -> Result<Vm, Error> {
+        Ok(Vm { session: Session::connect_when_free(socket, time).await? })
+    }
+
+    /// Connects when the monitor is free, within `turn`; `time` begins then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::connect_in_turn`].
+    pub async fn connect_in_turn(
+        socket: &Path,
+        turn: Duration,
+        time: Duration,
+    ) -> Result<Vm, Error> {
+        Ok(Vm { session: Session::connect_in_turn(socket, turn, time).await? })
+    }
+
+    /// The session below, for what this module has no word for.
+    pub fn session(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
+    /// The socket's path as text, for messages.
+    pub fn name(&self) -> String {
+        self.session.socket().to_string_lossy().into_owned()
+    }
+
+    /// QEMU's process id, if it can be seen.
+    pub fn pid(&self) -> Option<i32> {
+        self.session.peer_pid()
+    }
+
+    /// Removes the device with this id; false if there is none. For a USB
+    /// device QEMU has done it when it answers.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::reply`].
+    pub async fn detach(&mut self, id: &DeviceId) -> Result<bool, Error> {
+        let command = device_del { id: id.to_string() };
+        match self.session.execute(&command).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.refusal().is_some_and(|r| r.is_not_found()) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The address of the host device behind an id: `None` if the VM has no
+    /// such id, or it is not a host device.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::reply`].
+    pub async fn address_of(&mut self, id: &DeviceId) -> Result<Option<Address>, Error> {
+        let tickets = self.ask_address(&format!("{PERIPHERAL}/{id}"))?;
+        self.answer_address(tickets).await
+    }
+
+    pub(super) fn ask_address(&mut self, path: &str) -> Result<[Ticket<qom_get>; 2], Error> {
+        Ok([self.ask(path, "hostbus")?, self.ask(path, "hostaddr")?])
+    }
+
+    pub(super) async fn answer_address(
+        &mut self,
+        [bus, device]: [Ticket<qom_get>; 2],
+    ) -> Result<Option<Address>, Error> {
+        let bus = self.answer(bus).await?.and_then(|value| u16::try_from(value.as_u64()?).ok());
+        let device = self.answer(device).await?.and_then(|v| u8::try_from(v.as_u64()?).ok());
+        // Zero is "not given".
+        let address = bus.zip(device).filter(|(bus, device)| *bus > 0 && *device > 0);
+        Ok(address.map(|(bus, device)| Address { bus, device }))
+    }
+
+    /// The id of every host device in the VM that has one, and where on the
+    /// host it is, if the VM was told.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Session::reply`].
+    pub async fn host_devices(&mut self) -> Result<Vec<(DeviceId, Option<Address>)>, Error> {
+        let objects = self.ask_objects(&[PERIPHERAL])?;
+        let mut devices = Vec::new();
+        for object in self.answer_objects(objects).await? {
+            let id = object.id.and_then(|id| id.parse().ok());
+            if let (Some(id), "usb-host") = (id, object.driver.as_str()) {
+                let tickets = self.ask_address(&object.path)?;
+                devices.push((id, tickets));
+            }
+        }
+        let mut found = Vec::new();
+        for (id, tickets) in devices {
+            found.push((id, self.answer_address(tickets).await?));
+        }
+        Ok(found)
+    }
+
+    pub(super) fn ask(&mut self, path: &str, property: &str) -> Result<Ticket<qom_get>, Error> {
+        self.session.send(&qom_get { path: path.to_owned(), property: property.to_owned() })
+    }
+
+    /// The reply to a question that QEMU may refuse, because the object or the
+    /// property is not there.
+    pub(super) async fn answer<C: qapi::qmp::QmpCommand>(
+        &mut self,
+        ticket: Ticket<C>,
+    ) -> Result<Option<C::Ok>, Error> {
+        match self.session.reply(ticket).await {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if error.refusal().is_some() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(super) async fn answer_text(
+        &mut self,
+        ticket: Ticket<qom_get>,
+    ) -> Result<Option<String>, Error> {
+        let value = self.answer(ticket).await?;
+        Ok(value.as_ref().and_then(Value::as_str).map(str::to_owned))
+    }
+
+    pub(super) fn ask_objects(
+        &mut self,
+        containers: &[&'static str],
+    ) -> Result<Vec<(&'static str, Ticket<qom_list>)>, Error> {
+        let ask = |path: &'static str| {
+            Ok((path, self.session.send(&qom_list { path: path.to_owned() })?))
+        };
+        containers.iter().copied().map(ask).collect()
+    }
+
+    pub(super) async fn answer_objects(
+        &mut self,
+        tickets: Vec<(&'static str, Ticket<qom_list>)>,
+    ) -> Result<Vec<Object>, Error> {
+        let mut objects = Vec::new();
+        for (container, ticket) in tickets {
+            for property in self.answer(ticket).await?.unwrap_or_default() {
+                let Some(driver) = child_type(&property.type_) else { continue };
+                let id = (container == PERIPHERAL).then(|| property.name.clone());
+                let path = format!("{container}/{}", property.name);
+                if SOUTH_BRIDGES.contains(&driver) {
+                    // If it is not there, what is asked about it is refused.
+                    let (path, driver) = (format!("{path}/uhci"), "uhci".to_owned());
+                    objects.push(Object { path, driver, id: None });
+                }
+                objects.push(Object { path, driver: driver.to_owned(), id });
+            }
+        }
+        Ok(objects)
+    }
+
+    /// `info usb`, since `x-query-usb` gives the same text only from QEMU 6.2
+    /// on, and is unstable.
+    pub(super) fn ask_info_usb(&mut self) -> Result<Ticket<human_monitor_command>, Error> {
+        let command_line = "info usb".to_owned();
+        self.session.send(&human_monitor_command { cpu_index: None, command_line })
+    }
+
+    pub(super) fn ask_controllers(
+        &mut self,
+        objects: &[Object],
+    ) -> Result<Vec<ControllerTickets>, Error> {
+        let mut asked = Vec::new();
+        for Object { path, driver, id } in objects {
+            let Some(kind) = ControllerKind::of_driver(driver) else { continue };
+            let counts = match kind {
+                ControllerKind::Xhci => [Some(self.ask(path, "p2")?), Some(self.ask(path, "p3")?)],
+                ControllerKind::Ohci => [Some(self.ask(path, "num-ports")?), None],
+                ControllerKind::Ehci | ControllerKind::Uhci => [None, None],
+            };
+            let master = match kind {
+                ControllerKind::Uhci | ControllerKind::Ohci => Some(self.ask(path, "masterbus")?),
+                ControllerKind::Ehci | ControllerKind::Xhci => None,
+            };
+            let bus = match id {
+                Some(id) if kind == ControllerKind::Xhci => BusName::Known(format!("{id}.0")),
+                _ => BusName::Asked(self.session.send(&qom_list { path: path.clone() })?),
+            };
+            asked.push(ControllerTickets { kind, path: path.clone(), bus, counts, master });
+        }
+        Ok(asked)
+    }
+
+    pub(super) async fn answer_controllers(
+        &mut self,
+        tickets: Vec<ControllerTickets>,
+    ) -> Result<Vec<Controller>, Error> {
+        let mut controllers = Vec::new();
+        let mut masters = Vec::new();
+        for ControllerTickets { kind, path, bus, counts, master } in tickets {
+            let mut numbers = [0; 2];
+            for (number, ticket) in numbers.iter_mut().zip(counts) {
+                let Some(ticket) = ticket else { continue };
+                let value = self.answer(ticket).await?.and_then(|value| value.as_u64());
+                *number = value.and_then(|value| u32::try_from(value).ok()).unwrap_or(0).min(255);
+            }
+            let (usb2_ports, usb3_ports) = match (kind, numbers) {
+                (ControllerKind::Ehci, _) => (EHCI_PORTS, 0),
+                (ControllerKind::Uhci, _) => (UHCI_PORTS, 0),
+                (ControllerKind::Xhci | ControllerKind::Ohci, [usb2, usb3]) => (usb2, usb3),
+            };
+            if let Some(master) = master {
+                masters.extend(self.answer_text(master).await?);
+            }
+            let buses: Vec<String> = match bus {
+                BusName::Known(bus) => vec![bus],
+                BusName::Asked(children) => {
+                    let children = self.answer(children).await?.unwrap_or_default().into_iter();
+                    let buses = children.filter(|c| child_type(&c.type_) == Some("usb-bus"));
+                    buses.map(|child| child.name).collect()
+                }
+            };
+            controllers.extend(buses.into_iter().map(|bus| Controller {
+                bus_path: format!("{path}/{bus}"),
+                bus,
+                kind,
+                usb2_ports,
+                usb3_ports,
+                has_companions: false,
+            }));
+        }
+        for controller in &mut controllers {
+            controller.has_companions = masters.contains(&controller.bus);
+        }
+        Ok(controllers)
+    }
+}
+
+/// The type in QOM's `child<usb-tablet>`.
+fn child_type(kind: &str) -> Option<&str> {
+    kind.strip_prefix("child<")?.strip_suffix('>')
+}

@@ -1,0 +1,132 @@
+//! Where log lines go. On standard error they are for people, just the
+//! message; a command that udev runs, and the daemon, also log to the journal, with
+//! its fields, or where there is no journal to syslog.
+
+use std::fmt::Debug;
+use std::io::Write as _;
+use std::os::fd::AsFd;
+
+use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::text::escape;
+
+/// The name that log lines carry.
+const NAME: &str = "usb-qmp-hotplug";
+
+/// Starts logging.
+pub fn start(to_system_log: bool, quiet: bool, verbose: bool) {
+    let level = match (quiet, verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (_, true) => LevelFilter::DEBUG,
+        _ => LevelFilter::INFO,
+    };
+    let system_log = if to_system_log { system_log() } else { None };
+    // As a service, standard error is the journal, which is to have each line
+    // once, and with its fields.
+    let is_twice = system_log.is_some() && is_the_journal(std::io::stderr());
+    let standard_error = (!is_twice).then_some(StandardError);
+    let registry = tracing_subscriber::registry().with(level).with(standard_error);
+    // A subscriber that is there already (in a test) stays.
+    let _ = registry.with(system_log).try_init();
+}
+
+/// Whether this is the stream to the journal that systemd gave us
+/// (systemd.exec(5), `$JOURNAL_STREAM`).
+fn is_the_journal(stream: impl AsFd) -> bool {
+    let Ok(stat) = rustix::fs::fstat(stream) else { return false };
+    let journal = std::env::var("JOURNAL_STREAM");
+    journal.is_ok_and(|journal| journal == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// The journal, or else syslog, or where that fails too, nothing.
+fn system_log<S>() -> Option<Box<dyn Layer<S> + Send + Sync>>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    if let Ok(journal) = tracing_journald::layer() {
+        // Without a prefix, the fields are VM=, PORT=, ID=.
+        let journal = journal.with_field_prefix(None).with_syslog_identifier(NAME.to_owned());
+        return Some(journal.boxed());
+    }
+    let (options, facility) = (syslog_tracing::Options::LOG_PID, syslog_tracing::Facility::Daemon);
+    let syslog = syslog_tracing::Syslog::new(c"usb-qmp-hotplug", options, facility)?;
+    let layer = tracing_subscriber::fmt::layer().with_writer(syslog);
+    Some(layer.with_ansi(false).with_level(false).with_target(false).without_time().boxed())
+}
+
+/// Each message as a line on standard error; what --verbose adds, with its
+/// fields, since there the message alone may not say of what it speaks.
+struct StandardError;
+
+impl<S: Subscriber> Layer<S> for StandardError {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let text = format!("{}{}\n", crate::ui::progress::make_way(), shown(event));
+        // Nobody is left to tell if this fails.
+        let _ = std::io::stderr().lock().write_all(text.as_bytes());
+    }
+}
+
+fn shown(event: &Event<'_>) -> String {
+    let mut line = Line::default();
+    event.record(&mut line);
+    let Line { message, fields } = line;
+    match *event.metadata().level() {
+        Level::DEBUG if !fields.is_empty() => format!("{NAME}: {message} ({})", fields.join(", ")),
+        _ => format!("{NAME}: {message}"),
+    }
+}
+
+#[derive(Default)]
+struct Line {
+    message: String,
+    fields: Vec<String>,
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            name => self.fields.push(format!("{name} {value:?}")),
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        // Not in quotes, but no less harmless.
+        self.record_debug(field, &format_args!("{}", escape(value)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[test]
+    fn what_verbose_adds_says_of_what_it_speaks() {
+        struct Kept(Arc<Mutex<Vec<String>>>);
+        impl<S: Subscriber> Layer<S> for Kept {
+            fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+                self.0.lock().unwrap().push(shown(event));
+            }
+        }
+        let kept = Arc::new(Mutex::new(Vec::new()));
+        let subscriber = tracing_subscriber::registry().with(Kept(kept.clone()));
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::debug!(vm = "a\u{1b}b", id = %"usb-host-1-1", "in use");
+            tracing::info!(vm = "a", "attached");
+        });
+        assert_eq!(
+            *kept.lock().unwrap(),
+            [
+                "usb-qmp-hotplug: in use (vm a\\u{1b}b, id usb-host-1-1)",
+                "usb-qmp-hotplug: attached"
+            ]
+        );
+    }
+}
