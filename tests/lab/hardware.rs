@@ -71,8 +71,8 @@ impl From<Stick> for Device {
 /// A device that the kernel and udevd have seen.
 #[derive(Clone, Debug)]
 pub struct Plugged {
-    /// The emulator's name for it.
-    id: String,
+    /// Its name where it comes from: the emulator, a gadget.
+    pub id: String,
     socket: Socket,
     /// The kernel's name for the port, `2-3`.
     pub port: String,
@@ -82,13 +82,36 @@ pub struct Plugged {
 }
 
 impl Plugged {
+    /// Waits until the kernel and udevd have seen what was plugged in there.
+    pub fn arrived(id: String, socket: &Socket) -> Plugged {
+        wait_for(&format!("{socket:?} in the kernel and udevd"), || {
+            let sysfs = socket.candidates().into_iter().find(|path| path.exists())?;
+            let plugged = Plugged {
+                id: id.clone(),
+                socket: socket.clone(),
+                port: sysfs.file_name()?.to_str()?.to_owned(),
+                bus: read(&sysfs.join("busnum"))?.parse().ok()?,
+                address: read(&sysfs.join("devnum"))?.parse().ok()?,
+                sysfs,
+            };
+            let number = read(&plugged.sysfs.join("dev"))?;
+            Path::new("/run/udev/data").join(format!("c{number}")).exists().then_some(plugged)
+        })
+    }
+
+    /// Waits until it has left the kernel.
+    pub fn leaves(&self) {
+        let node = self.node();
+        wait_until(&format!("{} leaves the kernel", self.port), || !node.exists());
+    }
+
     pub fn node(&self) -> PathBuf {
         format!("/dev/bus/usb/{:03}/{:03}", self.bus, self.address).into()
     }
 
     /// Waits until the kernel and udevd have it again, where bus numbers or addresses have changed.
     pub fn again(&self) -> Plugged {
-        arrived(self.id.clone(), &self.socket)
+        Plugged::arrived(self.id.clone(), &self.socket)
     }
 
     /// What the program under test calls it in a VM.
@@ -104,29 +127,36 @@ impl Plugged {
 
     /// The driver of the first interface, if one is bound.
     pub fn driver(&self) -> Option<String> {
-        let link = self.sysfs.join(format!("{}:1.0/driver", self.port));
+        self.driver_of(0)
+    }
+
+    /// The driver of an interface in the first configuration, if one is bound.
+    pub fn driver_of(&self, interface: u32) -> Option<String> {
+        let link = self.sysfs.join(format!("{}:1.{interface}/driver", self.port));
         Some(fs::read_link(link).ok()?.file_name()?.to_str()?.to_owned())
     }
 
-    /// The node of the stick's disk, `/dev/sda`, once it is there.
+    /// The node of its only or first disk, `/dev/sda`, once it is there.
     pub fn disk(&self) -> PathBuf {
-        let disk = || {
-            let scsi = fs::read_dir(self.sysfs.join(format!("{}:1.0", self.port))).ok()?.flatten();
-            let host = scsi
-                .map(|entry| entry.path())
-                .find(|path| path.file_name().unwrap().to_str().unwrap().starts_with("host"))?;
-            let below = |path: PathBuf, prefix: &str| {
-                fs::read_dir(path).ok()?.flatten().map(|entry| entry.path()).find(|path| {
-                    let name = path.file_name().unwrap().to_str().unwrap();
-                    name.starts_with(prefix) || name.chars().next().unwrap().is_ascii_digit()
-                })
-            };
-            let block = below(below(host, "target")?, "0")?.join("block");
-            let node =
-                Path::new("/dev").join(fs::read_dir(block).ok()?.flatten().next()?.file_name());
-            File::open(&node).is_ok().then_some(node)
+        self.lun(0)
+    }
+
+    /// The node of the disk with this logical unit number, once it is there.
+    pub fn lun(&self, number: u32) -> PathBuf {
+        let device = self.sysfs.canonicalize().expect("still plugged in");
+        // .../host2/target2:0:0/2:0:0:1/block/sda
+        let is_its_disk = |path: &Path| {
+            let unit = path.parent().and_then(Path::parent).unwrap().to_string_lossy();
+            path.starts_with(&device) && unit.ends_with(&format!(":0:0:{number}"))
         };
-        wait_for(&format!("a disk for {}", self.port), disk)
+        wait_for(&format!("disk {number} for {}", self.port), || {
+            let disk = fs::read_dir("/sys/class/block")
+                .ok()?
+                .filter_map(|entry| entry.ok()?.path().canonicalize().ok())
+                .find(|path| is_its_disk(path))?;
+            let node = Path::new("/dev").join(disk.file_name()?);
+            File::open(&node).is_ok().then_some(node)
+        })
     }
 }
 
@@ -155,7 +185,10 @@ impl Hardware {
             ids.push(id);
         }
         self.qmp.must_all(&commands);
-        ids.into_iter().zip(devices).map(|(id, (_, socket))| arrived(id, &socket)).collect()
+        ids.into_iter()
+            .zip(devices)
+            .map(|(id, (_, socket))| Plugged::arrived(id, &socket))
+            .collect()
     }
 
     fn arguments(&mut self, id: &str, device: &Device, socket: &Socket) -> Value {
@@ -196,8 +229,7 @@ impl Hardware {
             devices.iter().map(|device| ("device_del", json!({"id": device.id}))).collect();
         self.qmp.must_all(&commands);
         for device in devices {
-            let node = device.node();
-            wait_until(&format!("{} leaves the kernel", device.port), || !node.exists());
+            device.leaves();
         }
         self.forget_images();
     }
@@ -250,22 +282,6 @@ impl Hardware {
             }
         }
     }
-}
-
-fn arrived(id: String, socket: &Socket) -> Plugged {
-    wait_for(&format!("{} {} in the kernel and udevd", socket.controller, socket.port), || {
-        let sysfs = socket.candidates().into_iter().find(|path| path.exists())?;
-        let plugged = Plugged {
-            id: id.clone(),
-            socket: socket.clone(),
-            port: sysfs.file_name()?.to_str()?.to_owned(),
-            bus: read(&sysfs.join("busnum"))?.parse().ok()?,
-            address: read(&sysfs.join("devnum"))?.parse().ok()?,
-            sysfs,
-        };
-        let number = read(&plugged.sysfs.join("dev"))?;
-        Path::new("/run/udev/data").join(format!("c{number}")).exists().then_some(plugged)
-    })
 }
 
 fn read(attribute: &Path) -> Option<String> {

@@ -2,7 +2,7 @@
 
 use crate::hardware::Hardware;
 use crate::wait::wait_at_most;
-use crate::{Test, all_tests, daemon, journal, udev, vm};
+use crate::{Test, all_tests, daemon, gadget, journal, udev, vm};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::Write;
@@ -87,6 +87,7 @@ pub fn run_one(name: &str) -> ExitCode {
     udev::forget_rules();
     journal::forget();
     daemon::clear();
+    gadget::clear();
     Hardware::open().clear();
     run();
     ExitCode::SUCCESS

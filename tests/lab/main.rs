@@ -10,9 +10,11 @@
 //!
 //! - [`hardware`]: plug and pull sticks, mice and hubs on the machine's controllers
 //! - [`sockets`]: the controllers' sockets, and bus numbers that change places
+//! - [`gadget`]: devices of any kind that the kernel plays itself
 //! - [`vm`]: a QEMU in the machine, and what it says of itself on a monitor of its own
 //! - [`udev`]: rules, and waiting for udevd
 //! - [`tool`]: the program under test, as a user runs it
+//! - [`host`]: other programs on the machine
 //! - [`journal`]: what was logged
 //! - [`wait`]: there are no fixed sleeps, only conditions with deadlines
 //!
@@ -39,7 +41,9 @@ mod claims;
 mod completions;
 mod controllers;
 mod daemon;
+mod gadget;
 mod hardware;
+mod host;
 mod inside;
 mod inspect;
 mod journal;
@@ -63,6 +67,7 @@ mod watch;
 mod watch_endurance;
 mod watch_service;
 mod watch_vms;
+mod zoo;
 
 use std::process::ExitCode;
 
@@ -101,6 +106,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         man::TESTS,
         leftovers::TESTS,
         usbip::TESTS,
+        zoo::TESTS,
         sync::TESTS,
         watch::TESTS,
         watch_vms::TESTS,

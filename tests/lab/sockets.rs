@@ -14,29 +14,35 @@ const DOCK: &str = "0000:01:00.0";
 pub struct Socket {
     /// The emulator's name for the controller's bus.
     pub controller: &'static str,
-    /// The controller's address, which `contrib/lab` gives it.
-    pci: &'static str,
+    /// The controller's directory below /sys/devices: for the emulated ones the address that `contrib/lab` gives them.
+    directory: String,
     pub port: String,
+}
+
+impl Socket {
+    pub fn new(controller: &'static str, directory: &str, port: u32) -> Socket {
+        Socket { controller, directory: directory.to_owned(), port: port.to_string() }
+    }
 }
 
 /// Sockets 1 to 15 of the xHCI controller: two kernel buses, sticks appear on the SuperSpeed one.
 pub fn xhci(port: u32) -> Socket {
-    Socket { controller: "hw.0", pci: XHCI, port: port.to_string() }
+    Socket::new("hw.0", XHCI, port)
 }
 
 /// Sockets 1 to 6 of the high-speed controller.
 pub fn ehci(port: u32) -> Socket {
-    Socket { controller: "ehci.0", pci: "0000:00:1a.0", port: port.to_string() }
+    Socket::new("ehci.0", "0000:00:1a.0", port)
 }
 
 /// Sockets 1 and 2 of the full-speed controller.
 pub fn uhci(port: u32) -> Socket {
-    Socket { controller: "uhci.0", pci: "0000:00:1d.0", port: port.to_string() }
+    Socket::new("uhci.0", "0000:00:1d.0", port)
 }
 
 /// Sockets 1 to 4 of the second xHCI controller ([`crate::hardware::Hardware::connect_dock`]), like those of [`xhci`].
 pub fn dock(port: u32) -> Socket {
-    Socket { controller: "dock.0", pci: DOCK, port: port.to_string() }
+    Socket::new("dock.0", DOCK, port)
 }
 
 impl Socket {
@@ -48,16 +54,16 @@ impl Socket {
     /// The kernel's directories for this socket: one for each bus of the controller.
     pub fn candidates(&self) -> Vec<PathBuf> {
         let path = |bus| Path::new(DEVICES).join(format!("{bus}-{}", self.port));
-        buses(self.pci).into_iter().map(path).collect()
+        buses(&self.directory).into_iter().map(path).collect()
     }
 }
 
 /// The numbers of a controller's buses, in their order; none while no driver is bound.
-fn buses(pci: &str) -> Vec<u32> {
+fn buses(directory: &str) -> Vec<u32> {
     let number = |entry: fs::DirEntry| {
         let bus = entry.file_name().into_string().ok()?.strip_prefix("usb")?.parse().ok()?;
         let controller = entry.path().canonicalize().ok()?;
-        (controller.parent()?.file_name()? == pci).then_some(bus)
+        (controller.parent()?.file_name()? == directory).then_some(bus)
     };
     let mut buses: Vec<u32> =
         fs::read_dir(DEVICES).expect("sysfs").flatten().filter_map(number).collect();
