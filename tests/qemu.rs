@@ -178,7 +178,7 @@ impl Qemu {
     fn talk<T>(&self, talk: impl AsyncFnOnce(&mut Vm) -> T) -> T {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let mut vm = Vm::connect(&self.socket(), PATIENCE).await.unwrap();
+            let mut vm = Vm::connect(&self.socket().into(), PATIENCE).await.unwrap();
             talk(&mut vm).await
         })
     }

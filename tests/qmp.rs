@@ -39,7 +39,7 @@ async fn session<T: Send + 'static>(
     ours.set_nonblocking(true).unwrap();
     let ours = tokio::net::UnixStream::from_std(ours).unwrap();
     let peer = std::thread::spawn(move || script(Peer::new(theirs)));
-    (Session::on_stream(ours, Path::new(SOCKET), time).await, peer)
+    (Session::on_stream(ours, &Path::new(SOCKET).into(), time).await, peer)
 }
 
 /// Greets, and answers the negotiation when it comes.
@@ -476,7 +476,7 @@ async fn a_descriptor_rides_on_its_commands_bytes_and_is_sent_once() {
 // Connecting.
 
 async fn connect(path: &Path) -> Error {
-    Session::connect(path, Duration::from_secs(5)).await.unwrap_err()
+    Session::connect(&path.into(), Duration::from_secs(5)).await.unwrap_err()
 }
 
 #[tokio::test]
@@ -556,7 +556,8 @@ async fn while_the_queue_of_connections_is_full_connecting_is_tried_again() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vm.qmp");
     let (listener, crowd) = crowded(&path);
-    let session = Session::connect(&path, ENOUGH);
+    let address = path.into();
+    let session = Session::connect(&address, ENOUGH);
     tokio::pin!(session);
     let waited = tokio::time::timeout(Duration::from_millis(50), &mut session).await;
     assert!(waited.is_err(), "it did not wait: {waited:?}");
@@ -592,7 +593,8 @@ async fn who_waits_for_a_turn_waits_no_longer() {
     let path = directory.path().join("vm.qmp");
     let _crowd = crowded(&path);
     let turn = Duration::from_secs(60);
-    let error = Session::connect_in_turn(&path, turn, Duration::from_secs(5)).await.unwrap_err();
+    let error =
+        Session::connect_in_turn(&path.into(), turn, Duration::from_secs(5)).await.unwrap_err();
     assert!(matches!(error.kind, ErrorKind::NoGreeting { waited } if waited == turn), "{error:?}");
 }
 

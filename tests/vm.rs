@@ -236,7 +236,7 @@ async fn vm(qemu: Qemu, time: Duration) -> (Vm, JoinHandle<Qemu>, TempDir) {
     let path = directory.path().join("vm.qmp");
     let listener = UnixListener::bind(&path).unwrap();
     let served = std::thread::spawn(move || qemu.serve(Peer::new(listener.accept().unwrap().0)));
-    (Vm::connect(&path, time).await.unwrap(), served, directory)
+    (Vm::connect(&path.into(), time).await.unwrap(), served, directory)
 }
 
 /// The end of a conversation: what became of the QEMU.

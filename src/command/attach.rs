@@ -13,7 +13,7 @@ use crate::usb::{Device, DeviceId, Selector};
 
 /// Attaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
-    let socket = context.socket(&arguments.vm)?;
+    let address = context.vm(&arguments.vm)?;
     let options = options::options(&arguments.how, arguments.dry_run)?;
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
@@ -28,7 +28,7 @@ pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
     }
     for device in devices {
         // A conversation each, so that one device has the whole time.
-        let attached = match context.connect(&socket).await {
+        let attached = match context.connect(&address).await {
             Ok(mut vm) => one(context, &mut vm, &device, &options).await,
             Err(error) => Err(error),
         };

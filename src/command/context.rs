@@ -10,7 +10,7 @@ use crate::daemon::Settings;
 use crate::error::Error;
 use crate::host::Host;
 use crate::policy::config::{self, Config};
-use crate::qemu::Vm;
+use crate::qemu::{Vm, VmAddress};
 use crate::text::{chain, escape, nearest};
 use crate::ui::output::print;
 use crate::ui::progress;
@@ -74,15 +74,15 @@ impl Context {
         })
     }
 
-    /// The socket of a VM: a path, which has a `/`, or a name of the
+    /// Where a VM is: the path of its socket, which has a `/`, or a name of the
     /// configuration, which is only read for that.
-    pub fn socket(&self, vm: &str) -> Result<PathBuf, Error> {
+    pub fn vm(&self, vm: &str) -> Result<VmAddress, Error> {
         if vm.contains('/') {
-            return Ok(PathBuf::from(vm));
+            return Ok(PathBuf::from(vm).into());
         }
         let config = self.config_if_there()?;
-        if let Some(socket) = config.socket(vm) {
-            return Ok(socket.to_owned());
+        if let Some(address) = config.address(vm) {
+            return Ok(address.clone());
         }
         let names = config.vms.iter().map(|vm| vm.name.as_str());
         let next = match nearest(vm, names) {
@@ -102,10 +102,10 @@ impl Context {
     }
 
     /// Connects to a VM.
-    pub async fn connect(&self, socket: &Path) -> Result<Vm, Error> {
-        let shown = socket.to_string_lossy();
+    pub async fn connect(&self, address: &VmAddress) -> Result<Vm, Error> {
+        let shown = address.to_string();
         let what = || format!("waiting for the monitor at {}", escape(&shown));
-        Ok(self.during(what, Vm::connect(socket, self.timeout)).await?)
+        Ok(self.during(what, Vm::connect(address, self.timeout)).await?)
     }
 
     /// Says what was done, on standard output.

@@ -6,29 +6,30 @@ use super::Context;
 use crate::cli::Detach;
 use crate::error::Error;
 use crate::host::{self, Host};
+use crate::qemu::VmAddress;
 use crate::text::escape;
 use crate::ui::output::together;
 use crate::usb::{Address, Device, DeviceId, Selector};
 
 /// Detaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Detach) -> Result<(), Error> {
-    let socket = context.socket(&arguments.vm)?;
+    let address = context.vm(&arguments.vm)?;
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
     let mut errors = Vec::new();
     for selector in &selectors {
-        errors.extend(one(context, &socket, selector, arguments.dry_run).await.err());
+        errors.extend(one(context, &address, selector, arguments.dry_run).await.err());
     }
     together(errors, selectors.len())
 }
 
 async fn one(
     context: &Context,
-    socket: &std::path::Path,
+    address: &VmAddress,
     selector: &Selector,
     dry_run: bool,
 ) -> Result<(), Error> {
-    let mut vm = context.connect(socket).await?;
+    let mut vm = context.connect(address).await?;
     let shown = vm.name();
     let what = || format!("asking {} for its devices", escape(&shown));
     let in_vm = context.during(what, vm.host_devices()).await?;

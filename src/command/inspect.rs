@@ -83,8 +83,8 @@ impl State {
 
 /// Shows what the VM has.
 pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
-    let socket = context.socket(&arguments.vm)?;
-    let mut vm = context.connect(&socket).await?;
+    let address = context.vm(&arguments.vm)?;
+    let mut vm = context.connect(&address).await?;
     let name = vm.name();
     let what = || format!("asking {} for its devices", escape(&name));
     let inventory = context.during(what, vm.inspect()).await?;

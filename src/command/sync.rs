@@ -1,7 +1,6 @@
 //! `sync [VM...]`: makes reality match the configuration.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use serde::Serialize;
@@ -14,7 +13,7 @@ use crate::cli::Sync;
 use crate::error::Error;
 use crate::host::Host;
 use crate::policy::{Policy, Table};
-use crate::qemu::Vm;
+use crate::qemu::{Vm, VmAddress};
 use crate::reconcile::{self, Handled, Step, reconcile};
 use crate::text::{chain, escape};
 use crate::ui::output::{json, print, together};
@@ -30,7 +29,7 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct VmReport {
     vm: String,
-    socket: PathBuf,
+    socket: VmAddress,
     running: bool,
     actions: Vec<ActionReport>,
     error: Option<String>,
@@ -65,12 +64,12 @@ pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
     let (host, timeout, dry_run) = (context.host.clone(), context.timeout, arguments.dry_run);
     let job = Arc::new(Job { host, policy, table, timeout, dry_run });
     let (mut running, mut names) = (JoinSet::new(), Vec::new());
-    for (order, (name, socket)) in vms.into_iter().enumerate() {
+    for (order, (name, address)) in vms.into_iter().enumerate() {
         let (job, named) = (job.clone(), !arguments.vms.is_empty());
         // Each job has its VM's name until it is done.
         let name: Arc<str> = name.into();
         names.push(Arc::downgrade(&name));
-        running.spawn(async move { (order, job.vm(name.to_string(), socket, named).await) });
+        running.spawn(async move { (order, job.vm(name.to_string(), address, named).await) });
     }
     let waiting = || {
         let names = names.iter().filter_map(Weak::upgrade);
@@ -98,19 +97,19 @@ fn vms(
     context: &Context,
     policy: &Policy,
     named: &[String],
-) -> Result<Vec<(String, PathBuf)>, Error> {
+) -> Result<Vec<(String, VmAddress)>, Error> {
     let all = policy.config().vms.iter();
     if named.is_empty() {
-        return Ok(all.map(|vm| (vm.name.clone(), vm.socket.clone())).collect());
+        return Ok(all.map(|vm| (vm.name.clone(), vm.address.clone())).collect());
     }
     let one = |named: &String| {
-        let socket = context.socket(named)?;
-        let known = policy.config().vms.iter().find(|vm| vm.socket == socket);
+        let address = context.vm(named)?;
+        let known = policy.config().vms.iter().find(|vm| vm.address == address);
         let known = known.ok_or_else(|| {
             let named = escape(named);
             Error::Usage(format!("{named} is no VM of the configuration; add a [vm.NAME] for it"))
         })?;
-        Ok((known.name.clone(), socket))
+        Ok((known.name.clone(), address))
     };
     let mut vms: Vec<_> = named.iter().map(one).collect::<Result<_, Error>>()?;
     // Twice at the same time, one would be in the other's way.
@@ -122,15 +121,15 @@ fn vms(
 impl Job {
     /// Syncs one VM. One that does not run has nothing to do, unless it was
     /// named.
-    async fn vm(&self, vm: String, socket: PathBuf, named: bool) -> (VmReport, Vec<Error>) {
+    async fn vm(&self, vm: String, address: VmAddress, named: bool) -> (VmReport, Vec<Error>) {
         let mut report = VmReport {
             vm,
-            socket: socket.clone(),
+            socket: address.clone(),
             running: true,
             actions: Vec::new(),
             error: None,
         };
-        let in_vm = match self.host_devices(&socket).await {
+        let in_vm = match self.host_devices(&address).await {
             Ok(in_vm) => in_vm,
             Err(Error::Qmp(error)) if error.is_not_running() && !named => {
                 info!(vm = report.vm, "nothing to do, VM {} is not running", report.vm);
@@ -155,7 +154,7 @@ impl Job {
         let mut errors = Vec::new();
         for step in reconcile(&report.vm, &self.table, &in_vm, &Handled::new()) {
             let (mut done, result) = match step {
-                Step::Attach(port) => self.attach(&socket, port).await,
+                Step::Attach(port) => self.attach(&address, port).await,
                 Step::Detach(id, why) => (
                     ActionReport {
                         action: "detach",
@@ -166,7 +165,7 @@ impl Job {
                         error: None,
                         id: id.clone(),
                     },
-                    self.detach(&socket, &id).await,
+                    self.detach(&address, &id).await,
                 ),
             };
             done.done = result.is_ok() && !self.dry_run;
@@ -179,16 +178,16 @@ impl Job {
 
     async fn host_devices(
         &self,
-        socket: &Path,
+        address: &VmAddress,
     ) -> Result<Vec<(DeviceId, Option<crate::usb::Address>)>, Error> {
-        let mut vm = Vm::connect(socket, self.timeout).await?;
+        let mut vm = Vm::connect(address, self.timeout).await?;
         if !self.dry_run {
             vm.drop_descriptors().await?;
         }
         Ok(vm.host_devices().await?)
     }
 
-    async fn attach(&self, socket: &Path, port: Port) -> (ActionReport, Result<(), Error>) {
+    async fn attach(&self, address: &VmAddress, port: Port) -> (ActionReport, Result<(), Error>) {
         let seen = self.table.get(&port);
         let assignment = seen.and_then(|seen| seen.assignment.as_ref());
         let line = assignment.map(|assignment| self.policy.line(assignment));
@@ -205,15 +204,15 @@ impl Job {
         let options =
             Options { dry_run: self.dry_run, ..reconcile::options(&self.policy, assignment) };
         let attached = async {
-            let mut vm = Vm::connect(socket, self.timeout).await?;
+            let mut vm = Vm::connect(address, self.timeout).await?;
             attach::attach(&self.host, &mut vm, &seen.device, &options).await
         };
         (report, attached.await.map(|_: Attached| ()))
     }
 
-    async fn detach(&self, socket: &Path, id: &DeviceId) -> Result<(), Error> {
+    async fn detach(&self, address: &VmAddress, id: &DeviceId) -> Result<(), Error> {
         if !self.dry_run {
-            Vm::connect(socket, self.timeout).await?.detach(id).await?;
+            Vm::connect(address, self.timeout).await?.detach(id).await?;
         }
         Ok(())
     }

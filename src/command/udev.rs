@@ -1,7 +1,6 @@
 //! `udev VM`: one event, from the environment that udev gives to a program it
 //! runs (udev(7), `RUN`), or that a person typed.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
@@ -10,7 +9,7 @@ use super::{Context, options};
 use crate::attach::{self, Attached, Options};
 use crate::cli::Udev;
 use crate::error::Error;
-use crate::qemu::Vm;
+use crate::qemu::{Vm, VmAddress};
 use crate::text::{chain, escape};
 use crate::usb::{Action, Device, DeviceId, HotplugEvent};
 
@@ -43,26 +42,26 @@ async fn act(
     event: &HotplugEvent,
     start: Instant,
 ) -> Result<(), Error> {
-    let socket = context.socket(&arguments.vm)?;
+    let address = context.vm(&arguments.vm)?;
     let options = options::options(&arguments.how, false)?;
     match event.action {
         Action::Add => {
-            add(context, &socket, &context.host.device_of(event)?, &options, start).await
+            add(context, &address, &context.host.device_of(event)?, &options, start).await
         }
-        Action::Remove => remove(context, &socket, event, start).await,
+        Action::Remove => remove(context, &address, event, start).await,
     }
 }
 
-async fn connect(context: &Context, socket: &Path) -> Result<Vm, Error> {
-    let turn = Vm::connect_in_turn(socket, TURN.max(context.timeout), context.timeout);
-    let shown = socket.to_string_lossy();
+async fn connect(context: &Context, address: &VmAddress) -> Result<Vm, Error> {
+    let turn = Vm::connect_in_turn(address, TURN.max(context.timeout), context.timeout);
+    let shown = address.to_string();
     let what = || format!("waiting for a turn at the monitor at {}", escape(&shown));
     Ok(context.during(what, turn).await?)
 }
 
 async fn add(
     context: &Context,
-    socket: &Path,
+    address: &VmAddress,
     device: &Device,
     options: &Options,
     start: Instant,
@@ -70,7 +69,7 @@ async fn add(
     if device.is_hub() {
         return Err(Error::Hub(device.clone()));
     }
-    let mut vm = connect(context, socket).await?;
+    let mut vm = connect(context, address).await?;
     let attached = attach::attach(&context.host, &mut vm, device, options).await?;
     let (name, id, ms) = (vm.name(), DeviceId::for_port(&device.port), start.elapsed().as_millis());
     let vm = escape(&name);
@@ -85,11 +84,11 @@ async fn add(
 
 async fn remove(
     context: &Context,
-    socket: &Path,
+    address: &VmAddress,
     event: &HotplugEvent,
     start: Instant,
 ) -> Result<(), Error> {
-    let mut vm = connect(context, socket).await?;
+    let mut vm = connect(context, address).await?;
     let (id, detached) = match (&event.port, event.address) {
         (Some(port), Some(address)) => {
             let id = DeviceId::for_port(port);

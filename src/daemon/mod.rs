@@ -26,6 +26,7 @@ use crate::host::Host;
 use crate::host::events::{Batch, Events, Source};
 use crate::policy::Policy;
 use crate::policy::config::Config;
+use crate::qemu::VmAddress;
 use crate::text::chain;
 use crate::usb::{Action, HotplugEvent};
 use queue::Work;
@@ -64,7 +65,7 @@ struct Watch<'a> {
 
 /// A worker at work.
 struct WorkerHandle {
-    socket: PathBuf,
+    address: VmAddress,
     queue: UnboundedSender<Work>,
     task: JoinHandle<()>,
 }
@@ -175,19 +176,21 @@ impl<'a> Watch<'a> {
             self.events = listen(source)?;
         }
         let table = policy.table(&self.shared.host)?;
-        let vms: BTreeMap<String, PathBuf> =
-            policy.config().vms.iter().map(|vm| (vm.name.clone(), vm.socket.clone())).collect();
+        let vms: BTreeMap<String, VmAddress> =
+            policy.config().vms.iter().map(|vm| (vm.name.clone(), vm.address.clone())).collect();
         *self.shared.table.borrow_mut() = table;
         *self.shared.policy.borrow_mut() = Rc::new(policy);
         // Here, too.
-        self.sockets.watch(vms.clone().into_iter().collect());
-        self.workers.retain(|vm, handle| vms.get(vm) == Some(&handle.socket));
+        let socket =
+            |(vm, address): (&String, &VmAddress)| Some((vm.clone(), address.socket()?.to_owned()));
+        self.sockets.watch(vms.iter().filter_map(socket).collect());
+        self.workers.retain(|vm, handle| vms.get(vm) == Some(&handle.address));
         self.shared.status.borrow_mut().retain(|vm, _| self.workers.contains_key(vm));
-        for (vm, socket) in vms {
+        for (vm, address) in vms {
             self.workers.entry(vm.clone()).or_insert_with(|| {
                 let (queue, inbox) = unbounded_channel();
-                let worker = Worker::new(vm, socket.clone(), self.shared.clone());
-                WorkerHandle { socket, queue, task: spawn_local(worker.run(inbox)) }
+                let worker = Worker::new(vm, address.clone(), self.shared.clone());
+                WorkerHandle { address, queue, task: spawn_local(worker.run(inbox)) }
             });
         }
         self.give_all(&Work::Sync);

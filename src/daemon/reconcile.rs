@@ -28,7 +28,7 @@ impl Worker {
     async fn connect(&mut self) -> Result<Vm, Error> {
         let (name, limit) = (&self.vm, self.shared.timeout);
         let mut vm = {
-            let mut connecting = pin!(Vm::connect_when_free(&self.socket, limit));
+            let mut connecting = pin!(Vm::connect_when_free(&self.address, limit));
             match timeout(limit, &mut connecting).await {
                 Ok(vm) => vm?,
                 Err(_) => {

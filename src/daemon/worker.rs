@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
@@ -18,6 +17,7 @@ use super::queue::{Queue, Work};
 use super::shared::Shared;
 use crate::error::Error;
 use crate::host;
+use crate::qemu::VmAddress;
 use crate::qemu::qmp::ErrorKind;
 use crate::text::chain;
 use crate::usb::{DeviceId, Port};
@@ -29,7 +29,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// The worker of one VM.
 pub struct Worker {
     pub(super) vm: String,
-    pub(super) socket: PathBuf,
+    pub(super) address: VmAddress,
     pub(super) shared: Rc<Shared>,
     /// The QEMU that answered last, and has not ended.
     pub(super) qemu: Option<Qemu>,
@@ -53,10 +53,10 @@ enum Outcome {
 
 impl Worker {
     /// A worker for a VM.
-    pub fn new(vm: String, socket: PathBuf, shared: Rc<Shared>) -> Self {
+    pub fn new(vm: String, address: VmAddress, shared: Rc<Shared>) -> Self {
         shared.set(&vm, |_| {});
         let (qemu, earlier, failures) = (None, Vec::new(), BTreeMap::new());
-        Worker { vm, socket, shared, qemu, earlier, failures }
+        Worker { vm, address, shared, qemu, earlier, failures }
     }
 
     /// Does what comes in, for ever.

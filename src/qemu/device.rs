@@ -179,7 +179,7 @@ impl Vm {
             Access::Descriptor(descriptor) => {
                 arguments.insert("hostdevice".into(), format!("/dev/fdset/{fdset_id}").into());
                 let descriptor = descriptor.try_clone().map_err(|source| {
-                    qmp::Error::new(self.session.socket(), qmp::ErrorKind::Lost(Some(source)))
+                    qmp::Error::new(self.session.address(), qmp::ErrorKind::Lost(Some(source)))
                 })?;
                 let command = add_fd { fdset_id: Some(fdset_id), opaque: None };
                 Some(self.session.send_with_descriptor(&command, descriptor)?)
@@ -233,12 +233,11 @@ impl Vm {
     /// ever, so each socket always uses the same one; and QEMU opens any
     /// descriptor of a set, so two sockets must not share one.
     fn fdset_id(&self) -> i64 {
-        use std::os::unix::ffi::OsStrExt;
         // FNV-1a: small, and the same in every build of this tool.
-        let bytes = self.session.socket().as_os_str().as_bytes();
-        let hash = bytes.iter().fold(0x811c_9dc5_u32, |hash, byte| {
-            (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
-        });
+        let address = self.session.address().to_string();
+        let hash = address
+            .bytes()
+            .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
         i64::from(hash & 0x7fff_ffff)
     }
 }

@@ -17,4 +17,5 @@ pub use device::{Access, Attachment, Probe};
 pub use info_usb::{InfoLine, parse_info_usb};
 pub use inspect::{GuestDevice, Inventory};
 pub use ports::{Controller, ControllerKind, GuestPort, NoGuestPort, Placement, guest_ports};
+pub use qmp::VmAddress;
 pub use vm::Vm;

@@ -4,13 +4,12 @@
 //! docs/devel/qom.rst); only a device's real port and its speed stand nowhere
 //! but in the text of `info usb`.
 
-use std::path::Path;
 use std::time::Duration;
 
 use qapi::qmp::{device_del, human_monitor_command, qom_get, qom_list};
 use serde_json::Value;
 
-use super::qmp::{Error, Session, Ticket};
+use super::qmp::{Error, Session, Ticket, VmAddress};
 use super::{Controller, ControllerKind};
 use crate::usb::{Address, DeviceId};
 
@@ -75,8 +74,8 @@ impl Vm {
     /// # Errors
     ///
     /// As for [`Session::connect`].
-    pub async fn connect(socket: &Path, time: Duration) -> Result<Vm, Error> {
-        Ok(Vm { session: Session::connect(socket, time).await? })
+    pub async fn connect(address: &VmAddress, time: Duration) -> Result<Vm, Error> {
+        Ok(Vm { session: Session::connect(address, time).await? })
     }
 
     /// Connects as soon as the monitor is free; `time` begins then.
@@ -84,8 +83,8 @@ impl Vm {
     /// # Errors
     ///
     /// As for [`Session::connect_when_free`].
-    pub async fn connect_when_free(socket: &Path, time: Duration) -> Result<Vm, Error> {
-        Ok(Vm { session: Session::connect_when_free(socket, time).await? })
+    pub async fn connect_when_free(address: &VmAddress, time: Duration) -> Result<Vm, Error> {
+        Ok(Vm { session: Session::connect_when_free(address, time).await? })
     }
 
     /// Connects when the monitor is free, within `turn`; `time` begins then.
@@ -94,11 +93,11 @@ impl Vm {
     ///
     /// As for [`Session::connect_in_turn`].
     pub async fn connect_in_turn(
-        socket: &Path,
+        address: &VmAddress,
         turn: Duration,
         time: Duration,
     ) -> Result<Vm, Error> {
-        Ok(Vm { session: Session::connect_in_turn(socket, turn, time).await? })
+        Ok(Vm { session: Session::connect_in_turn(address, turn, time).await? })
     }
 
     /// The session below, for what this module has no word for.
@@ -106,9 +105,9 @@ impl Vm {
         &mut self.session
     }
 
-    /// The socket's path as text, for messages.
+    /// Where its monitor is, as text for messages.
     pub fn name(&self) -> String {
-        self.session.socket().to_string_lossy().into_owned()
+        self.session.address().to_string()
     }
 
     /// QEMU's process id, if it can be seen.

@@ -13,12 +13,12 @@ pub fn vms(context: &Context) -> Vec<Candidate> {
     let config = context.config().unwrap_or_default();
     let names = config.vms.iter();
     let mut candidates: Vec<Candidate> =
-        names.map(|vm| Candidate::new(vm.name.clone(), vm.socket.to_string_lossy())).collect();
+        names.map(|vm| Candidate::new(vm.name.clone(), vm.address.to_string())).collect();
     for qemu in context.host.qemus() {
         for monitor in &qemu.command_line.monitors {
             let Endpoint::Unix(path) = monitor else { continue };
             let Reach::Here(socket) = context.host.reach(qemu.pid, path) else { continue };
-            if config.vms.iter().all(|vm| vm.socket != socket) {
+            if config.vms.iter().all(|vm| vm.address.socket() != Some(&socket)) {
                 let name = qemu.command_line.name.as_deref().unwrap_or(&qemu.program);
                 candidates.push(Candidate::new(socket.to_string_lossy(), name));
             }
@@ -57,8 +57,8 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
 /// has none.
 pub async fn in_vm(context: &Context, vm: &str) -> Vec<Candidate> {
     let ids = async {
-        let socket = context.socket(vm).ok()?;
-        let mut vm = Vm::connect(&socket, context.timeout).await.ok()?;
+        let address = context.vm(vm).ok()?;
+        let mut vm = Vm::connect(&address, context.timeout).await.ok()?;
         vm.host_devices().await.ok()
     };
     let ids = ids.await.unwrap_or_default().into_iter().map(|(id, _)| id);

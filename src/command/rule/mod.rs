@@ -7,7 +7,7 @@ mod toml;
 mod udev;
 mod what;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use tracing::info;
@@ -16,6 +16,7 @@ use super::{Context, seconds};
 use crate::cli::{By, Rule};
 use crate::error::Error;
 use crate::policy::config::DEFAULT_PATH;
+use crate::qemu::VmAddress;
 use crate::ui::output::print;
 use what::What;
 
@@ -27,8 +28,8 @@ struct RuleVm {
     /// As the rule has udev name it: a name of the configuration, or an
     /// absolute path.
     name: String,
-    /// Its socket.
-    socket: PathBuf,
+    /// Where it is; a socket's path is absolute.
+    address: VmAddress,
     /// Whether the name is one of the configuration.
     configured: bool,
 }
@@ -67,13 +68,13 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
 
 /// The VM of a name or a path.
 fn vm(context: &Context, vm: &str) -> Result<RuleVm, Error> {
-    let socket = context.socket(vm)?;
+    let VmAddress::Socket(socket) = context.vm(vm)?;
     // udev runs programs in its own directory.
     let socket = std::path::absolute(&socket)
         .map_err(|source| Error::Setup { what: "tell the current directory", source })?;
     let configured = !vm.contains('/');
     let name = if configured { vm.to_owned() } else { text(&socket)? };
-    Ok(RuleVm { name, socket, configured })
+    Ok(RuleVm { name, address: socket.into(), configured })
 }
 
 /// What udev is to run.

@@ -8,23 +8,25 @@ use super::{Context, RuleVm, text};
 use crate::error::Error;
 use crate::policy::config::Config;
 use crate::policy::rule::MAX_GLOB;
+use crate::qemu::VmAddress;
 use crate::text::escape;
 
 /// A configuration with the VM and one rule.
 pub fn configuration(context: &Context, what: &What, vm: &RuleVm) -> Result<String, Error> {
     // A socket may have a name already.
     let config = context.config().unwrap_or_default();
-    let known = config.vms.iter().find(|known| known.socket == vm.socket);
+    let known = config.vms.iter().find(|known| known.address == vm.address);
     let name = match known {
         Some(known) => known.name.clone(),
-        None => name_of(&vm.socket),
+        None => name_of(&vm.address),
     };
     let mut toml = String::new();
     if known.is_some() {
         let file = context.config.to_string_lossy();
         toml += &format!("# {} has this VM already; add only the rule.\n", escape(&file));
     }
-    toml += &format!("[vm.{}]\nqmp = {}\n\n", key(&name), string(&text(&vm.socket)?));
+    let VmAddress::Socket(socket) = &vm.address;
+    toml += &format!("[vm.{}]\nqmp = {}\n\n", key(&name), string(&text(socket)?));
     let mut comment = what.to_string();
     if let Some(first) = comment.get(..1).map(str::to_uppercase) {
         comment.replace_range(..1, &first);
@@ -55,8 +57,9 @@ pub fn configuration(context: &Context, what: &What, vm: &RuleVm) -> Result<Stri
     Ok(toml)
 }
 
-/// A name for the VM of a socket.
-fn name_of(socket: &Path) -> String {
+/// A name for a VM that has none.
+fn name_of(address: &VmAddress) -> String {
+    let VmAddress::Socket(socket) = address;
     let stem = socket.file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
     let legal = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
     let name: String = stem.chars().map(legal).take(64).collect();
@@ -115,10 +118,11 @@ mod tests {
     }
 
     fn made(what: &What, socket: &str) -> (String, Config) {
-        let vm = RuleVm { name: socket.into(), socket: socket.into(), configured: false };
+        let vm =
+            RuleVm { name: socket.into(), address: Path::new(socket).into(), configured: false };
         let text = configuration(&context(Path::new("/nonexistent")), what, &vm).unwrap();
         let config = Config::parse(Path::new("x"), &text).unwrap();
-        assert_eq!(config.vms[0].socket, Path::new(socket));
+        assert_eq!(config.vms[0].address, Path::new(socket).into());
         (text, config)
     }
 
@@ -141,8 +145,11 @@ mod tests {
     fn a_vm_that_has_a_name_keeps_it() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "[vm.win]\nqmp = \"/run/x.qmp\"\n").unwrap();
-        let vm =
-            RuleVm { name: "/run/x.qmp".into(), socket: "/run/x.qmp".into(), configured: false };
+        let vm = RuleVm {
+            name: "/run/x.qmp".into(),
+            address: Path::new("/run/x.qmp").into(),
+            configured: false,
+        };
         let what = What::Product("0627:0001".parse().unwrap());
         let text = configuration(&context(file.path()), &what, &vm).unwrap();
         assert!(text.contains("has this VM already") && text.contains("[vm.win]"), "{text}");
@@ -151,7 +158,7 @@ mod tests {
     #[test]
     fn what_would_be_no_configuration_is_refused() {
         let long = format!("/{}", "x".repeat(108));
-        let vm = RuleVm { name: long.clone(), socket: long.into(), configured: false };
+        let vm = RuleVm { name: long.clone(), address: Path::new(&long).into(), configured: false };
         let what = What::Product("0627:0001".parse().unwrap());
         let error = configuration(&context(Path::new("/nonexistent")), &what, &vm).unwrap_err();
         assert_eq!(error.exit_code(), 2);

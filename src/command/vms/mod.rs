@@ -16,7 +16,7 @@ use super::Context;
 use crate::cli::Vms;
 use crate::error::Error;
 use crate::host::{Holder, Qemu};
-use crate::policy::config::Config;
+use crate::policy::config::{Config, VmEntry};
 use crate::qemu::Controller;
 use crate::ui::output::{json, print};
 use crate::ui::screen::Screen;
@@ -103,7 +103,7 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
     others.retain(|vm| !seen(&vm.name));
     let probed = all(others.into_iter().map(|vm| {
         let prober = prober.clone();
-        async move { (prober.socket(&vm.socket).await, vm) }
+        async move { (prober.address(&vm.address).await, vm) }
     }));
     for (monitor, vm) in context.during(what, probed).await {
         let mut report = VmReport { name: Some(vm.name), ..VmReport::default() };
@@ -167,8 +167,8 @@ impl VmReport {
             self.controllers = Some(told.controllers.iter().map(controller).collect());
         }
         let configured = |socket: &PathBuf| {
-            let vm = config.vms.iter().find(|vm| is_same(&vm.socket, socket))?;
-            Some(vm.name.clone())
+            let is_its = |vm: &&VmEntry| vm.address.socket().is_some_and(|s| is_same(s, socket));
+            Some(config.vms.iter().find(is_its)?.name.clone())
         };
         let holder = |Holder { pid, program, .. }| HolderReport { pid, program };
         self.monitors.push(MonitorReport {

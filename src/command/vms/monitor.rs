@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Holder, Host, Qemu, Reach};
 use crate::qemu::qmp::{self, ErrorKind};
-use crate::qemu::{Inventory, Vm};
+use crate::qemu::{Inventory, Vm, VmAddress};
 use crate::text::{chain, escape};
 
 /// How long a monitor may take to greet. QEMU does so as soon as its main loop
@@ -104,10 +104,10 @@ impl Monitors {
         monitors
     }
 
-    /// Looks at a socket whose QEMU is not known.
-    pub async fn socket(&self, socket: &Path) -> Monitor {
-        let mut monitor = Monitor::of(socket.to_string_lossy().into_owned());
-        monitor.socket = Some(socket.to_owned());
+    /// Looks at a VM whose QEMU is not known.
+    pub async fn address(&self, address: &VmAddress) -> Monitor {
+        let mut monitor = Monitor::of(address.to_string());
+        monitor.socket = address.socket().map(Path::to_owned);
         self.ask(None, &mut monitor, self.time, true).await;
         monitor
     }
@@ -172,7 +172,7 @@ impl Monitors {
     /// greeting: a monitor that is held would act on it later.
     async fn ask(&self, qemu: Option<&Qemu>, monitor: &mut Monitor, left: Duration, inspect: bool) {
         let Some(socket) = monitor.socket.clone() else { return };
-        let mut vm = match connect(&socket, left).await {
+        let mut vm = match connect(&socket.into(), left).await {
             Ok(Some(vm)) => vm,
             Ok(None) => {
                 monitor.state = State::Silent;
@@ -204,8 +204,8 @@ impl Monitors {
 }
 
 /// `None` if there is no greeting.
-async fn connect(socket: &Path, left: Duration) -> Result<Option<Vm>, qmp::Error> {
-    match timeout(GREETING.min(left), Vm::connect(socket, left)).await {
+async fn connect(address: &VmAddress, left: Duration) -> Result<Option<Vm>, qmp::Error> {
+    match timeout(GREETING.min(left), Vm::connect(address, left)).await {
         Ok(Err(qmp::Error { kind: ErrorKind::NoGreeting { .. }, .. })) | Err(_) => Ok(None),
         Ok(connected) => connected.map(Some),
     }

@@ -88,7 +88,7 @@ fn vms<'t>(mut section: Section<'t, '_>) -> (Vec<VmEntry>, Vec<&'t str>) {
                 )),
             }
         });
-        vms.extend(socket.map(|socket| VmEntry { name: name.to_owned(), socket }));
+        vms.extend(socket.map(|socket| VmEntry { name: name.to_owned(), address: socket.into() }));
     }
     (vms, names)
 }

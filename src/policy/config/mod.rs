@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use self::complaint::Sink;
 pub use self::complaint::{Complaint, Complaints};
 use crate::policy::rule::Rule;
+use crate::qemu::VmAddress;
 
 /// Where the configuration is when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/usb-qmp-hotplug.toml";
@@ -24,7 +25,7 @@ const MAX_FILE: usize = 1 << 20;
 /// A configuration without a fault.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Config {
-    /// The VMs, in the order of the file. Names and sockets stand once.
+    /// The VMs, in the order of the file. Names and addresses stand once.
     pub vms: Vec<VmEntry>,
     /// The rules, in the order of the file: the first that matches decides.
     /// One that attaches names a VM of `vms`.
@@ -36,8 +37,8 @@ pub struct Config {
 pub struct VmEntry {
     /// Its name: letters, digits, `.`, `_` and `-`, so that it is never a path.
     pub name: String,
-    /// The absolute path of its QMP socket.
-    pub socket: PathBuf,
+    /// Where it is; a socket's path is absolute.
+    pub address: VmAddress,
 }
 
 /// Why there is no configuration.
@@ -99,9 +100,9 @@ impl Config {
         Ok(config)
     }
 
-    /// The socket of the VM of that name.
-    pub fn socket(&self, name: &str) -> Option<&Path> {
-        self.vms.iter().find(|vm| vm.name == name).map(|vm| vm.socket.as_path())
+    /// Where the VM of that name is.
+    pub fn address(&self, name: &str) -> Option<&VmAddress> {
+        self.vms.iter().find(|vm| vm.name == name).map(|vm| &vm.address)
     }
 }
 

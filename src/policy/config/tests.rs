@@ -33,8 +33,8 @@ fn every_key_arrives() {
     let config = parse(&text).unwrap();
     let names: Vec<_> = config.vms.iter().map(|vm| vm.name.as_str()).collect();
     assert_eq!(names, ["a", "0.b"], "in the order of the file");
-    assert_eq!(config.socket("0.b"), Some(Path::new("/b")));
-    assert_eq!(config.socket("b"), None);
+    assert_eq!(config.address("0.b"), Some(&Path::new("/b").into()));
+    assert_eq!(config.address("b"), None);
 
     let glob = |text| Glob::new(text).unwrap();
     let [first, second] = &config.rules[..] else { panic!("{:?}", config.rules) };

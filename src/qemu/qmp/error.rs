@@ -3,23 +3,24 @@
 use std::fmt;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
+use super::VmAddress;
 use crate::text::escape;
 
-/// An error of a QMP session: which socket, and what.
+/// An error of a QMP session: which VM, and what.
 #[derive(Debug)]
 pub struct Error {
-    /// The socket, as it was given.
-    pub socket: PathBuf,
+    /// Where the monitor is, as it was given.
+    pub vm: VmAddress,
     /// What went wrong.
     pub kind: ErrorKind,
 }
 
 impl Error {
-    pub(crate) fn new(socket: &Path, kind: ErrorKind) -> Self {
-        Error { socket: socket.to_owned(), kind }
+    pub(crate) fn new(vm: &VmAddress, kind: ErrorKind) -> Self {
+        Error { vm: vm.clone(), kind }
     }
 
     /// QEMU's refusal, if that is what it was.
@@ -114,8 +115,8 @@ impl ErrorKind {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = self.socket.to_string_lossy();
-        let vm = escape(&path);
+        let vm = self.vm.to_string();
+        let vm = escape(&vm);
         match &self.kind {
             ErrorKind::NoSocket(_) => write!(
                 f,

@@ -7,6 +7,7 @@
 //! all of it. After an error of the wire the session is unusable; a command
 //! that QEMU refuses leaves it as it was.
 
+mod address;
 mod error;
 mod frame;
 
@@ -15,7 +16,7 @@ use std::io::{self, IoSlice};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use qapi::qmp::{QmpCommand, qmp_capabilities};
@@ -27,6 +28,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
+pub use address::VmAddress;
 pub use error::{Error, ErrorKind, Refusal};
 use frame::{Frames, Message, Reply};
 
@@ -78,7 +80,7 @@ pub struct Ticket<C> {
 /// A connected, greeted monitor.
 #[derive(Debug)]
 pub struct Session {
-    socket: PathBuf,
+    address: VmAddress,
     stream: UnixStream,
     started: Instant,
     deadline: Instant,
@@ -94,7 +96,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Connects to the monitor at `socket` and waits for its greeting, all of
+    /// Connects to the VM's monitor and waits for its greeting, all of
     /// it, and every command after it, within `time`.
     ///
     /// # Errors
@@ -102,15 +104,16 @@ impl Session {
     /// Every [`ErrorKind`] up to [`ErrorKind::Lost`]. A monitor serves one
     /// client at a time: while another one holds it, connecting succeeds and
     /// the greeting does not come ([`ErrorKind::NoGreeting`]).
-    pub async fn connect(socket: &Path, time: Duration) -> Result<Session, Error> {
+    pub async fn connect(address: &VmAddress, time: Duration) -> Result<Session, Error> {
         let started = Instant::now();
         let deadline = started + time;
-        let fail = |kind| Error::new(socket, kind);
+        let fail = |kind| Error::new(address, kind);
+        let VmAddress::Socket(socket) = address;
         let connected = timeout_at(deadline, connect_when_possible(socket)).await;
         let stream = connected
             .map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?
             .map_err(|e| fail(ErrorKind::from_connect(e, socket)))?;
-        Session::over(stream, socket, started, deadline).await
+        Session::over(stream, address, started, deadline).await
     }
 
     /// As [`Session::connect`], but waits for the greeting as long as it takes:
@@ -120,8 +123,8 @@ impl Session {
     /// # Errors
     ///
     /// As for [`Session::connect`].
-    pub async fn connect_when_free(socket: &Path, time: Duration) -> Result<Session, Error> {
-        Session::connect_in_turn(socket, FOREVER, time).await
+    pub async fn connect_when_free(address: &VmAddress, time: Duration) -> Result<Session, Error> {
+        Session::connect_in_turn(address, FOREVER, time).await
     }
 
     /// As [`Session::connect_when_free`], but gives up when the monitor is not
@@ -131,17 +134,17 @@ impl Session {
     ///
     /// As for [`Session::connect`].
     pub async fn connect_in_turn(
-        socket: &Path,
+        address: &VmAddress,
         turn: Duration,
         time: Duration,
     ) -> Result<Session, Error> {
-        let mut session = Session::connect(socket, turn).await?;
+        let mut session = Session::connect(address, turn).await?;
         session.started = Instant::now();
         session.deadline = session.started + time;
         Ok(session)
     }
 
-    /// A session over a stream that is connected already; `socket` names it in
+    /// A session over a stream that is connected already; `address` names it in
     /// errors.
     ///
     /// # Errors
@@ -149,21 +152,21 @@ impl Session {
     /// As for [`Session::connect`].
     pub async fn on_stream(
         stream: UnixStream,
-        socket: &Path,
+        address: &VmAddress,
         time: Duration,
     ) -> Result<Session, Error> {
         let started = Instant::now();
-        Session::over(stream, socket, started, started + time).await
+        Session::over(stream, address, started, started + time).await
     }
 
     async fn over(
         stream: UnixStream,
-        socket: &Path,
+        address: &VmAddress,
         started: Instant,
         deadline: Instant,
     ) -> Result<Session, Error> {
         let mut session = Session {
-            socket: socket.to_owned(),
+            address: address.clone(),
             stream,
             started,
             deadline,
@@ -192,9 +195,9 @@ impl Session {
         Ok(session)
     }
 
-    /// The path of the socket, as it was given.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// Where the monitor is.
+    pub fn address(&self) -> &VmAddress {
+        &self.address
     }
 
     /// QEMU's version.
@@ -375,7 +378,7 @@ impl Session {
     }
 
     fn error(&self, kind: ErrorKind) -> Error {
-        Error::new(&self.socket, kind)
+        Error::new(&self.address, kind)
     }
 }
 
