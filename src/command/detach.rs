@@ -9,7 +9,7 @@ use crate::host::{self, Host};
 use crate::qemu::VmAddress;
 use crate::text::escape;
 use crate::ui::output::together;
-use crate::usb::{Address, Device, DeviceId, Selector};
+use crate::usb::{Address, Device, DeviceId, Port, Selector};
 
 /// Detaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Detach) -> Result<(), Error> {
@@ -65,14 +65,22 @@ fn choose(
     let of = |device: &Device| {
         at_address(device.address).or_else(|| with_id(&DeviceId::for_port(&device.port))).cloned()
     };
+    let at_port = |port: &Port| -> Result<Option<DeviceId>, Error> {
+        Ok(with_id(&DeviceId::for_port(port))
+            .cloned()
+            .or_else(|| of(&host.device(port).ok()??)))
+    };
     match selector {
         Selector::Id(id) => Ok(with_id(id).cloned()),
         Selector::Address(address) => {
             Ok(at_address(*address).cloned().or_else(|| of(&host.find(selector).ok()?)))
         }
-        Selector::Port(port) => Ok(with_id(&DeviceId::for_port(port))
-            .cloned()
-            .or_else(|| of(&host.device(port).ok()??))),
+        Selector::Port(port) => at_port(port),
+        // Of a controller that is gone, the bus number is not known.
+        Selector::Path(path) => match host.port_of(path) {
+            Some(port) => at_port(&port),
+            None => Err(host::Error::NoDevice(host.absent(selector)).into()),
+        },
         _ => match host.find(selector) {
             Ok(device) => Ok(of(&device)),
             // Of several that fit, the one in the VM is meant.

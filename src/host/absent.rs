@@ -21,6 +21,10 @@ impl Host {
         let devices = self.devices().unwrap_or_default().into_iter();
         let there: Vec<String> = match selector {
             Selector::Port(_) => devices.map(|device| device.port.to_string()).collect(),
+            Selector::Path(_) => {
+                let paths = devices.filter_map(|device| self.port_path(&device.port));
+                paths.map(|path| path.to_string()).collect()
+            }
             Selector::Address(_) => devices.map(|device| device.address.to_string()).collect(),
             Selector::Product(_) => devices.map(|device| device.id.to_string()).collect(),
             Selector::Serial(_) => {
@@ -30,6 +34,7 @@ impl Host {
         };
         let word = match selector {
             Selector::Port(port) => port.to_string(),
+            Selector::Path(path) => path.to_string(),
             Selector::Address(address) => address.to_string(),
             Selector::Product(id) => id.to_string(),
             Selector::Serial(serial) => serial.clone(),

@@ -7,6 +7,7 @@ mod absent;
 mod attributes;
 mod blocking;
 mod bus;
+mod controller;
 mod disk;
 mod error;
 pub mod events;
@@ -140,6 +141,7 @@ impl Host {
         let none = || Error::NoDevice(self.absent(selector));
         let port = match selector {
             Selector::Port(port) => Some(port.clone()),
+            Selector::Path(path) => self.port_of(path),
             Selector::Id(id) => id.port(),
             Selector::Address(address) => self.port_at(*address, selector)?,
             Selector::Sysfs(path) => self.port_of_path(path, selector)?,

@@ -66,6 +66,7 @@ impl Policy {
         let twin = host.twin(port);
         let serial = if self.needs.serial { host.strings(port).serial } else { None };
         let classes = if self.needs.classes { host.classes(port) } else { Vec::new() };
+        let path = |port: &Port| if self.needs.paths { host.port_path(port) } else { None };
         let is_clear = Cell::new(true);
         let property = |name: &str| {
             let value = host.property(port, name);
@@ -75,6 +76,7 @@ impl Policy {
             value.map(Cow::Owned)
         };
         let facts = Facts::new(port, twin.as_ref(), device.id)
+            .with_paths(path(port).as_ref(), twin.as_ref().and_then(path).as_ref())
             .with_serial(serial.as_deref())
             .with_classes(&classes)
             .with_properties(&property);

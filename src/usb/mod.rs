@@ -4,6 +4,7 @@
 mod descriptors;
 mod event;
 mod name;
+mod path;
 mod place;
 mod speed;
 
@@ -13,7 +14,8 @@ use std::str::FromStr;
 pub use descriptors::classes;
 pub use event::{Action, EventError, HotplugEvent};
 pub use name::{DeviceId, Selector};
-pub use place::{Address, Port};
+pub use path::{BusPath, NO_REVISION, PortPath};
+pub use place::{Address, Chain, Port};
 pub use speed::Speed;
 
 /// The class code of hubs (USB 2.0 specification, section 11.23.1).
@@ -152,10 +154,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_panics_and_what_parses_prints_back(text in "\\PC{0,40}|[0-9a-f:/.-]{0,20}") {
+        fn no_text_panics_and_what_parses_prints_back(text in "\\PC{0,40}|[0-9a-f:/.-]{0,20}|[a-z0-9:.-]{1,9}-usbv[0-4]-0:[0-9.]{0,9}") {
             if let Ok(port) = text.parse::<Port>() {
                 prop_assert_eq!(port.to_string(), &text[..]);
                 prop_assert_eq!(DeviceId::for_port(&port).port(), Some(port));
+            }
+            if let Ok(path) = text.parse::<PortPath>() {
+                prop_assert_eq!(path.to_string(), &text[..]);
             }
             if let Ok(address) = text.parse::<Address>() {
                 prop_assert_eq!(address.to_string().parse(), Ok(address));

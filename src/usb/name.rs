@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
-use super::{Address, ParseError, Port, VendorProduct, wrong};
+use super::{Address, NO_REVISION, ParseError, Port, PortPath, VendorProduct, wrong};
 use crate::text::escape;
 
 /// A QEMU device id that can also be deleted again: a letter, then letters,
@@ -59,6 +59,9 @@ impl FromStr for DeviceId {
 pub enum Selector {
     /// Whatever sits at a port: `1-1.2`.
     Port(Port),
+    /// Whatever sits at a port, by its stable name:
+    /// `pci-0000:00:14.0-usbv2-0:1.2`.
+    Path(PortPath),
     /// The device at an address: `1:37`, `001:037`, `/dev/bus/usb/001/037`.
     Address(Address),
     /// The one device of a vendor and product id: `152d:2338`.
@@ -75,9 +78,11 @@ impl FromStr for Selector {
     type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        const EXPECTED: &str = "a device: a port `1-1.2`, bus:device `1:37`, vendor:product \
-             `152d:2338`, `serial=XYZ`, a /dev/bus/usb node, a path under /sys, or an id";
-        let error = || wrong(text, EXPECTED);
+        const EXPECTED: &str = "a device: a port `1-1.2` or `pci-0000:00:14.0-usbv2-0:1.2`, \
+             bus:device `1:37`, vendor:product `152d:2338`, `serial=XYZ`, a /dev/bus/usb node, \
+             a path under /sys, or an id";
+        let expected = if text.contains("-usb-0:") { NO_REVISION } else { EXPECTED };
+        let error = || wrong(text, expected);
         if let Some(serial) = text.strip_prefix("serial=") {
             return if serial.is_empty() {
                 Err(error())
@@ -93,7 +98,8 @@ impl FromStr for Selector {
             return Ok(Selector::Sysfs(PathBuf::from(text)));
         }
         let port = text.parse().map(Selector::Port);
-        port.or_else(|_| text.parse().map(Selector::Product))
+        port.or_else(|_| text.parse().map(Selector::Path))
+            .or_else(|_| text.parse().map(Selector::Product))
             .or_else(|_| text.parse().map(Selector::Address))
             .or_else(|_| text.parse().map(Selector::Id))
             .map_err(|_| error())
@@ -104,6 +110,7 @@ impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Selector::Port(port) => write!(f, "port {port}"),
+            Selector::Path(path) => write!(f, "port {path}"),
             Selector::Address(address) => write!(f, "bus:device {address}"),
             Selector::Product(id) => write!(f, "vendor:product {id}"),
             Selector::Sysfs(path) => write!(f, "{}", escape(&path.to_string_lossy())),
@@ -121,6 +128,7 @@ mod tests {
     fn a_device_can_be_named_in_every_form() {
         let cases = [
             ("1-1.2", "port 1-1.2"),
+            ("pci-0000:00:14.0-usbv2-0:1.2", "port pci-0000:00:14.0-usbv2-0:1.2"),
             ("1:37", "bus:device 1:37"),
             ("001:037", "bus:device 1:37"),
             ("152d:2338", "vendor:product 152d:2338"),

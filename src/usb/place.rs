@@ -18,17 +18,52 @@ const MAX_BUS: u16 = 999;
 /// Device addresses have seven bits (USB 2.0 specification, section 8.3.2.1).
 const MAX_DEVICE: u8 = 127;
 
+/// The port numbers from a root hub down to a port: `1.2`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Chain(Vec<u8>);
+
+impl Chain {
+    /// Reads `1.2`; `None` for anything else.
+    pub(super) fn read(text: &str) -> Option<Self> {
+        let numbers: Vec<u8> = text.split('.').map(number).collect::<Option<_>>()?;
+        (numbers.len() <= MAX_CHAIN).then_some(Chain(numbers))
+    }
+}
+
+impl fmt::Display for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, number) in self.0.iter().enumerate() {
+            let dot = if i == 0 { "" } else { "." };
+            write!(f, "{dot}{number}")?;
+        }
+        Ok(())
+    }
+}
+
 /// A port as the kernel names it: the bus number, and the port numbers from
 /// the root hub down, `1-1.2`. It is the name of the device's directory under
 /// `/sys/bus/usb/devices` (Linux, drivers/usb/core/usb.c, `usb_alloc_dev`).
+///
+/// A bus may have another number after the next boot: see
+/// [`PortPath`](super::PortPath) for the name that stays.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Port {
     bus: u16,
-    chain: Vec<u8>,
+    chain: Chain,
 }
 
 impl Port {
     const EXPECTED: &'static str = "a port like `1-1.2`";
+
+    /// The port at the end of a chain on the bus of this number (1 to 999).
+    pub fn new(bus: u16, chain: Chain) -> Self {
+        Port { bus, chain }
+    }
+
+    /// The port numbers from the root hub down.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
 
     /// The number of the bus the port is on.
     pub fn bus(&self) -> u16 {
@@ -37,24 +72,19 @@ impl Port {
 
     /// The port's own number on its hub.
     pub fn last(&self) -> u8 {
-        self.chain.last().copied().unwrap_or_default()
+        self.chain.0.last().copied().unwrap_or_default()
     }
 
     /// The port of the hub this port is on; `None` on a root hub.
     pub fn hub(&self) -> Option<Port> {
-        let (_, hub) = self.chain.split_last()?;
-        (!hub.is_empty()).then(|| Port { bus: self.bus, chain: hub.to_vec() })
+        let (_, hub) = self.chain.0.split_last()?;
+        (!hub.is_empty()).then(|| Port { bus: self.bus, chain: Chain(hub.to_vec()) })
     }
 }
 
 impl fmt::Display for Port {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-", self.bus)?;
-        for (i, number) in self.chain.iter().enumerate() {
-            let dot = if i == 0 { "" } else { "." };
-            write!(f, "{dot}{number}")?;
-        }
-        Ok(())
+        write!(f, "{}-{}", self.bus, self.chain)
     }
 }
 
@@ -65,8 +95,7 @@ impl FromStr for Port {
         let parse = || {
             let (bus, chain) = text.split_once('-')?;
             let bus = number(bus).filter(|bus| *bus <= MAX_BUS)?;
-            let chain: Vec<u8> = chain.split('.').map(number).collect::<Option<_>>()?;
-            (chain.len() <= MAX_CHAIN).then_some(Port { bus, chain })
+            Some(Port { bus, chain: Chain::read(chain)? })
         };
         parse().ok_or_else(|| wrong(text, Self::EXPECTED))
     }

@@ -52,6 +52,14 @@ fn every_key_arrives() {
 }
 
 #[test]
+fn a_port_can_have_either_name() {
+    let port = |text: &str| parse(&rule(&format!("vm = 'a'\nport = '{text}'"))).map(|_| ());
+    for text in ["1-1.2", "[12]-*", "*", "pci-0000:00:14.0-usbv2-0:1.2", "pci-*-usbv?-0:1.*"] {
+        port(text).unwrap();
+    }
+}
+
+#[test]
 fn an_empty_file_is_a_configuration() {
     assert_eq!(parse("# nothing yet\n").unwrap(), Config::default());
 }

@@ -8,7 +8,7 @@ use toml::de::DeValue;
 
 use crate::policy::rule::Glob;
 use crate::text::escape;
-use crate::usb::Port;
+use crate::usb::{NO_REVISION, Port, PortPath};
 
 /// The longest path of a Unix socket, in bytes: `sun_path` less its end (Linux,
 /// include/uapi/linux/un.h).
@@ -76,13 +76,21 @@ pub(super) fn glob(value: &DeValue) -> Result<Glob, String> {
     Glob::new(text).map_err(|error| error.to_string())
 }
 
-/// A glob that can match a port at all.
+/// A glob that can match a port at all, by either of its names.
 pub(super) fn port(value: &DeValue) -> Result<Glob, String> {
-    let expected = "a port in quotes, like `\"1-1.2\"`, or a glob of ports, like `\"1-1.*\"`";
-    let characters = |text: &str| text.chars().all(|c| "0123456789-.*?[!]".contains(c));
-    text(value, expected, characters)?;
+    let expected = "a port in quotes, like `\"pci-0000:00:14.0-usbv2-0:1.2\"` or `\"1-1.2\"`, or a \
+         glob of ports, like `\"1-1.*\"`";
+    let no_revision = value.as_str().is_some_and(|text| text.contains("-usb-0:"));
+    let expected = if no_revision { NO_REVISION } else { expected };
+    let by_number = |text: &str| text.chars().all(|c| "0123456789-.*?[!]".contains(c));
+    let by_place = |text: &str| text.contains('-') && text.chars().all(|c| c.is_ascii_graphic());
+    let letters = |text: &str| text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '*');
+    text(value, expected, |text| {
+        !no_revision && (by_number(text) || (letters(text) && by_place(text)))
+    })?;
     let glob = glob(value)?;
-    if glob.is_literal() && glob.as_str().parse::<Port>().is_err() {
+    let is_port = |text: &str| text.parse::<Port>().is_ok() || text.parse::<PortPath>().is_ok();
+    if glob.is_literal() && !is_port(glob.as_str()) {
         return Err(not(value, expected));
     }
     Ok(glob)

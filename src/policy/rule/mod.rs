@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 pub use self::glob::{Glob, GlobError, MAX_GLOB};
-use crate::usb::{Port, VendorProduct};
+use crate::usb::{Port, PortPath, VendorProduct};
 
 /// One rule: what a device must be, and what then happens to it. A key that is
 /// not set matches every device.
@@ -14,7 +14,8 @@ use crate::usb::{Port, VendorProduct};
 pub struct Rule {
     /// The line it begins on in the configuration, counted from 1.
     pub line: usize,
-    /// Fits the name of the device's port.
+    /// Fits either name of the device's port: `1-1.2`, or the one that stays,
+    /// `pci-0000:00:14.0-usbv2-0:1.2`.
     pub port: Option<Glob>,
     /// Whether `port` means the physical socket: it may fit the name of the
     /// socket's other half instead.
@@ -63,6 +64,8 @@ pub struct Facts<'a> {
     // As text, written once: most rules compare them.
     port: String,
     twin: Option<String>,
+    path: Option<String>,
+    twin_path: Option<String>,
     id: VendorProduct,
     serial: Option<&'a str>,
     classes: &'a [u8],
@@ -80,11 +83,19 @@ impl<'a> Facts<'a> {
         Facts {
             port: port.to_string(),
             twin: twin.map(Port::to_string),
+            path: None,
+            twin_path: None,
             id,
             serial: None,
             classes: &[],
             property: &|_| None,
         }
+    }
+
+    /// With the names that stay, of the port and of its twin.
+    pub fn with_paths(self, path: Option<&PortPath>, twin: Option<&PortPath>) -> Self {
+        let (path, twin_path) = (path.map(PortPath::to_string), twin.map(PortPath::to_string));
+        Facts { path, twin_path, ..self }
     }
 
     /// With the serial number, for a device that has one.
@@ -105,9 +116,12 @@ impl<'a> Facts<'a> {
     }
 }
 
-/// What rules look at beyond the port, the vendor and the product.
+/// What rules look at beyond the port by its bus number, the vendor and the
+/// product.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Needs {
+    /// The names of ports that stay.
+    pub paths: bool,
     /// The serial number.
     pub serial: bool,
     /// The class codes of device and interfaces.
@@ -120,6 +134,7 @@ impl Needs {
     /// What any of these rules looks at.
     pub fn of(rules: &[Rule]) -> Self {
         rules.iter().fold(Needs::default(), |all, rule| Needs {
+            paths: all.paths || (rule.port.is_some() && rule.bus_number().is_none()),
             serial: all.serial || rule.serial.is_some(),
             classes: all.classes || rule.class.is_some(),
             properties: all.properties || !rule.properties.is_empty(),
@@ -142,8 +157,18 @@ impl Rule {
     }
 
     fn fits_socket(&self, port: &Glob, facts: &Facts) -> bool {
+        let fits = |name: &Option<String>| name.as_ref().is_some_and(|name| port.matches(name));
         port.matches(&facts.port)
-            || (self.twin && facts.twin.as_ref().is_some_and(|twin| port.matches(twin)))
+            || fits(&facts.path)
+            || (self.twin && (fits(&facts.twin) || fits(&facts.twin_path)))
+    }
+
+    /// The glob for the port, if it names a bus by its number: then it can fit
+    /// no name that stays.
+    pub fn bus_number(&self) -> Option<&Glob> {
+        let starts =
+            |text: &str| text.trim_start_matches('[').starts_with(|c: char| c.is_ascii_digit());
+        self.port.as_ref().filter(|port| starts(port.as_str()))
     }
 
     /// Whether it is clear that this rule matches every device that `later`

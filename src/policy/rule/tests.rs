@@ -33,7 +33,10 @@ fn property(name: &str, value: &str) -> Rule {
 /// A stick in a USB 3 socket, with a storage and a keyboard interface.
 fn stick<'a>() -> Facts<'a> {
     let (port, twin) = ("2-1.2".parse().unwrap(), "1-1.2".parse().unwrap());
+    let path = "pci-0000:00:14.0-usbv3-0:1.2".parse().unwrap();
+    let twin_path = "pci-0000:00:14.0-usbv2-0:1.2".parse().unwrap();
     Facts::new(&port, Some(&twin), "152d:2338".parse().unwrap())
+        .with_paths(Some(&path), Some(&twin_path))
         .with_serial(Some("0123456789"))
         .with_classes(&[0x00, 0x08, 0x03])
         .with_properties(&|name| (name == "ID_PATH").then_some("pci-0000:00:1a.0-usb-0:1.2".into()))
@@ -50,6 +53,14 @@ fn each_key_matches_what_it_names() {
         ("neither half", on("3-1.2"), false),
         ("twin = false, own half", twinless("2-1.*"), true),
         ("twin = false, other half", twinless("1-1.2"), false),
+        ("stable name", on("pci-0000:00:14.0-usbv3-0:1.2"), true),
+        ("stable name of the twin", on("pci-0000:00:14.0-usbv2-0:1.2"), true),
+        ("glob on a stable name", on("pci-0000:00:14.0-usbv2-0:1.*"), true),
+        ("glob on both halves", on("pci-0000:00:14.0-usbv?-0:1.2"), true),
+        ("another controller", on("pci-0000:00:15.0-usbv3-0:1.2"), false),
+        ("another port", on("pci-0000:00:14.0-usbv3-0:1.2.1"), false),
+        ("twin = false, own stable name", twinless("pci-*-usbv3-0:1.2"), true),
+        ("twin = false, the other's stable name", twinless("pci-*-usbv2-0:1.2"), false),
         ("vendor", Rule { vendor: Some(0x152d), ..rule() }, true),
         ("other vendor", Rule { vendor: Some(0x152e), ..rule() }, false),
         ("product", Rule { product: Some(0x2338), ..rule() }, true),
@@ -107,7 +118,12 @@ fn properties_are_asked_for_last_and_only_if_a_rule_does() {
 fn rules_say_what_they_need() {
     assert_eq!(Needs::of(&[on("1-1")]), Needs::default());
     let rules = [Rule { serial: glob("1"), ..rule() }, Rule { class: Some(8), ..rule() }];
-    assert_eq!(Needs::of(&rules), Needs { serial: true, classes: true, properties: false });
+    let needs = Needs { serial: true, classes: true, ..Needs::default() };
+    assert_eq!(Needs::of(&rules), needs);
+    for port in ["pci-*", "*", "?-1"] {
+        assert!(Needs::of(&[on(port)]).paths, "{port}");
+    }
+    assert!(!Needs::of(&[on("[12]-*"), on("1-1.*")]).paths);
     assert!(Needs::of(&[property("A", "*")]).properties);
 }
 

@@ -89,8 +89,8 @@ fn every_mistake_in_a_vm_is_told() {
 fn every_mistake_in_what_a_rule_matches_is_told() {
     const FOUR: &str = "is not four hexadecimal digits in quotes, like `\"152d\"`";
     const TWO: &str = "is not two hexadecimal digits in quotes, like `\"08\"`";
-    const PORT: &str =
-        "is not a port in quotes, like `\"1-1.2\"`, or a glob of ports, like `\"1-1.*\"`";
+    const PORT: &str = "is not a port in quotes, like `\"pci-0000:00:14.0-usbv2-0:1.2\"` or `\"1-1.2\"`, or a glob \
+         of ports, like `\"1-1.*\"`";
     let cases = [
         ("vendro = '152d'", "1: rule 1, key `vendro`: unknown key; did you mean `vendor`?".into()),
         ("guest-port = '1'", "1: rule 1, key `guest-port`: unknown key; did you mean `guest_port`?".into()),
@@ -101,6 +101,8 @@ fn every_mistake_in_what_a_rule_matches_is_told() {
         ("class = '8'", format!("9: rule 1, key `class`: `\"8\"` {TWO}")),
         ("class = ['08']", format!("9: rule 1, key `class`: an array {TWO}")),
         ("port = '1:2'", format!("8: rule 1, key `port`: `\"1:2\"` {PORT}")),
+        ("port = 'pci-0000:00:14.0-usbv2'", format!("8: rule 1, key `port`: `\"pci-0000:00:14.0-usbv2\"` {PORT}")),
+        ("port = 'pci-0000:00:14.0-usb-0:1'", format!("8: rule 1, key `port`: `\"pci-0000:00:14.0-usb-0:1\"` is not {}", crate::usb::NO_REVISION)),
         ("port = '1-01'", format!("8: rule 1, key `port`: `\"1-01\"` {PORT}")),
         ("port = 1-1", "8: `1-1`: invalid date, expected `-` (MM-DD); text must be in quotes".into()),
         ("port = '1-[12'", "8: rule 1, key `port`: the `[` at character 3 of the glob has no `]`; a plain `[` is written `[[]`".into()),
