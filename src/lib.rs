@@ -11,7 +11,7 @@
 //! - [`policy`]: the configuration, its rules, and which device belongs where.
 //! - [`error`]: what can go wrong, and the exit codes.
 //! - [`attach`]: the two operations, attach and detach.
-//! - [`reconcile`]: what a VM lacks, and what it has too many. Pure.
+//! - [`reconcile`]: what a VM lacks, and what it has too many: decided and carried out.
 //! - [`ui`]: tables, the line that says what is waited for, the log.
 //! - [`daemon`]: the `watch` command.
 //! - [`cli`]: the command line's types; [`command`]: the commands.

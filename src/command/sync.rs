@@ -1,6 +1,6 @@
 //! `sync [VM...]`: makes reality match the configuration.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use serde::Serialize;
@@ -8,13 +8,12 @@ use tokio::task::JoinSet;
 use tracing::{debug, info};
 
 use super::Context;
-use crate::attach::{self, Attached, Options};
 use crate::cli::Sync;
 use crate::error::Error;
 use crate::host::Host;
 use crate::policy::{Policy, Table};
 use crate::qemu::{Vm, VmAddress};
-use crate::reconcile::{self, Handled, Step, reconcile};
+use crate::reconcile::{self, Done, Handled, InVm, Step, Vms};
 use crate::text::{chain, escape};
 use crate::ui::output::{json, print, together};
 use crate::ui::progress;
@@ -129,7 +128,7 @@ impl Job {
             actions: Vec::new(),
             error: None,
         };
-        let in_vm = match self.host_devices(&address).await {
+        let in_vm = match self.look(&address).await {
             Ok(in_vm) => in_vm,
             Err(Error::Qmp(error)) if error.is_not_running() && !named => {
                 info!(vm = report.vm, "nothing to do, VM {} is not running", report.vm);
@@ -142,79 +141,62 @@ impl Job {
                 return (report, vec![error]);
             }
         };
-        let present: Vec<&str> = in_vm.iter().map(|(id, _)| id.as_str()).collect();
+        let present: Vec<String> = in_vm.keys().map(Port::to_string).collect();
         debug!(
             "VM {} has {}",
             report.vm,
             match present.as_slice() {
                 [] => "no devices of this host".to_owned(),
-                ids => ids.join(", "),
+                ports => format!("the devices of {}", ports.join(", ")),
             }
         );
         let mut errors = Vec::new();
-        for step in reconcile(&report.vm, &self.table, &in_vm, &Handled::new()) {
-            let (mut done, result) = match step {
-                Step::Attach(port) => self.attach(&address, port).await,
-                Step::Detach(id, why) => (
-                    ActionReport {
-                        action: "detach",
-                        port: id.port(),
-                        rule_line: None,
-                        why: why.to_string(),
-                        done: false,
-                        error: None,
-                        id: id.clone(),
-                    },
-                    self.detach(&address, &id).await,
-                ),
-            };
-            done.done = result.is_ok() && !self.dry_run;
-            done.error = result.as_ref().err().map(|error| chain(error));
-            errors.extend(result.err());
-            report.actions.push(done);
+        for (port, step) in reconcile::steps(&report.vm, &self.table, &in_vm, &Handled::new()) {
+            let done = self.port(&report.vm, &address, &port).await;
+            let Some(action) = self.action(port, step, &done) else { continue };
+            report.actions.push(action);
+            errors.extend(done.err());
         }
         (report, errors)
     }
 
-    async fn host_devices(
-        &self,
-        address: &VmAddress,
-    ) -> Result<Vec<(DeviceId, Option<crate::usb::Address>)>, Error> {
+    fn vms(&self) -> Vms<'_> {
+        Vms { host: &self.host, policy: &self.policy, dry_run: self.dry_run }
+    }
+
+    async fn look(&self, address: &VmAddress) -> Result<BTreeMap<Port, InVm>, Error> {
         let mut vm = Vm::connect(address, self.timeout).await?;
-        if !self.dry_run {
-            vm.drop_descriptors().await?;
-        }
-        Ok(vm.host_devices().await?)
+        reconcile::look(self.vms(), &mut vm).await
     }
 
-    async fn attach(&self, address: &VmAddress, port: Port) -> (ActionReport, Result<(), Error>) {
-        let seen = self.table.get(&port);
-        let assignment = seen.and_then(|seen| seen.assignment.as_ref());
+    /// Makes one port right, in a conversation of its own.
+    async fn port(&self, name: &str, address: &VmAddress, port: &Port) -> Result<Done, Error> {
+        let mut vm = Vm::connect(address, self.timeout).await?;
+        reconcile::port(self.vms(), &mut vm, name, port, self.table.get(port), false).await
+    }
+
+    /// What is reported of a step; nothing if it was not needed any more.
+    fn action(&self, port: Port, step: Step, done: &Result<Done, Error>) -> Option<ActionReport> {
+        let assignment = self.table.get(&port).and_then(|seen| seen.assignment.as_ref());
         let line = assignment.map(|assignment| self.policy.line(assignment));
-        let report = ActionReport {
-            action: "attach",
+        let (action, rule_line, why) = match (step, done) {
+            (_, Ok(Done::Nothing(_))) | (Step::Nothing, _) => return None,
+            (_, Ok(Done::Detached(why))) => ("detach", None, why.to_string()),
+            (Step::Detach(why), Err(_)) => ("detach", None, why.to_string()),
+            (_, Ok(Done::Attached(..))) | (Step::Attach, Err(_)) => {
+                let why = line.map(|line| format!("the rule at line {line}"));
+                ("attach", line, why.unwrap_or_default())
+            }
+        };
+        Some(ActionReport {
+            action,
             id: DeviceId::for_port(&port),
-            rule_line: line,
-            why: line.map(|line| format!("the rule at line {line}")).unwrap_or_default(),
-            done: false,
-            error: None,
             port: Some(port),
-        };
-        let (Some(seen), Some(assignment)) = (seen, assignment) else { return (report, Ok(())) };
-        let options =
-            Options { dry_run: self.dry_run, ..reconcile::options(&self.policy, assignment) };
-        let attached = async {
-            let mut vm = Vm::connect(address, self.timeout).await?;
-            attach::attach(&self.host, &mut vm, &seen.device, &options).await
-        };
-        (report, attached.await.map(|_: Attached| ()))
-    }
-
-    async fn detach(&self, address: &VmAddress, id: &DeviceId) -> Result<(), Error> {
-        if !self.dry_run {
-            Vm::connect(address, self.timeout).await?.detach(id).await?;
-        }
-        Ok(())
+            rule_line,
+            why,
+            done: done.is_ok() && !self.dry_run,
+            error: done.as_ref().err().map(|error| chain(error)),
+        })
     }
 }
 

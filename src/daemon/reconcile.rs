@@ -9,12 +9,12 @@ use tracing::{debug, info};
 use super::qemu::Qemu;
 use super::queue::Work;
 use super::worker::Worker;
-use crate::attach::{self, Attached};
+use crate::attach::Attached;
 use crate::error::Error;
-use crate::policy::{Assignment, HostDevice};
+use crate::policy::{HostDevice, Policy};
 use crate::qemu::Vm;
 use crate::qemu::qmp::ErrorKind;
-use crate::reconcile::{Leftover, Step, options, reconcile};
+use crate::reconcile::{self, Done, Vms};
 use crate::text::chain;
 use crate::usb::{Address, Device, DeviceId, Port};
 
@@ -77,13 +77,13 @@ impl Worker {
         self.look(vm).await
     }
 
-    /// Finds what is missing and what is left over.
+    /// Finds the ports where something is missing or left over.
     async fn look(&mut self, mut vm: Vm) -> Result<Vec<Work>, Error> {
-        vm.drop_descriptors().await?;
-        let in_vm = vm.host_devices().await?;
+        let policy = self.shared.policy();
+        let in_vm = reconcile::look(self.vms(&policy), &mut vm).await?;
         let Some(qemu) = &mut self.qemu else { return Ok(Vec::new()) };
-        let ours = in_vm.iter().filter_map(|(id, address)| id.port().zip(*address));
-        qemu.attached = ours.collect();
+        let addresses = in_vm.iter().filter_map(|(port, in_vm)| Some((port, in_vm.address?)));
+        qemu.attached = addresses.map(|(port, address)| (port.clone(), address)).collect();
         let table = self.shared.table.borrow();
         let is_there = |port: &Port, address: &Address| {
             table.get(port).is_some_and(|seen| seen.device.address == *address)
@@ -91,14 +91,15 @@ impl Worker {
         // What is in the VM now is not to come back when a person detaches it.
         qemu.handled.extend(qemu.attached.iter().map(|(port, address)| (port.clone(), *address)));
         qemu.handled.retain(|port, address| is_there(port, address));
-        let steps = reconcile(&self.vm, &table, &in_vm, &qemu.handled);
+        let steps = reconcile::steps(&self.vm, &table, &in_vm, &qemu.handled);
         drop(table);
         self.publish();
-        let port = |step| match step {
-            Step::Attach(port) => Some(port),
-            Step::Detach(id, _) => id.port(),
-        };
-        Ok(steps.into_iter().filter_map(port).map(Work::Port).collect())
+        Ok(steps.into_iter().map(|(port, _)| Work::Port(port)).collect())
+    }
+
+    /// What [`reconcile`] needs to know besides the VM.
+    fn vms<'a>(&'a self, policy: &'a Policy) -> Vms<'a> {
+        Vms { host: &self.shared.host, policy, dry_run: false }
     }
 
     /// Makes one port right.
@@ -107,18 +108,35 @@ impl Worker {
         if self.is_handled(port) {
             return Ok(());
         }
-        let vm = self.connect().await?;
+        let mut vm = self.connect().await?;
         // Its monitor may have been held for long; what counts is what is at
         // the port now.
         let seen = self.shared.table.borrow().get(port).cloned();
-        match seen {
-            Some(HostDevice { device, assignment: Some(assignment) })
-                if assignment.vm == self.vm =>
-            {
-                self.attach(vm, &device, &assignment, start).await
-            }
-            seen => self.clear(vm, port, seen.map(|seen| seen.device.address), start).await,
+        let policy = self.shared.policy();
+        let is_handled = self.is_handled(port);
+        if let (Some(qemu), false) = (&mut self.qemu, is_handled) {
+            qemu.handled.remove(port);
         }
+        let (vms, name) = (self.vms(&policy), &self.vm);
+        let done = reconcile::port(vms, &mut vm, name, port, seen.as_ref(), is_handled).await;
+        drop(vm);
+        match done {
+            Ok(done) => {
+                self.tell_done(port, &done, start);
+                self.note(port, &done);
+                Ok(())
+            }
+            // Its removal is yet to be heard.
+            Err(error) if seen.is_some_and(|seen| self.has_left(&seen.device)) => {
+                debug!(vm = name, %port, "its device is gone: {}", chain(&error));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn has_left(&self, device: &Device) -> bool {
+        !matches!(self.shared.host.device(&device.port), Ok(Some(now)) if now == *device)
     }
 
     /// Whether the device at a port was attached already. If it is not in the
@@ -132,69 +150,46 @@ impl Worker {
         assignment.vm == self.vm && handled == Some(&device.address)
     }
 
-    async fn attach(
-        &mut self,
-        mut vm: Vm,
-        device: &Device,
-        assignment: &Assignment,
-        start: Instant,
-    ) -> Result<(), Error> {
-        let (host, policy, name) = (&self.shared.host, self.shared.policy(), &self.vm);
-        let attached = attach::attach(host, &mut vm, device, &options(&policy, assignment)).await;
-        drop(vm);
-        let attached = match attached {
-            Ok(attached) => attached,
-            // Its removal is yet to be heard.
-            Err(error) if !matches!(host.device(&device.port), Ok(Some(now)) if now == *device) => {
-                debug!(vm = name, port = %device.port, "{device} is gone: {}", chain(&error));
-                return Ok(());
+    /// Logs what was done.
+    fn tell_done(&self, port: &Port, done: &Done, start: Instant) {
+        let (name, id, ms) = (&self.vm, DeviceId::for_port(port), start.elapsed().as_millis());
+        let assignment = self.shared.assignment(port);
+        let rule = assignment.map(|assignment| self.shared.policy().line(&assignment));
+        match done {
+            Done::Attached(device, Attached::There(guest_port)) => {
+                let rule = rule.unwrap_or_default();
+                info!(
+                    vm = name, %port, %id, rule, ms,
+                    "attached {device} to {name} at {guest_port} in {ms} ms (rule at line {rule})"
+                );
             }
-            Err(error) => return Err(error),
-        };
-        let (port, id) = (&device.port, DeviceId::for_port(&device.port));
-        let (rule, ms) = (policy.line(assignment), start.elapsed().as_millis());
-        match attached {
-            Attached::There(guest_port) => info!(
-                vm = name, %port, %id, rule, ms,
-                "attached {device} to {name} at {guest_port} in {ms} ms (rule at line {rule})"
-            ),
-            Attached::Already => debug!(vm = name, %port, %id, rule, "{device} is in {name}"),
+            Done::Attached(device, Attached::Already) => {
+                debug!(vm = name, %port, %id, rule, "{device} is in {name}");
+            }
+            Done::Detached(why) => {
+                info!(vm = name, %port, %id, ms, "detached {id} from {name} in {ms} ms: {why}");
+            }
+            Done::Nothing(_) => {}
         }
-        if let Some(qemu) = &mut self.qemu {
-            qemu.handled.insert(port.clone(), device.address);
-            qemu.attached.insert(port.clone(), device.address);
-        }
-        self.publish();
-        Ok(())
     }
 
-    /// Nothing of an earlier device may stay at a port that is empty, or no
-    /// business of this VM.
-    async fn clear(
-        &mut self,
-        mut vm: Vm,
-        port: &Port,
-        now: Option<Address>,
-        start: Instant,
-    ) -> Result<(), Error> {
-        let id = DeviceId::for_port(port);
-        let in_vm = vm.address_of(&id).await?;
-        let is_left_over = in_vm.is_some() && in_vm != now;
-        if is_left_over && vm.detach(&id).await? {
-            let (name, ms) = (&self.vm, start.elapsed().as_millis());
-            let why = if now.is_some() { Leftover::Replaced } else { Leftover::Gone };
-            info!(vm = name, %port, %id, ms, "detached {id} from {name} in {ms} ms: {why}");
-        }
-        if let Some(qemu) = &mut self.qemu {
-            qemu.handled.remove(port);
-            if in_vm.is_none() || is_left_over {
-                let known = qemu.attached.remove(port);
-                if in_vm.is_none() && known.is_some() {
+    /// Notes what the VM has at a port now.
+    fn note(&mut self, port: &Port, done: &Done) {
+        let Some(qemu) = &mut self.qemu else { return };
+        match done {
+            Done::Attached(device, _) => {
+                qemu.handled.insert(port.clone(), device.address);
+                qemu.attached.insert(port.clone(), device.address);
+            }
+            Done::Detached(_) => {
+                qemu.attached.remove(port);
+            }
+            Done::Nothing(in_vm) => {
+                if in_vm.is_none() && qemu.attached.remove(port).is_some() {
                     self.shared.orphan(port);
                 }
             }
         }
         self.publish();
-        Ok(())
     }
 }

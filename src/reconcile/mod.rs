@@ -1,0 +1,228 @@
+//! What is to be done so that a VM has the devices that are its own: decided
+//! once, for `sync` and for the daemon, and carried out once, by [`port`].
+//! `sync` does so for every port when it is asked; the daemon does so for one
+//! port when something happens there.
+
+mod perform;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use crate::policy::{HostDevice, Table};
+use crate::usb::{Address, Port};
+
+pub use perform::{Done, Vms, look, port};
+
+/// What was done for the devices at these ports already, since the VM
+/// started. A device that was attached once and is not in the VM any more was
+/// detached by a person, and that stands until the next plug.
+pub type Handled = BTreeMap<Port, Address>;
+
+/// A port of the host, as one VM sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtPort {
+    /// No device is there.
+    Empty,
+    /// A device that belongs to the VM.
+    Ours(Address),
+    /// A device that does not belong to the VM.
+    Other(Address),
+    /// A device whose address, or whose owner, is not known yet.
+    Unclear,
+}
+
+impl AtPort {
+    /// What the table says of a port.
+    pub fn of(seen: Option<&HostDevice>, vm: &str) -> Self {
+        let Some(seen) = seen else { return AtPort::Empty };
+        match &seen.assignment {
+            Some(assignment) if assignment.vm == vm => AtPort::Ours(seen.device.address),
+            _ => AtPort::Other(seen.device.address),
+        }
+    }
+}
+
+/// The VM's device that has the id of a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InVm {
+    /// Where it is on the host. This tool always says so: a device that has no
+    /// address came from somebody else.
+    pub address: Option<Address>,
+    /// Whether it works.
+    pub life: Life,
+}
+
+/// Whether a VM's device is connected to the device of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    /// QEMU has it open.
+    Alive,
+    /// The device of the host is there, and QEMU has lost it.
+    Dead,
+    /// That cannot be seen.
+    Unknown,
+}
+
+/// What to do at a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing.
+    Nothing,
+    /// Attach the device that is there. An attach replaces what has the id.
+    Attach,
+    /// Detach what an earlier device left behind.
+    Detach(Leftover),
+}
+
+/// Why a VM's device is a leftover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leftover {
+    /// Nothing is at its port any more.
+    Gone,
+    /// Another device is at its port.
+    Replaced,
+    /// Its device is there, but QEMU has lost it.
+    Dead,
+}
+
+impl fmt::Display for Leftover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Leftover::Gone => "its device is gone",
+            Leftover::Replaced => "another device is at its port",
+            Leftover::Dead => "QEMU has lost its device",
+        })
+    }
+}
+
+/// What to do at one port. What is not known leads to nothing.
+pub fn decide(at_port: AtPort, in_vm: Option<InVm>, is_handled: bool) -> Step {
+    let Some(InVm { address, life }) = in_vm else {
+        let is_missing = matches!(at_port, AtPort::Ours(_)) && !is_handled;
+        return if is_missing { Step::Attach } else { Step::Nothing };
+    };
+    match (at_port, address) {
+        (AtPort::Ours(there), Some(address)) if there == address && life != Life::Dead => {
+            Step::Nothing
+        }
+        (AtPort::Ours(_), _) => Step::Attach,
+        (AtPort::Empty, Some(_)) => Step::Detach(Leftover::Gone),
+        (AtPort::Other(there), Some(address)) if there != address => {
+            Step::Detach(Leftover::Replaced)
+        }
+        (AtPort::Other(_), Some(_)) if life == Life::Dead => Step::Detach(Leftover::Dead),
+        (AtPort::Other(_) | AtPort::Unclear, _) | (AtPort::Empty, None) => Step::Nothing,
+    }
+}
+
+/// The ports at which there is something to do, leftovers first: they may
+/// have the place that a device needs.
+pub fn steps(
+    vm: &str,
+    table: &Table,
+    in_vm: &BTreeMap<Port, InVm>,
+    handled: &Handled,
+) -> Vec<(Port, Step)> {
+    let ports: BTreeSet<&Port> = table.keys().chain(in_vm.keys()).collect();
+    let step = |port: &Port| {
+        let seen = table.get(port);
+        let is_handled = seen.is_some_and(|seen| handled.get(port) == Some(&seen.device.address));
+        decide(AtPort::of(seen, vm), in_vm.get(port).copied(), is_handled)
+    };
+    let mut steps: Vec<(Port, Step)> =
+        ports.into_iter().map(|port| (port.clone(), step(port))).collect();
+    steps.retain(|(_, step)| *step != Step::Nothing);
+    steps.sort_by_key(|(_, step)| *step == Step::Attach);
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Assignment;
+    use crate::usb::Device;
+
+    fn at(text: &str) -> Address {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn every_state_of_a_port_leads_to_one_step() {
+        use AtPort::{Empty, Other, Ours, Unclear};
+        use Leftover::{Dead, Gone, Replaced};
+        use Step::{Attach, Detach, Nothing};
+        let (old, new) = (at("1:2"), at("1:9"));
+        let there = |address, life| Some(InVm { address, life });
+        let alive = there(Some(new), Life::Alive);
+        let unknown = there(Some(new), Life::Unknown);
+        let dead = there(Some(new), Life::Dead);
+        let earlier = there(Some(old), Life::Unknown);
+        let foreign = there(None, Life::Unknown);
+        // What has the id in the VM, then the step for each state of the port.
+        let cases = [
+            (None, [Nothing, Attach, Nothing, Nothing]),
+            (alive, [Detach(Gone), Nothing, Nothing, Nothing]),
+            (unknown, [Detach(Gone), Nothing, Nothing, Nothing]),
+            (dead, [Detach(Gone), Attach, Detach(Dead), Nothing]),
+            (earlier, [Detach(Gone), Attach, Detach(Replaced), Nothing]),
+            (foreign, [Nothing, Attach, Nothing, Nothing]),
+        ];
+        for (in_vm, expected) in cases {
+            let steps = [Empty, Ours(new), Other(new), Unclear].map(|at| decide(at, in_vm, false));
+            assert_eq!(steps, expected, "{in_vm:?}");
+            // What was handled is not attached a second time, but is replaced.
+            let handled = decide(Ours(new), in_vm, true);
+            assert_eq!(handled, if in_vm.is_none() { Nothing } else { expected[1] }, "{in_vm:?}");
+        }
+    }
+
+    fn table(devices: &[(&str, &str, Option<&str>)]) -> Table {
+        let seen = |(port, address, vm): &(&str, &str, Option<&str>)| {
+            let port: Port = port.parse().unwrap();
+            let device = Device {
+                port: port.clone(),
+                address: at(address),
+                id: "152d:2338".parse().unwrap(),
+                class: 0,
+            };
+            let assignment = vm.map(|vm| Assignment { vm: vm.into(), rule: 0 });
+            (port, HostDevice { device, assignment })
+        };
+        devices.iter().map(seen).collect()
+    }
+
+    fn in_vm(ports: &[(&str, &str)]) -> BTreeMap<Port, InVm> {
+        let present = |(port, address): &(&str, &str)| {
+            let in_vm = InVm { address: Some(at(address)), life: Life::Unknown };
+            (port.parse().unwrap(), in_vm)
+        };
+        ports.iter().map(present).collect()
+    }
+
+    #[test]
+    fn leftovers_go_before_what_is_missing_comes() {
+        let table = table(&[
+            ("1-1", "1:3", Some("a")),
+            ("1-2", "1:9", None),
+            ("1-4", "1:5", Some("b")),
+            ("1-5", "1:6", Some("a")),
+        ]);
+        let there = in_vm(&[("1-2", "1:2"), ("1-3", "1:4"), ("1-5", "1:6")]);
+        let port = |port: &str| port.parse().unwrap();
+        let expected = [
+            (port("1-2"), Step::Detach(Leftover::Replaced)),
+            (port("1-3"), Step::Detach(Leftover::Gone)),
+            (port("1-1"), Step::Attach),
+        ];
+        assert_eq!(steps("a", &table, &there, &Handled::new()), expected);
+    }
+
+    #[test]
+    fn a_detach_by_hand_stands_until_the_next_plug() {
+        let handled = Handled::from([("1-1".parse().unwrap(), at("1:2"))]);
+        let steps = |table| steps("a", &table, &BTreeMap::new(), &handled);
+        assert_eq!(steps(table(&[("1-1", "1:2", Some("a"))])), []);
+        let plugged_again = steps(table(&[("1-1", "1:3", Some("a"))]));
+        assert_eq!(plugged_again, [("1-1".parse().unwrap(), Step::Attach)]);
+    }
+}

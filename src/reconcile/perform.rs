@@ -1,0 +1,124 @@
+//! Carries out what is decided, in one conversation with the VM for each port.
+
+use std::collections::BTreeMap;
+
+use tracing::debug;
+
+use super::{AtPort, InVm, Leftover, Life, Step, decide};
+use crate::attach::{self, Attached, Options};
+use crate::error::Error;
+use crate::host::Host;
+use crate::policy::{Assignment, HostDevice, Policy};
+use crate::qemu::{Placement, Vm};
+use crate::usb::{Address, Device, DeviceId, Port};
+
+/// What is the same for all VMs.
+#[derive(Debug, Clone, Copy)]
+pub struct Vms<'a> {
+    /// The host.
+    pub host: &'a Host,
+    /// The rules.
+    pub policy: &'a Policy,
+    /// Change nothing.
+    pub dry_run: bool,
+}
+
+/// What was done at a port, or in a dry run, what would be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Done {
+    /// There was nothing to do.
+    Nothing(Option<InVm>),
+    /// The device is in the VM.
+    Attached(Device, Attached),
+    /// A leftover went.
+    Detached(Leftover),
+}
+
+/// The VM's devices that have the id of a port.
+///
+/// # Errors
+///
+/// As for [`Vm::host_devices`].
+pub async fn look(vms: Vms<'_>, vm: &mut Vm) -> Result<BTreeMap<Port, InVm>, Error> {
+    if !vms.dry_run {
+        vm.drop_descriptors().await?;
+    }
+    let mut found = BTreeMap::new();
+    for (id, address) in vm.host_devices().await? {
+        if let Some(port) = id.port() {
+            found.insert(port, in_vm(address));
+        }
+    }
+    Ok(found)
+}
+
+fn in_vm(address: Option<Address>) -> InVm {
+    InVm { address, life: Life::Unknown }
+}
+
+/// Makes one port right in the VM of that name: attaches the device that is
+/// there, or detaches what an earlier one left behind, or does nothing.
+///
+/// # Errors
+///
+/// What the attach, the detach, or reading the host met.
+pub async fn port(
+    vms: Vms<'_>,
+    vm: &mut Vm,
+    name: &str,
+    port: &Port,
+    seen: Option<&HostDevice>,
+    is_handled: bool,
+) -> Result<Done, Error> {
+    let at_port = AtPort::of(seen, name);
+    let assigned = seen.and_then(|seen| Some((&seen.device, seen.assignment.as_ref()?)));
+    // An attach looks for itself what has the id, and does nothing if that is
+    // this very device. To ask before would cost a round trip.
+    if let (AtPort::Ours(_), Some((device, assignment)), false) = (at_port, assigned, is_handled) {
+        return attach(vms, vm, device, assignment).await;
+    }
+    let id = DeviceId::for_port(port);
+    let in_vm = vm.address_of(&id).await?.map(|address| in_vm(Some(address)));
+    match (decide(at_port, in_vm, is_handled), assigned) {
+        (Step::Attach, Some((device, assignment))) => attach(vms, vm, device, assignment).await,
+        (Step::Detach(why), _) if is_left_over(vms.host, port, in_vm)? => {
+            let is_done = vms.dry_run || vm.detach(&id).await?;
+            Ok(if is_done { Done::Detached(why) } else { Done::Nothing(None) })
+        }
+        (Step::Attach | Step::Detach(_) | Step::Nothing, _) => Ok(Done::Nothing(in_vm)),
+    }
+}
+
+/// Whether a VM's device is a leftover, by what the host shows now: the table
+/// may be older than the conversation, and nothing is detached on that.
+fn is_left_over(host: &Host, port: &Port, in_vm: Option<InVm>) -> Result<bool, Error> {
+    let now = host.device(port)?.map(|device| device.address);
+    let Some(InVm { address, life }) = in_vm else { return Ok(false) };
+    let is_left_over = now != address || life == Life::Dead;
+    if !is_left_over {
+        debug!(%port, "its device is there: nothing is detached");
+    }
+    Ok(is_left_over)
+}
+
+async fn attach(
+    vms: Vms<'_>,
+    vm: &mut Vm,
+    device: &Device,
+    assignment: &Assignment,
+) -> Result<Done, Error> {
+    let options = Options { dry_run: vms.dry_run, ..options(vms.policy, assignment) };
+    let attached = attach::attach(vms.host, vm, device, &options).await?;
+    Ok(Done::Attached(device.clone(), attached))
+}
+
+/// How the rule of a device wants it attached.
+fn options(policy: &Policy, assignment: &Assignment) -> Options {
+    let Some(target) = policy.target(assignment) else { return Options::default() };
+    Options {
+        placement: Placement { bus: target.guest_bus.clone(), port: target.guest_port.clone() },
+        properties: target.options.clone(),
+        blocking: true,
+        ..Options::default()
+    }
+}
