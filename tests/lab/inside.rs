@@ -2,7 +2,7 @@
 
 use crate::hardware::Hardware;
 use crate::wait::wait_at_most;
-use crate::{Test, all_tests, daemon, gadget, journal, udev, vm};
+use crate::{Test, all_tests, daemon, gadget, journal, remote, udev, vm};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::Write;
@@ -88,6 +88,7 @@ pub fn run_one(name: &str) -> ExitCode {
     journal::forget();
     daemon::clear();
     gadget::clear();
+    remote::clear();
     Hardware::open().clear();
     run();
     ExitCode::SUCCESS

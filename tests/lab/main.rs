@@ -11,6 +11,7 @@
 //! - [`hardware`]: plug and pull sticks, mice and hubs on the machine's controllers
 //! - [`sockets`]: the controllers' sockets, and bus numbers that change places
 //! - [`gadget`]: devices of any kind that the kernel plays itself
+//! - [`remote`]: devices that the test itself plays, with every misbehaviour
 //! - [`vm`]: a QEMU in the machine, and what it says of itself on a monitor of its own
 //! - [`udev`]: rules, and waiting for udevd
 //! - [`tool`]: the program under test, as a user runs it
@@ -54,6 +55,8 @@ mod man;
 mod outside;
 mod qmp;
 mod refused;
+mod remote;
+mod remote_hub;
 mod rule;
 mod sockets;
 mod sync;

@@ -4,7 +4,7 @@ use crate::wait::wait_until;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const DEVICES: &str = "/sys/bus/usb/devices";
+pub const DEVICES: &str = "/sys/bus/usb/devices";
 const DRIVER: &str = "/sys/bus/pci/drivers/xhci_hcd";
 const XHCI: &str = "0000:00:14.0";
 const DOCK: &str = "0000:01:00.0";
@@ -16,12 +16,20 @@ pub struct Socket {
     pub controller: &'static str,
     /// The controller's directory below /sys/devices: for the emulated ones the address that `contrib/lab` gives them.
     directory: String,
+    /// Which of the controller's buses is meant, 0 for the USB 2 one; all of them where there is none.
+    half: Option<usize>,
     pub port: String,
 }
 
 impl Socket {
     pub fn new(controller: &'static str, directory: &str, port: u32) -> Socket {
-        Socket { controller, directory: directory.to_owned(), port: port.to_string() }
+        let (directory, port) = (directory.to_owned(), port.to_string());
+        Socket { controller, directory, half: None, port }
+    }
+
+    /// Its USB 2 or its USB 3 half.
+    pub fn half(self, super_speed: bool) -> Socket {
+        Socket { half: Some(usize::from(super_speed)), ..self }
     }
 }
 
@@ -53,8 +61,9 @@ impl Socket {
 
     /// The kernel's directories for this socket: one for each bus of the controller.
     pub fn candidates(&self) -> Vec<PathBuf> {
-        let path = |bus| Path::new(DEVICES).join(format!("{bus}-{}", self.port));
-        buses(&self.directory).into_iter().map(path).collect()
+        let is_meant = |(half, _): &(usize, u32)| self.half.is_none_or(|wanted| wanted == *half);
+        let buses = buses(&self.directory).into_iter().enumerate().filter(is_meant);
+        buses.map(|(_, bus)| Path::new(DEVICES).join(format!("{bus}-{}", self.port))).collect()
     }
 }
 

@@ -2,12 +2,22 @@
 
 use crate::gadget::{Gadget, Gadgets};
 use crate::hardware::Plugged;
+use crate::remote::{self, Device, Remotes, VENDOR};
+use crate::remote_hub;
 use crate::tool::run;
 use crate::vm::Vm;
-use crate::wait::wait_until;
+use crate::wait::{wait_for, wait_until};
+use serde_json::Value;
+use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
-crate::tests![devices_of_every_class_come_and_go];
+crate::tests![
+    devices_of_every_class_come_and_go,
+    a_usb_3_hub_has_two_halves_and_each_port_of_it_a_twin,
+    a_device_that_hangs_in_probe_keeps_its_readers_waiting,
+];
 
 fn devices_of_every_class_come_and_go() {
     let mut gadgets = Gadgets::load(3);
@@ -45,4 +55,50 @@ fn devices_of_every_class_come_and_go() {
     for device in &zoo {
         gadgets.pull(device);
     }
+}
+
+fn a_usb_3_hub_has_two_halves_and_each_port_of_it_a_twin() {
+    let mut remotes = Remotes::load();
+    let vm = Vm::new("a").start();
+    let slow = Device::new(0x1209, 0x0001).interface(&VENDOR);
+    let fast = Device::new(0x1209, 0x0002).interface(&VENDOR).super_speed();
+    let (usb2, slow) = remote_hub::plug(&mut remotes, false, 4, vec![(slow, 2)]);
+    assert_eq!(listed(&slow[0])["twin"], Value::Null, "its other half is not there yet");
+    let (usb3, fast) = remote_hub::plug(&mut remotes, true, 4, vec![(fast, 1)]);
+    assert_eq!(listed(&usb2)["twin"], usb3.port);
+    assert_eq!(listed(&slow[0])["twin"], format!("{}.2", usb3.port));
+    assert_eq!(listed(&fast[0])["twin"], format!("{}.1", usb2.port));
+    assert_eq!(listed(&fast[0])["speed_mbps"], 5000);
+    run(["attach", &vm.socket(), &slow[0].port, &fast[0].port]).succeeds();
+    vm.gets(&[&slow[0], &fast[0]]);
+    for hub in [&usb2, &usb3] {
+        run(["attach", &vm.socket(), &hub.port]).exits(7);
+    }
+    remote_hub::pull(&mut remotes, &usb2, &slow);
+    remote_hub::pull(&mut remotes, &usb3, &fast);
+}
+
+fn a_device_that_hangs_in_probe_keeps_its_readers_waiting() {
+    let mut remotes = Remotes::load();
+    let id = remotes.insert(Device::hangs_in_probe(1), 2);
+    let sysfs = wait_for("the kernel to find it", || {
+        remote::socket(2, false).candidates().into_iter().find(|path| path.join("product").exists())
+    });
+    let product = sysfs.join("product");
+    let reader = thread::spawn(move || fs::read_to_string(product));
+    // It answers what needs no lock, a whole second long.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(1) {
+        assert_eq!(fs::read_to_string(sysfs.join("idProduct")).unwrap(), "0020\n");
+    }
+    assert!(!reader.is_finished(), "{:?}", reader.join());
+    remotes.remove(&id);
+    wait_until("the reader goes on", || reader.is_finished());
+}
+
+/// What `list --json` says of it.
+fn listed(device: &Plugged) -> Value {
+    let list: Value = serde_json::from_str(&run(["list", "--json"]).succeeds().stdout).unwrap();
+    let mut devices = list["devices"].as_array().unwrap().iter();
+    devices.find(|entry| entry["port"] == device.port).cloned().unwrap_or_default()
 }
