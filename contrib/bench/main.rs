@@ -31,6 +31,8 @@ mod qmp;
 mod race;
 mod report;
 mod resident;
+#[path = "../../tests/lab/sockets.rs"]
+mod sockets;
 mod svg;
 #[path = "../../tests/lab/udev.rs"]
 mod udev;
