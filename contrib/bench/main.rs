@@ -17,7 +17,7 @@
     clippy::print_stdout,
     reason = "a bench that fails stops"
 )]
-#![allow(dead_code, reason = "the lab's tests use the rest of their modules")]
+#![allow(dead_code, unused_imports, reason = "the lab's tests use the rest of their modules")]
 
 mod contender;
 mod cpu;
