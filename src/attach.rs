@@ -35,6 +35,8 @@ pub struct Options {
     pub properties: Map<String, Value>,
     /// How QEMU gets at the device.
     pub open: Open,
+    /// Give the VM a controller if it has no port for the device.
+    pub add_controller: bool,
     /// Attach it even if the host uses its disks.
     pub force: bool,
     /// Do all but change something.
@@ -94,7 +96,14 @@ pub async fn attach(
     }
     let name = vm.name();
     let no_guest_port = |source| Error::NoGuestPort { vm: name.clone(), source };
-    let guest_ports = probe.guest_ports.map_err(no_guest_port)?;
+    let guest_ports = match probe.guest_ports {
+        // A bus that was asked for by its name is the user's to make.
+        Err(lacks) if options.add_controller && options.placement.bus.is_none() => {
+            vm.add_controller(lacks, speed, &options.placement, options.dry_run).await?
+        }
+        guest_ports => guest_ports,
+    };
+    let guest_ports = guest_ports.map_err(no_guest_port)?;
     if let (true, Some(guest_port)) = (options.dry_run, guest_ports.first()) {
         return Ok(Attached::There(guest_port.clone()));
     }

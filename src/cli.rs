@@ -378,9 +378,13 @@ pub struct How {
     #[arg(long, value_name = "BUS")]
     pub guest_bus: Option<String>,
 
-    /// The port on that bus, `3` [default: the lowest free one].
+    /// The port on that bus, `3` [default: the highest free one].
     #[arg(long, value_name = "PORT")]
     pub guest_port: Option<String>,
+
+    /// Give the VM a controller (qemu-xhci) if it has no port for the device.
+    #[arg(long, conflicts_with = "guest_bus")]
+    pub add_controller: bool,
 
     /// A property of QEMU's usb-host, `guest-reset=off`. May be repeated.
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]

@@ -21,14 +21,14 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Trial};
-use qapi::qmp::{cont, query_fdsets};
+use qapi::qmp::{cont, qom_get, query_fdsets};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 use tool::{PROGRAM, outcome_of, program, run};
 use usb_qmp_hotplug::Error;
 use usb_qmp_hotplug::qemu::{Access, Attachment, Vm};
-use usb_qmp_hotplug::qemu::{GuestPort, Placement};
+use usb_qmp_hotplug::qemu::{GuestPort, NoGuestPort, Placement};
 use usb_qmp_hotplug::usb::DeviceId;
 
 /// How long anything may take: only what fails takes so long.
@@ -65,6 +65,9 @@ fn main() -> ExitCode {
         a_failed_attach_leaves_no_descriptor_in_a_set,
         a_survey_finds_the_free_ports_of_all_controllers,
         a_survey_finds_the_controller_of_the_board,
+        a_vm_without_a_port_gets_a_controller,
+        a_controller_goes_to_a_free_slot_of_a_q35_machine,
+        a_machine_without_a_slot_gets_no_controller,
         only_devices_of_the_host_can_be_detached,
         a_removal_of_what_the_vm_does_not_have_is_nothing_to_do,
         a_closed_standard_output_is_no_failure,
@@ -443,11 +446,13 @@ fn a_survey_finds_the_free_ports_of_all_controllers() {
         probe.guest_ports.unwrap().iter().map(ToString::to_string).collect()
     };
     let fast = guest_ports("480");
-    assert_eq!(fast[..2], ["xhci.0 port 1", "ehci.0 port 2"]);
+    assert_eq!(fast[..2], ["xhci.0 port 1", "ehci.0 port 6"]);
     assert_eq!(fast.len(), 1 + 5 + 2 + 2);
     let slow = guest_ports("1.5");
     assert_eq!(slow[0], "xhci.0 port 1");
     assert!(slow.contains(&"usb-bus.0 port 2".to_owned()), "{slow:?}");
+    let on_ehci: Vec<&String> = slow.iter().filter(|port| port.starts_with("ehci")).collect();
+    assert_eq!(on_ehci, ["ehci.0 port 2"], "what the companion serves, and is free");
     assert!(slow.contains(&"usb-bus.1 port 2".to_owned()), "{slow:?}");
 }
 
@@ -457,12 +462,65 @@ fn a_survey_finds_the_controller_of_the_board() {
         let speed = Some("480".parse().unwrap());
         let probe = qemu.talk(async |vm| vm.probe(&id(), speed, &Placement::default()).await);
         let guest_ports = probe.unwrap().guest_ports.unwrap();
-        assert_eq!(
-            guest_ports[..2],
-            [guest_port("usb-bus.0", "1"), guest_port("usb-bus.0", "2")],
-            "{board}"
-        );
+        let ports = if board.contains("q35") { ["6", "5"] } else { ["2", "1"] };
+        assert_eq!(guest_ports[..2], ports.map(|port| guest_port("usb-bus.0", port)), "{board}");
     }
+}
+
+// A controller more
+
+/// The places that a controller more gives for a device, as `port` says or not.
+fn add_controller(qemu: &Qemu, dry_run: bool) -> Result<Vec<GuestPort>, NoGuestPort> {
+    let (speed, placement) = (Some("480".parse().unwrap()), Placement::default());
+    qemu.talk(async |vm| {
+        let lacks = vm.probe(&id(), speed, &placement).await.unwrap().guest_ports.unwrap_err();
+        vm.add_controller(lacks, speed, &placement, dry_run).await.unwrap()
+    })
+}
+
+fn first_place(qemu: &Qemu) -> Option<GuestPort> {
+    let (speed, placement) = (Some("480".parse().unwrap()), Placement::default());
+    let probe = qemu.talk(async |vm| vm.probe(&id(), speed, &placement).await.unwrap());
+    probe.guest_ports.ok().map(|guest_ports| guest_ports[0].clone())
+}
+
+fn a_vm_without_a_port_gets_a_controller() {
+    let full = "-device qemu-xhci,id=xhci,p2=1,p3=1 -device usb-tablet,bus=xhci.0,port=1";
+    for board in ["", full] {
+        let qemu = Qemu::start(board);
+        let place = guest_port("usb-qmp-hotplug-xhci.0", "15");
+        assert_eq!(add_controller(&qemu, true).unwrap()[0], place);
+        assert_eq!(first_place(&qemu), None, "a dry run adds nothing");
+        assert_eq!(add_controller(&qemu, false).unwrap()[0], place);
+        assert_eq!(first_place(&qemu), Some(place), "the next device finds it");
+    }
+}
+
+fn a_controller_goes_to_a_free_slot_of_a_q35_machine() {
+    let ports: Vec<String> =
+        (1..=3).map(|n| format!("-device pcie-root-port,id=rp{n},chassis={n}")).collect();
+    let more = "-device virtio-rng-pci,bus=rp3 -device usb-tablet,bus=xhci.0,port=1";
+    let xhci = "-device qemu-xhci,id=xhci,p2=1,p3=1";
+    let qemu = Qemu::start(&format!("-machine q35 {} {xhci} {more}", ports.join(" ")));
+    add_controller(&qemu, false).unwrap();
+    let bus = qemu.talk(async |vm| {
+        let path = "/machine/peripheral/usb-qmp-hotplug-xhci".to_owned();
+        vm.session().execute(&qom_get { path, property: "parent_bus".into() }).await.unwrap()
+    });
+    assert_eq!(bus, "/machine/peripheral/rp2/rp2", "the highest that is free");
+}
+
+fn a_machine_without_a_slot_gets_no_controller() {
+    let qemu = Qemu::start("-machine q35");
+    let error = add_controller(&qemu, false).unwrap_err().to_string();
+    for part in [
+        "this VM has no USB controller",
+        "Bus 'pcie.0' does not support hotplugging",
+        "add `-device qemu-xhci,id=xhci,p2=15,p3=15` to its QEMU",
+    ] {
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(!error.contains("--add-controller"), "{error}");
 }
 
 // detach and udev

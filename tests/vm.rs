@@ -121,6 +121,9 @@ impl Qemu {
         let text = |name: &str| command.arguments[name].as_str().unwrap_or_default().to_owned();
         let change = match command.name.as_str() {
             "add-fd" | "remove-fd" => Some(command.name.clone()),
+            "device_add" if text("driver") == "qemu-xhci" => {
+                Some(format!("device_add {}", text("id")))
+            }
             "device_add" => Some(format!("device_add {}", text("port"))),
             "device_del" => Some(format!("device_del {}", text("id"))),
             _ => None,
@@ -154,6 +157,7 @@ impl Qemu {
                 }
                 Ok(json!({}))
             }
+            "device_add" if text("driver") == "qemu-xhci" => Ok(json!({})),
             "device_add" => {
                 let (id, port) = (text("id"), text("port"));
                 self.added.push(command.arguments.clone());
@@ -471,10 +475,10 @@ async fn attach(
 async fn a_node_that_only_qemu_may_open_is_named_to_it() {
     let machine = Machine::new();
     let (attached, qemu) = attach(&machine, Qemu::default(), &Options::default()).await;
-    let [guest_port] = guest_ports(&["1"]).try_into().unwrap();
+    let [guest_port] = guest_ports(&["4"]).try_into().unwrap();
     assert_eq!(attached.unwrap(), Attached::There(guest_port));
     assert_eq!(qemu.added[0]["hostdevice"], "/dev/bus/usb/001/037");
-    assert_eq!(qemu.changes, ["device_add 1"]);
+    assert_eq!(qemu.changes, ["device_add 4"]);
 }
 
 #[tokio::test]
@@ -485,10 +489,10 @@ async fn an_old_qemu_gets_the_address_alone() {
         let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
         attached.unwrap();
         let expected = json!({
-            "driver": "usb-host", "id": "usb-host-1-1.2", "bus": "xhci.0", "port": "1",
+            "driver": "usb-host", "id": "usb-host-1-1.2", "bus": "xhci.0", "port": "4",
             "hostbus": 1, "hostaddr": 37,
         });
-        assert_eq!((qemu.changes, qemu.added), (vec!["device_add 1".into()], vec![expected]));
+        assert_eq!((qemu.changes, qemu.added), (vec!["device_add 4".into()], vec![expected]));
     }
 }
 
@@ -514,11 +518,11 @@ async fn properties_of_the_user_reach_qemu() {
 #[tokio::test]
 async fn what_an_earlier_device_left_behind_is_replaced() {
     let machine = Machine::new();
-    let qemu = Qemu::with_device("usb-host-1-1.2", 1, 36, "1");
+    let qemu = Qemu::with_device("usb-host-1-1.2", 1, 36, "4");
     let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
-    let [guest_port] = guest_ports(&["1"]).try_into().unwrap();
+    let [guest_port] = guest_ports(&["4"]).try_into().unwrap();
     assert_eq!(attached.unwrap(), Attached::There(guest_port), "its port is free again");
-    assert_eq!(qemu.changes, ["device_del usb-host-1-1.2", "device_add 1"]);
+    assert_eq!(qemu.changes, ["device_del usb-host-1-1.2", "device_add 4"]);
 }
 
 #[tokio::test]
@@ -539,7 +543,7 @@ async fn an_address_that_came_round_again_does_not_hide_a_new_device() {
     let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
     let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
     assert!(matches!(attached.unwrap(), Attached::There(_)));
-    assert_eq!(qemu.changes, ["device_del usb-host-1-1.2", "device_add 1"]);
+    assert_eq!(qemu.changes, ["device_del usb-host-1-1.2", "device_add 4"]);
 }
 
 #[tokio::test]
@@ -569,7 +573,7 @@ async fn a_dry_run_sees_the_port_that_a_leftover_would_give_back() {
 async fn a_leftover_stays_where_its_device_is_gone_too() {
     let machine = Machine::new();
     fs::remove_file(machine.root.path().join("dev/bus/usb/001/037")).unwrap();
-    let qemu = Qemu::with_device("usb-host-1-1.2", 1, 36, "1");
+    let qemu = Qemu::with_device("usb-host-1-1.2", 1, 36, "4");
     let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
     assert_eq!(attached.unwrap_err().exit_code(), 3);
     assert!(qemu.changes.is_empty(), "{:?}", qemu.changes);
@@ -587,7 +591,7 @@ async fn a_mounted_disk_stays_with_the_host_unless_forced() {
     let options = Options { force: true, ..Options::default() };
     let (attached, qemu) = attach(&machine, Qemu::default(), &options).await;
     attached.unwrap();
-    assert_eq!(qemu.changes, ["device_add 1"]);
+    assert_eq!(qemu.changes, ["device_add 4"]);
 }
 
 #[tokio::test]
@@ -606,10 +610,10 @@ async fn a_hub_stays_with_the_host_even_if_forced() {
 #[tokio::test]
 async fn a_taken_port_is_not_even_tried() {
     let machine = Machine::new();
-    let qemu = Qemu::with_device("usb-host-1-1.3", 1, 38, "1");
+    let qemu = Qemu::with_device("usb-host-1-1.3", 1, 38, "4");
     let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
     attached.unwrap();
-    assert_eq!(qemu.changes, ["device_add 2"]);
+    assert_eq!(qemu.changes, ["device_add 3"]);
 }
 
 #[tokio::test]
@@ -636,6 +640,25 @@ async fn a_vm_without_room_says_what_to_add() {
         assert!(text.contains(words) && text.contains("-device qemu-xhci,id="), "{text}");
         assert!(qemu.changes.is_empty(), "{:?}", qemu.changes);
     }
+}
+
+#[tokio::test]
+async fn a_vm_without_room_gets_a_controller_if_the_user_wants_it() {
+    let machine = Machine::new();
+    let full = || Qemu { ports: 1, ..Qemu::with_device("usb-host-1-1.3", 1, 38, "1") };
+    for (qemu, dry_run) in [(full(), false), (Qemu { ports: 0, ..Qemu::default() }, true)] {
+        let options = Options { add_controller: true, dry_run, ..Options::default() };
+        let (attached, qemu) = attach(&machine, qemu, &options).await;
+        let place = GuestPort { bus: "usb-qmp-hotplug-xhci.0".into(), port: "15".into() };
+        assert_eq!(attached.unwrap(), Attached::There(place));
+        let changes = ["device_add usb-qmp-hotplug-xhci", "device_add 15"];
+        assert_eq!(qemu.changes, if dry_run { &[] } else { &changes[..] });
+    }
+    let placement = Placement { bus: Some("xhci.0".into()), port: None };
+    let options = Options { add_controller: true, placement, ..Options::default() };
+    let (attached, qemu) = attach(&machine, full(), &options).await;
+    assert!(chain(&attached.unwrap_err()).contains("no free port on xhci.0"));
+    assert!(qemu.changes.is_empty(), "{:?}", qemu.changes);
 }
 
 // Detach.

@@ -30,7 +30,15 @@ pub fn options(how: &How, dry_run: bool) -> Result<Options, Error> {
         cli::Open::Address => Open::Address,
     };
     let placement = Placement { bus: how.guest_bus.clone(), port: how.guest_port.clone() };
-    Ok(Options { placement, properties, open, force: how.force, dry_run, blocking: false })
+    Ok(Options {
+        placement,
+        properties,
+        open,
+        add_controller: how.add_controller,
+        force: how.force,
+        dry_run,
+        blocking: false,
+    })
 }
 
 fn property(option: &str) -> Result<(String, Value), Error> {

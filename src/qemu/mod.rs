@@ -3,9 +3,11 @@
 //! - [`qmp`]: the wire; it knows nothing of USB.
 //! - `vm`: one VM's objects, controllers and host devices, over a [`qmp::Session`].
 //! - `device`: a host device into the VM.
+//! - `controller`: a controller more, where there is no port for it.
 //! - `inspect`: everything USB that the VM has.
 //! - `ports`, `info_usb`: the choice of a free port, and QEMU's own list. Pure.
 
+mod controller;
 mod device;
 mod info_usb;
 mod inspect;

@@ -1,5 +1,6 @@
 //! A VM's USB controllers, and the choice of a free port. Pure.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::text::escape;
@@ -46,8 +47,9 @@ pub struct Controller {
     pub usb2_ports: u32,
     /// Ports `1` to this one take SuperSpeed devices (xHCI only).
     pub usb3_ports: u32,
-    /// Whether slower controllers serve this one's ports for slower devices.
-    pub has_companions: bool,
+    /// The ports that a companion, a slower controller, serves for slower
+    /// devices (EHCI only).
+    pub companion_ports: BTreeSet<u32>,
 }
 
 impl Controller {
@@ -58,9 +60,12 @@ impl Controller {
 
     /// The ports that a device of this speed can use, the best first. QEMU
     /// lets most fast devices run slower where the port is slow (QEMU,
-    /// hw/usb/host-libusb.c, `usb_host_speed_compat`), never the reverse.
+    /// hw/usb/host-libusb.c, `usb_host_speed_compat`), never the reverse. The
+    /// highest port comes first: whoever else plugs in devices counts from 1
+    /// (libvirt, src/conf/domain_addr.c, `virDomainUSBAddressFindFreePort`),
+    /// and finds those ports free.
     fn fitting(&self, speed: Option<Speed>) -> Vec<u32> {
-        let all = 1..=self.ports();
+        let all = (1..=self.ports()).rev();
         let slow = speed.is_some_and(|speed| speed <= Speed::FULL);
         let fast = speed.is_some_and(|speed| speed >= Speed::SUPER);
         match self.kind {
@@ -69,7 +74,9 @@ impl Controller {
                 best.into_iter().chain(rest).collect()
             }
             ControllerKind::Xhci => all.filter(|port| *port <= self.usb2_ports).collect(),
-            ControllerKind::Ehci if slow && !self.has_companions => Vec::new(),
+            ControllerKind::Ehci if slow => {
+                all.filter(|port| self.companion_ports.contains(port)).collect()
+            }
             _ => all.collect(),
         }
     }
@@ -111,19 +118,13 @@ pub struct Placement {
 }
 
 /// Why there is no place for a device.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NoGuestPort {
     /// The VM has no USB controller.
-    #[error("this VM has no USB controller; add `{}` to its QEMU", line_to_add(&[]))]
     NoController,
     /// The VM has no such bus.
-    #[error("this VM has no USB bus `{}`; it has {}", escape(.0), .1.join(", "))]
     UnknownBus(String, Vec<String>),
     /// Nothing takes a device that slow.
-    #[error(
-        "no USB controller of this VM ({}) takes a device of {speed} Mb/s; add `{}` to its QEMU",
-        .buses.join(", "), line_to_add(.buses)
-    )]
     NoneFits {
         /// The device's speed.
         speed: Speed,
@@ -131,12 +132,62 @@ pub enum NoGuestPort {
         buses: Vec<String>,
     },
     /// Every port that would do is taken.
-    #[error(
-        "no free port on {}; detach something, or add `{}` to its QEMU",
-        .0.join(", "), line_to_add(.0)
-    )]
     Full(Vec<String>),
+    /// A controller was to be added, and there is no slot for one.
+    NoSlot {
+        /// Why one was to be added.
+        lacks: Box<NoGuestPort>,
+        /// QEMU's words.
+        words: String,
+    },
 }
+
+impl NoGuestPort {
+    /// The VM's buses, where a controller more would help.
+    fn buses(&self) -> Option<&[String]> {
+        match self {
+            NoGuestPort::NoController => Some(&[]),
+            NoGuestPort::UnknownBus(..) => None,
+            NoGuestPort::NoneFits { buses, .. } | NoGuestPort::Full(buses) => Some(buses),
+            NoGuestPort::NoSlot { lacks, .. } => lacks.buses(),
+        }
+    }
+
+    /// What is the matter, without advice.
+    fn matter(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NoGuestPort::NoController => f.write_str("this VM has no USB controller"),
+            NoGuestPort::UnknownBus(bus, others) => {
+                write!(f, "this VM has no USB bus `{}`; it has {}", escape(bus), others.join(", "))
+            }
+            NoGuestPort::NoneFits { speed, buses } => write!(
+                f,
+                "no USB controller of this VM ({}) takes a device of {speed} Mb/s",
+                buses.join(", ")
+            ),
+            NoGuestPort::Full(buses) => write!(f, "no free port on {}", buses.join(", ")),
+            NoGuestPort::NoSlot { lacks, words } => {
+                lacks.matter(f)?;
+                write!(f, ", and no slot for a controller more ({})", escape(words))
+            }
+        }
+    }
+}
+
+impl fmt::Display for NoGuestPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.matter(f)?;
+        let Some(buses) = self.buses() else { return Ok(()) };
+        let or = if matches!(self, NoGuestPort::Full(_)) { "detach something, or " } else { "" };
+        write!(f, "; {or}add `{}` to its QEMU", line_to_add(buses))?;
+        match self {
+            NoGuestPort::NoSlot { .. } => Ok(()),
+            _ => f.write_str(", or use --add-controller (in a rule: `add_controller = true`)"),
+        }
+    }
+}
+
+impl std::error::Error for NoGuestPort {}
 
 /// The option that adds a controller with as many ports as there can be
 /// (QEMU, include/hw/usb/xhci.h, `XHCI_MAXPORTS_2`), under an id not yet taken.
@@ -207,7 +258,7 @@ mod tests {
             kind,
             usb2_ports: usb2,
             usb3_ports: usb3,
-            has_companions: false,
+            companion_ports: BTreeSet::new(),
         }
     }
 
@@ -231,16 +282,16 @@ mod tests {
     }
 
     #[test]
-    fn xhci_comes_first_and_the_lowest_free_port() {
+    fn xhci_comes_first_and_the_highest_free_port() {
         let controllers = [
             controller("ehci.0", ControllerKind::Ehci, 6, 0),
             controller("xhci.0", ControllerKind::Xhci, 4, 4),
         ];
-        let taken = [guest_port("xhci.0", 1), guest_port("xhci.0", 3)];
+        let taken = [guest_port("xhci.0", 2), guest_port("xhci.0", 4)];
         let found = guest_ports(&controllers, &taken, speed("480"), &Placement::default()).unwrap();
         assert_eq!(
             found[..3],
-            [guest_port("xhci.0", 2), guest_port("xhci.0", 4), guest_port("ehci.0", 1)]
+            [guest_port("xhci.0", 3), guest_port("xhci.0", 1), guest_port("ehci.0", 6)]
         );
     }
 
@@ -251,15 +302,15 @@ mod tests {
             let found = guest_ports(&controllers, &[], speed, &Placement::default()).unwrap();
             found.into_iter().map(|guest_port| guest_port.port).collect()
         };
-        assert_eq!(ports(speed("12")), ["1", "2"]);
-        assert_eq!(ports(speed("5000")), ["1", "2", "3", "4"]);
+        assert_eq!(ports(speed("12")), ["2", "1"]);
+        assert_eq!(ports(speed("5000")), ["4", "3", "2", "1"]);
         let controllers = [controller("xhci.0", ControllerKind::Xhci, 4, 2)];
         let taken = [guest_port("xhci.0", 1)];
         let found =
             guest_ports(&controllers, &taken, speed("5000"), &Placement::default()).unwrap();
         assert_eq!(
             found,
-            [guest_port("xhci.0", 2), guest_port("xhci.0", 3), guest_port("xhci.0", 4)]
+            [guest_port("xhci.0", 2), guest_port("xhci.0", 4), guest_port("xhci.0", 3)]
         );
     }
 
@@ -276,8 +327,11 @@ mod tests {
             guest_ports(std::slice::from_ref(&ehci), &[], speed("12"), &Placement::default())
                 .unwrap_err();
         assert!(matches!(error, NoGuestPort::NoneFits { .. }), "{error}");
-        let with_companions = Controller { has_companions: true, ..ehci };
-        assert!(guest_ports(&[with_companions], &[], speed("12"), &Placement::default()).is_ok());
+        let companion_ports = BTreeSet::from([1, 2]);
+        let with_companion = Controller { companion_ports, ..ehci };
+        let found =
+            guest_ports(&[with_companion], &[], speed("12"), &Placement::default()).unwrap();
+        assert_eq!(found, [guest_port("ehci.0", 2), guest_port("ehci.0", 1)]);
     }
 
     #[test]
@@ -305,7 +359,7 @@ mod tests {
         // Taken or not: QEMU has the last word on what was asked for.
         assert_eq!(found(placement(Some("xhci.0"), Some("1"))), Ok(vec![guest_port("xhci.0", 1)]));
         assert_eq!(found(placement(None, Some("3"))), Ok(vec![guest_port("xhci.0", 3)]));
-        assert_eq!(found(placement(Some("xhci.0"), None)).unwrap()[0], guest_port("xhci.0", 2));
+        assert_eq!(found(placement(Some("xhci.0"), None)).unwrap()[0], guest_port("xhci.0", 4));
         let error = found(placement(Some("nope.0"), None)).unwrap_err();
         assert!(error.to_string().contains("nope.0") && error.to_string().contains("xhci.0"));
     }

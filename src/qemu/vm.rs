@@ -4,6 +4,7 @@
 //! docs/devel/qom.rst); only a device's real port and its speed stand nowhere
 //! but in the text of `info usb`.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use qapi::qmp::{device_del, human_monitor_command, qom_get, qom_list};
@@ -55,7 +56,8 @@ pub(super) struct ControllerTickets {
     path: String,
     bus: BusName,
     counts: [Option<Ticket<qom_get>>; 2],
-    master: Option<Ticket<qom_get>>,
+    /// For a companion: whose, and from which of its ports on.
+    master: Option<[Ticket<qom_get>; 2]>,
 }
 
 /// The name of a controller's bus.
@@ -255,7 +257,9 @@ impl Vm {
                 ControllerKind::Ehci | ControllerKind::Uhci => [None, None],
             };
             let master = match kind {
-                ControllerKind::Uhci | ControllerKind::Ohci => Some(self.ask(path, "masterbus")?),
+                ControllerKind::Uhci | ControllerKind::Ohci => {
+                    Some([self.ask(path, "masterbus")?, self.ask(path, "firstport")?])
+                }
                 ControllerKind::Ehci | ControllerKind::Xhci => None,
             };
             let bus = match id {
@@ -272,7 +276,7 @@ impl Vm {
         tickets: Vec<ControllerTickets>,
     ) -> Result<Vec<Controller>, Error> {
         let mut controllers = Vec::new();
-        let mut masters = Vec::new();
+        let mut companion_ports: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();
         for ControllerTickets { kind, path, bus, counts, master } in tickets {
             let mut numbers = [0; 2];
             for (number, ticket) in numbers.iter_mut().zip(counts) {
@@ -285,8 +289,18 @@ impl Vm {
                 (ControllerKind::Uhci, _) => (UHCI_PORTS, 0),
                 (ControllerKind::Xhci | ControllerKind::Ohci, [usb2, usb3]) => (usb2, usb3),
             };
-            if let Some(master) = master {
-                masters.extend(self.answer_text(master).await?);
+            if let Some([master, first]) = master {
+                let master = self.answer_text(master).await?;
+                let first = self.answer(first).await?.and_then(|value| value.as_u64());
+                // `firstport` counts from 0 (QEMU, hw/usb/hcd-ehci.c,
+                // `ehci_register_companion`).
+                let first = first.and_then(|first| u32::try_from(first).ok()).unwrap_or(0).min(255);
+                if let Some(master) = master {
+                    companion_ports
+                        .entry(master)
+                        .or_default()
+                        .extend(first + 1..=first + usb2_ports);
+                }
             }
             let buses: Vec<String> = match bus {
                 BusName::Known(bus) => vec![bus],
@@ -302,11 +316,12 @@ impl Vm {
                 kind,
                 usb2_ports,
                 usb3_ports,
-                has_companions: false,
+                companion_ports: BTreeSet::new(),
             }));
         }
         for controller in &mut controllers {
-            controller.has_companions = masters.contains(&controller.bus);
+            controller.companion_ports =
+                companion_ports.remove(&controller.bus).unwrap_or_default();
         }
         Ok(controllers)
     }

@@ -118,6 +118,7 @@ fn options(policy: &Policy, assignment: &Assignment) -> Options {
     Options {
         placement: Placement { bus: target.guest_bus.clone(), port: target.guest_port.clone() },
         properties: target.options.clone(),
+        add_controller: target.add_controller,
         blocking: true,
         ..Options::default()
     }

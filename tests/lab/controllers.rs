@@ -9,6 +9,7 @@ crate::tests![
     a_full_speed_controller_takes_what_it_can,
     a_high_speed_controller_alone_takes_no_slow_device,
     a_vm_without_usb_is_told_what_to_add,
+    a_vm_without_usb_gets_a_controller_that_the_next_device_finds,
     all_fifteen_ports_are_used_and_then_the_error_says_what_to_add,
     the_guests_bus_and_port_can_be_chosen,
 ];
@@ -54,6 +55,18 @@ fn a_vm_without_usb_is_told_what_to_add() {
     assert!(shown.contains("this VM has no USB controller"), "{shown}");
 }
 
+fn a_vm_without_usb_gets_a_controller_that_the_next_device_finds() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").without_controller().start();
+    let plugged =
+        hardware.plug_all(vec![(Device::Mouse, uhci(1)), (Stick::new("SN1").into(), xhci(3))]);
+    run(["attach", "--add-controller", &vm.socket(), &plugged[0].port]).succeeds();
+    attach(&vm, &plugged[1]).succeeds();
+    assert_eq!([&plugged[0], &plugged[1]].map(|device| port_of(&vm, device)), ["15", "14"]);
+    vm.gets(&[&plugged[0], &plugged[1]]);
+    must_have_no_hub(&vm);
+}
+
 fn all_fifteen_ports_are_used_and_then_the_error_says_what_to_add() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
@@ -66,7 +79,7 @@ fn all_fifteen_ports_are_used_and_then_the_error_says_what_to_add() {
     let sticks = hardware.plug_all(sticks.collect());
     attach(&vm, &sticks[0]).succeeds();
     attach(&vm, &sticks[1]).succeeds();
-    assert_eq!([&sticks[0], &sticks[1]].map(|stick| port_of(&vm, stick)), ["9", "15"]);
+    assert_eq!([&sticks[0], &sticks[1]].map(|stick| port_of(&vm, stick)), ["15", "9"]);
     let full = attach(&vm, &sticks[2]).exits(6);
     assert!(full.stderr.contains("xhci.0"), "{}", full.stderr);
     assert!(full.stderr.contains("-device qemu-xhci,id=xhci2,p2=15,p3=15"), "{}", full.stderr);

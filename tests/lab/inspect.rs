@@ -43,7 +43,7 @@ fn every_device_is_shown_where_it_is() {
     let devices = report["devices"].as_array().unwrap();
     let seen: BTreeSet<_> = devices.iter().map(summary).collect();
     let expected = [
-        ["xhci.0", "1", "5000", "usb-host", "usb-host-2-3", "QEMU USB HARDDRIVE"],
+        ["xhci.0", "15", "5000", "usb-host", "usb-host-2-3", "QEMU USB HARDDRIVE"],
         ["xhci.0", "2", "12", "usb-hub", "hub", "QEMU USB Hub"],
         ["xhci.0", "2.3", "12", "usb-hub", "", "QEMU USB Hub"],
         ["xhci.0", "2.3.1", "12", "usb-tablet", "tablet", "QEMU USB Tablet"],
@@ -89,7 +89,7 @@ fn hardware_that_is_gone_or_was_replaced_is_shown_as_such() {
         let report = inspect(&vm);
         assert_eq!(report["devices"].as_array().unwrap().len(), 1);
         let device = &report["devices"][0];
-        assert_eq!((&device["id"], &device["guest_port"]), (&json!("usb-host-2-3"), &json!("1")));
+        assert_eq!((&device["id"], &device["guest_port"]), (&json!("usb-host-2-3"), &json!("15")));
         assert_eq!(
             (&device["host"]["port"], &device["host"]["state"]),
             (&json!("2-3"), &json!(state))

@@ -80,7 +80,7 @@ fn failed_attaches_leave_no_descriptor_behind() {
     for options in [
         ["-o", "no-such-thing=1"],
         ["-o", "isobufs=many"],
-        ["--guest-port", "1"],
+        ["--guest-port", "15"],
         ["--guest-port", "16"],
         ["--guest-bus", "nope.0"],
     ] {

@@ -17,7 +17,7 @@ use crate::text::escape;
 const MATCH: [&str; 6] = ["port", "vendor", "product", "serial", "class", "property"];
 
 /// The keys that say how a device is attached.
-const GUEST: [&str; 3] = ["guest_bus", "guest_port", "options"];
+const GUEST: [&str; 4] = ["guest_bus", "guest_port", "add_controller", "options"];
 
 /// A rule is compared with so many earlier ones to see whether they leave it
 /// anything; with all of them, the longest files would take seconds.
@@ -180,8 +180,13 @@ fn target(section: &mut Section, vms: &[&str]) -> Option<Target> {
         vm: vm.unwrap_or_default().to_owned(),
         guest_bus: section.read("guest_bus", value::guest_bus),
         guest_port: section.read("guest_port", value::guest_port),
+        add_controller: section.read("add_controller", value::boolean).unwrap_or(false),
         options: options(section),
     };
+    if target.add_controller && section.has("guest_bus") {
+        let matter = "it adds a bus of its own; remove it, or `guest_bus`";
+        section.complain_at_key("add_controller", matter);
+    }
     if denied != Some(true) {
         if !section.has("vm") && (denied.is_some() || !section.has("deny")) {
             section.complain_here("it has neither `vm` nor `deny = true`; add one of them");

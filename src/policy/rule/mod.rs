@@ -54,6 +54,8 @@ pub struct Target {
     /// The port on the guest's bus (`3`, or `1.2` behind a hub); if not set,
     /// a free one is chosen.
     pub guest_port: Option<String>,
+    /// Whether the VM gets a controller if it has no port for the device.
+    pub add_controller: bool,
     /// More properties of `usb-host`: booleans, integers and strings.
     pub options: serde_json::Map<String, serde_json::Value>,
 }
