@@ -2,7 +2,7 @@
 
 use crate::hardware::Hardware;
 use crate::wait::wait_at_most;
-use crate::{Test, all_tests, daemon, gadget, journal, remote, udev, vm};
+use crate::{Kind, Test, all_tests, daemon, gadget, journal, remote, udev, vm};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::Write;
@@ -16,10 +16,12 @@ pub const RUN_ONE: &str = "--one-inside-the-lab";
 /// How often the tests that repeat something do so, if more often than is good for everyday use.
 pub const CYCLES: &str = "LAB_CYCLES";
 
-/// No test takes half as long, unless it hangs.
-pub fn deadline() -> Duration {
-    let minutes = if std::env::var(CYCLES).is_ok() { 30 } else { 2 };
-    Duration::from_secs(minutes * 60)
+impl Test {
+    /// It does not take half as long, unless it hangs.
+    pub fn deadline(&self) -> Duration {
+        let is_long = self.kind == Kind::Long || std::env::var(CYCLES).is_ok();
+        Duration::from_secs(if is_long { 30 } else { 2 } * 60)
+    }
 }
 
 /// One line of standard output.
@@ -32,11 +34,11 @@ pub struct Report {
 }
 
 pub fn run(names: &[String]) -> ExitCode {
-    for name in names {
+    for test in all_tests().filter(|test| names.iter().any(|name| name == test.name)) {
         let start = Instant::now();
         let report = Report {
-            test: name.clone(),
-            failure: run_apart(name).err(),
+            test: test.name.to_owned(),
+            failure: run_apart(&test).err(),
             seconds: start.elapsed().as_secs_f64(),
         };
         let mut line = serde_json::to_string(&report).expect("plain data");
@@ -47,11 +49,11 @@ pub fn run(names: &[String]) -> ExitCode {
 }
 
 /// Runs a test in a process of its own, on a clean machine.
-fn run_apart(name: &str) -> Result<(), String> {
+fn run_apart(test: &Test) -> Result<(), String> {
     const OUTPUT: &str = "/run/output";
     let output = File::create(OUTPUT).expect("a file below /run");
     let mut child = Command::new(std::env::current_exe().expect("this program"))
-        .args([RUN_ONE, name])
+        .args([RUN_ONE, test.name])
         .stdin(Stdio::null())
         .stdout(output.try_clone().expect("a descriptor"))
         .stderr(output)
@@ -59,7 +61,7 @@ fn run_apart(name: &str) -> Result<(), String> {
         .expect("this program starts");
     let kernel_before = kernel_log();
     let ended = panic::catch_unwind(panic::AssertUnwindSafe(|| {
-        wait_at_most(deadline(), "the test's end", || child.try_wait().expect("a child"))
+        wait_at_most(test.deadline(), "the test's end", || child.try_wait().expect("a child"))
     }));
     if ended.as_ref().is_ok_and(std::process::ExitStatus::success) {
         return Ok(());
@@ -68,7 +70,7 @@ fn run_apart(name: &str) -> Result<(), String> {
     let _ = child.wait();
     let ending = match ended {
         Ok(_) => String::new(),
-        Err(_) => format!("It was killed after {:?}.\n", deadline()),
+        Err(_) => format!("It was killed after {:?}.\n", test.deadline()),
     };
     let output = fs::read(OUTPUT).unwrap_or_default();
     // The kernel keeps only the last lines.

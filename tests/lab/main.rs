@@ -1,7 +1,7 @@
 //! Tests with real USB events: a kernel, udevd and QEMU in a disposable machine (`contrib/lab`).
 //!
 //! Outside the machine this is an ordinary test program: `cargo test --test lab [FILTER]`. It boots one machine
-//! for each QEMU version that a selected test needs and runs itself in there ([`outside`]). Inside, each test
+//! for each QEMU version that a selected test needs ([`Kind`]) and runs itself in there ([`outside`]). Inside, each test
 //! is a process of its own, one after the other, and starts with every device unplugged, no QEMU running
 //! and no rule of an earlier test ([`inside`]). What a failed test printed, and the QEMUs it started, is shown.
 //!
@@ -78,19 +78,45 @@ use std::process::ExitCode;
 #[derive(Clone, Copy)]
 struct Test {
     name: &'static str,
+    kind: Kind,
     run: fn(),
 }
 
-/// `tests![a, b]`: the functions `a` and `b` of this file, named `file::a` and `file::b`.
+/// Which machines run a test by default. With `LAB_ALL` set (`contrib/test --all`), those of every QEMU version do.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// Those with the oldest and the newest QEMU.
+    Usual,
+    /// Those of every QEMU version: the test depends on how QEMU behaves, not only on what the program does.
+    EveryQemu,
+    /// None: the test takes many minutes.
+    Long,
+}
+
+/// `tests![a, b: every_qemu, c: long]`: functions of this file, named `file::a` and so on, and their [`Kind`]s.
 macro_rules! tests {
-    ($($name:ident),+ $(,)?) => {
+    ($($name:ident $(: $kind:ident)?),+ $(,)?) => {
         pub(crate) const TESTS: &[crate::Test] = &[$(crate::Test {
             name: concat!(module_path!(), "::", stringify!($name)),
+            kind: crate::kind!($($kind)?),
             run: $name,
         }),+];
     };
 }
 use tests;
+
+macro_rules! kind {
+    () => {
+        crate::Kind::Usual
+    };
+    (every_qemu) => {
+        crate::Kind::EveryQemu
+    };
+    (long) => {
+        crate::Kind::Long
+    };
+}
+use kind;
 
 fn all_tests() -> impl Iterator<Item = Test> {
     [

@@ -1,17 +1,21 @@
 //! Outside the machine: an ordinary test program, whose trials wait for what the machines report.
 
-use crate::all_tests;
-use crate::inside::{CYCLES, RUN, Report, deadline};
+use crate::inside::{CYCLES, RUN, Report};
+use crate::{Kind, Test, all_tests};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::{Arc, Condvar, Mutex, Once};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
+use std::time::Duration;
 
-const QEMU_VERSIONS: [&str; 2] = ["7.2", "10.0"];
+/// From the oldest to the newest; `contrib/setup` unpacks them.
+const QEMU_VERSIONS: [&str; 4] = ["5.2", "7.2", "10.0", "11.1"];
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
+/// Has every version run every test.
+const ALL: &str = "LAB_ALL";
 
 pub fn run() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -21,48 +25,79 @@ pub fn run() -> ExitCode {
     for version in QEMU_VERSIONS {
         let missing = missing(version);
         complaints.extend(missing.clone());
-        let trial_name = |test: &str| format!("qemu_{}::{test}", version.replace('.', "_"));
-        let selected = all_tests().filter(|test| is_selected(&arguments, &trial_name(test.name)));
-        let machine =
-            Arc::new(Machine::new(version, selected.map(|test| test.name.to_owned()).collect()));
-        for test in all_tests() {
-            let (machine, missing) = (Arc::clone(&machine), missing.clone());
-            let trial = Trial::test(trial_name(test.name), {
-                let missing = missing.clone();
-                move || {
-                    missing
-                        .map_or_else(|| machine.result_of(test.name), |missing| Err(missing.into()))
-                }
-            });
-            trials.push(trial.with_ignored_flag(missing.is_some()));
+        let mut machine = Machine { version, ..Machine::default() };
+        let mut tests = Vec::new();
+        for test in all_tests().filter(|test| runs_on(test, version)) {
+            let name = format!("qemu_{}::{}", version.replace('.', "_"), test.name);
+            if missing.is_none() && is_selected(&arguments, &name) {
+                machine.tests.push(test);
+            }
+            tests.push((name, test.name));
         }
+        let machine = Arc::new(machine);
+        trials.extend(tests.into_iter().map(|(name, test)| {
+            let (machine, why) = (Arc::clone(&machine), missing.clone());
+            let result = move || why.map_or_else(|| machine.result_of(test), |why| Err(why.into()));
+            Trial::test(name, result).with_ignored_flag(missing.is_some())
+        }));
         machines.push(machine);
     }
     for complaint in complaints {
         eprintln!("lab: tests are ignored: {complaint}");
     }
-    // Trials only wait: all of them at once, so that the machines run side by side.
+    machines.retain(|machine| !machine.tests.is_empty() && !arguments.list);
+    // The longest first.
+    machines.sort_by_key(|machine| std::cmp::Reverse(machine.tests.len()));
+    let runners = run_machines(machines);
+    // Trials only wait, so all of them do.
     arguments.test_threads = Some(trials.len());
     let conclusion = libtest_mimic::run(&arguments, trials);
-    for machine in machines {
-        machine.finish();
+    for runner in runners {
+        runner.join().expect("a runner does not panic");
     }
     conclusion.exit_code()
+}
+
+fn runs_on(test: &Test, version: &str) -> bool {
+    let is_end = [QEMU_VERSIONS.first(), QEMU_VERSIONS.last()].contains(&Some(&version));
+    std::env::var_os(ALL).is_some()
+        || match test.kind {
+            Kind::Usual => is_end,
+            Kind::EveryQemu => true,
+            Kind::Long => false,
+        }
+}
+
+/// Runs the machines, as many at a time as there are processors for, but two at least: one waits now and then.
+fn run_machines(machines: Vec<Arc<Machine>>) -> Vec<thread::JoinHandle<()>> {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let at_a_time = machines.len().min(processors.max(2));
+    // More processors than there are real ones make emulation slower.
+    let cpus = if at_a_time > 0 && processors / at_a_time > 1 { "2" } else { "1" };
+    let queue = Arc::new(Mutex::new(machines.into_iter()));
+    let runner = || {
+        let queue = Arc::clone(&queue);
+        thread::spawn(move || {
+            let next = || queue.lock().unwrap().next();
+            while let Some(machine) = next() {
+                machine.run(cpus);
+            }
+        })
+    };
+    (0..at_a_time).map(|_| runner()).collect()
 }
 
 /// What keeps the lab from running with this QEMU, and how to get it.
 fn missing(version: &str) -> Option<String> {
     let lab = Path::new(PROJECT).join("target/lab");
-    let Ok(installed) = Command::new("qemu-system-x86_64").arg("--version").output() else {
+    if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         return Some("qemu-system-x86_64 is not installed; contrib/setup installs it".to_owned());
-    };
+    }
     if !lab.join("stamp").exists() {
         return Some("the lab is not prepared; run contrib/setup".to_owned());
     }
-    let installed =
-        String::from_utf8_lossy(&installed.stdout).contains(&format!("version {version}."));
     let unpacked = lab.join(format!("qemu-{version}")).exists();
-    (!installed && !unpacked).then(|| format!("contrib/setup could not get QEMU {version}"))
+    (!unpacked).then(|| format!("contrib/setup could not get QEMU {version}"))
 }
 
 /// As libtest-mimic selects, which does not tell.
@@ -72,11 +107,11 @@ fn is_selected(arguments: &Arguments, name: &str) -> bool {
     arguments.filter.as_ref().is_none_or(matches) && !arguments.skip.iter().any(matches)
 }
 
-/// A machine with one version of QEMU: booted when the first result is asked for, gone after the last test.
+/// A machine with one version of QEMU, and what it has reported.
+#[derive(Default)]
 struct Machine {
     version: &'static str,
-    tests: Vec<String>,
-    boot: Once,
+    tests: Vec<Test>,
     progress: Mutex<Progress>,
     news: Condvar,
 }
@@ -86,26 +121,10 @@ struct Progress {
     reports: HashMap<String, Report>,
     /// What the machine said before it was gone.
     ended: Option<String>,
-    booted: bool,
 }
 
 impl Machine {
-    fn new(version: &'static str, tests: Vec<String>) -> Machine {
-        Machine {
-            version,
-            tests,
-            boot: Once::new(),
-            progress: Mutex::default(),
-            news: Condvar::new(),
-        }
-    }
-
-    fn result_of(self: &Arc<Self>, test: &str) -> Result<(), Failed> {
-        self.boot.call_once(|| {
-            self.progress.lock().unwrap().booted = true;
-            let machine = Arc::clone(self);
-            thread::spawn(move || machine.run());
-        });
+    fn result_of(&self, test: &str) -> Result<(), Failed> {
         let waiting = |progress: &mut Progress| {
             progress.ended.is_none() && !progress.reports.contains_key(test)
         };
@@ -121,29 +140,21 @@ impl Machine {
         }
     }
 
-    /// Waits until the machine, if it was booted, is gone with all it left.
-    fn finish(&self) {
-        let _gone = self.news.wait_while(self.progress.lock().unwrap(), |progress| {
-            progress.booted && progress.ended.is_none()
-        });
-    }
-
-    fn run(&self) {
-        let timeout = (self.tests.len() as u64 + 1) * deadline().as_secs();
-        // More processors than there are real ones make emulation slower.
-        let processors = thread::available_parallelism().map_or(1, usize::from);
-        let cpus = if processors / QEMU_VERSIONS.len() > 1 { "2" } else { "1" };
+    /// Boots it, has it run its tests, and waits until it is gone with all it left.
+    fn run(&self, cpus: &str) {
+        let boot = Duration::from_secs(120);
+        let timeout = boot + self.tests.iter().map(Test::deadline).sum::<Duration>();
         // The thread that starts it waits for it, so the lab dies when this program is killed.
         let mut lab = Command::new("setpriv")
             .args(["--pdeathsig", "TERM"])
             .arg(Path::new(PROJECT).join("contrib/lab"))
             .args(["--qemu", self.version])
-            .args(["--cpus", cpus, "--timeout", &timeout.to_string()])
+            .args(["--cpus", cpus, "--timeout", &timeout.as_secs().to_string()])
             .arg("env")
             .args(std::env::var(CYCLES).map(|cycles| format!("{CYCLES}={cycles}")))
             .arg(std::env::current_exe().expect("this program"))
             .arg(RUN)
-            .args(&self.tests)
+            .args(self.tests.iter().map(|test| test.name))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
