@@ -82,7 +82,7 @@ struct Test {
     run: fn(),
 }
 
-/// Which machines run a test by default. With `LAB_ALL` set (`contrib/test --all`), those of every QEMU version do.
+/// Which machines run a test by default. With `LAB=all` (`contrib/test --all`), those of every QEMU version do.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     /// Those with the oldest and the newest QEMU.
