@@ -16,6 +16,9 @@ pub enum Error {
     /// The host's devices.
     #[error(transparent)]
     Host(#[from] host::Error),
+    /// A name of a domain that is none.
+    #[error(transparent)]
+    Domain(#[from] qmp::NotADomain),
     /// The configuration.
     #[error(transparent)]
     Config(#[from] config::Error),
@@ -123,9 +126,13 @@ impl Error {
     /// | 6 | QEMU said no |
     /// | 7 | refused: hub, in use by the host, or held by another VM |
     pub fn exit_code(&self) -> u8 {
-        use qmp::ErrorKind;
+        use qmp::{ErrorKind, LibvirtError};
         match self {
-            Error::Usage(_) | Error::Event(_) | Error::Parse(_) | Error::Config(_) => 2,
+            Error::Usage(_)
+            | Error::Domain(_)
+            | Error::Event(_)
+            | Error::Parse(_)
+            | Error::Config(_) => 2,
             Error::NoVm(_) => 4,
             Error::Host(host::Error::Ambiguous { .. }) => 2,
             Error::Host(host::Error::NoDevice(_) | host::Error::Gone(_)) => 3,
@@ -134,6 +141,11 @@ impl Error {
                 ErrorKind::NoSocket(_) | ErrorKind::NotASocket | ErrorKind::NobodyListens(_) => 4,
                 ErrorKind::NoGreeting { .. } | ErrorKind::NoReply { .. } => 5,
                 ErrorKind::Refused(_) => 6,
+                ErrorKind::Libvirt(ref error) => match error {
+                    LibvirtError::Busy => 5,
+                    error if error.is_no_vm() => 4,
+                    _ => 1,
+                },
                 _ => 1,
             },
             Error::NoGuestPort { .. } => 6,

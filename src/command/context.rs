@@ -77,8 +77,8 @@ impl Context {
     /// Where a VM is: the path of its socket, which has a `/`, or a name of the
     /// configuration, which is only read for that.
     pub fn vm(&self, vm: &str) -> Result<VmAddress, Error> {
-        if vm.contains('/') {
-            return Ok(PathBuf::from(vm).into());
+        if let Some(address) = VmAddress::read(vm)? {
+            return Ok(address);
         }
         let config = self.config_if_there()?;
         if let Some(address) = config.address(vm) {

@@ -68,13 +68,20 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
 
 /// The VM of a name or a path.
 fn vm(context: &Context, vm: &str) -> Result<RuleVm, Error> {
-    let VmAddress::Socket(socket) = context.vm(vm)?;
-    // udev runs programs in its own directory.
-    let socket = std::path::absolute(&socket)
-        .map_err(|source| Error::Setup { what: "tell the current directory", source })?;
-    let configured = !vm.contains('/');
-    let name = if configured { vm.to_owned() } else { text(&socket)? };
-    Ok(RuleVm { name, address: socket.into(), configured })
+    let configured = VmAddress::read(vm)?.is_none();
+    // udev runs programs in its own directory, and as root.
+    let address = match context.vm(vm)? {
+        VmAddress::Socket(socket) => std::path::absolute(&socket)
+            .map_err(|source| Error::Setup { what: "tell the current directory", source })?
+            .into(),
+        VmAddress::Libvirt(domain) => domain.of_user().into(),
+    };
+    let name = match &address {
+        _ if configured => vm.to_owned(),
+        VmAddress::Socket(socket) => text(socket)?,
+        VmAddress::Libvirt(_) => address.to_string(),
+    };
+    Ok(RuleVm { name, address, configured })
 }
 
 /// What udev is to run.

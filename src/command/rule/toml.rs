@@ -25,8 +25,11 @@ pub fn configuration(context: &Context, what: &What, vm: &RuleVm) -> Result<Stri
         let file = context.config.to_string_lossy();
         toml += &format!("# {} has this VM already; add only the rule.\n", escape(&file));
     }
-    let VmAddress::Socket(socket) = &vm.address;
-    toml += &format!("[vm.{}]\nqmp = {}\n\n", key(&name), string(&text(socket)?));
+    let (place, value) = match &vm.address {
+        VmAddress::Socket(socket) => ("qmp", text(socket)?),
+        VmAddress::Libvirt(domain) => ("libvirt", domain.to_string()),
+    };
+    toml += &format!("[vm.{}]\n{place} = {}\n\n", key(&name), string(&value));
     let mut comment = what.to_string();
     if let Some(first) = comment.get(..1).map(str::to_uppercase) {
         comment.replace_range(..1, &first);
@@ -59,8 +62,10 @@ pub fn configuration(context: &Context, what: &What, vm: &RuleVm) -> Result<Stri
 
 /// A name for a VM that has none.
 fn name_of(address: &VmAddress) -> String {
-    let VmAddress::Socket(socket) = address;
-    let stem = socket.file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
+    let stem = match address {
+        VmAddress::Socket(socket) => socket.file_stem().unwrap_or_default().to_string_lossy(),
+        VmAddress::Libvirt(domain) => domain.name().into(),
+    };
     let legal = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
     let name: String = stem.chars().map(legal).take(64).collect();
     let name = name.trim_start_matches(|c: char| !c.is_ascii_alphanumeric());

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::VmAddress;
+pub use super::libvirt_error::LibvirtError;
 use crate::text::escape;
 
 /// An error of a QMP session: which VM, and what.
@@ -33,7 +34,11 @@ impl Error {
 
     /// Whether the VM is simply not there: no socket, or nobody listens.
     pub fn is_not_running(&self) -> bool {
-        matches!(self.kind, ErrorKind::NoSocket(_) | ErrorKind::NobodyListens(_))
+        match &self.kind {
+            ErrorKind::NoSocket(_) | ErrorKind::NobodyListens(_) => true,
+            ErrorKind::Libvirt(error) => error.is_not_running(),
+            _ => false,
+        }
     }
 }
 
@@ -72,6 +77,8 @@ pub enum ErrorKind {
     Unusable,
     /// QEMU said no.
     Refused(Refusal),
+    /// libvirt, which leads to the monitor, said no.
+    Libvirt(LibvirtError),
     /// A reply, or an argument, of another shape than the command has.
     Unexpected {
         /// The command.
@@ -117,7 +124,27 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let vm = self.vm.to_string();
         let vm = escape(&vm);
+        let by_libvirt = self.vm.domain().is_some();
         match &self.kind {
+            ErrorKind::NoGreeting { waited } | ErrorKind::NoReply { waited } if by_libvirt => {
+                write!(
+                    f,
+                    "VM {vm}: no answer within {waited:?}; libvirt is stopped, another job holds the domain \
+                 (`virsh domjobinfo` says which), or its QEMU is stopped: try again, or give it more time \
+                 with --timeout"
+                )
+            }
+            ErrorKind::Connect(_) if by_libvirt => write!(f, "VM {vm}: cannot connect to libvirt"),
+            ErrorKind::NotQmp { saw } if by_libvirt => {
+                write!(
+                    f,
+                    "VM {vm}: libvirt answers something else than it should ({})",
+                    escape(saw)
+                )
+            }
+            ErrorKind::Lost(_) if by_libvirt => {
+                write!(f, "VM {vm}: the connection to libvirt was lost; try again when it is there")
+            }
             ErrorKind::NoSocket(_) => write!(
                 f,
                 "VM {vm}: there is no such socket; start QEMU with `-qmp unix:{vm},server=on,wait=off`"
@@ -158,6 +185,7 @@ impl fmt::Display for Error {
                 write!(f, "VM {vm}: the session ended with an earlier error; connect again")
             }
             ErrorKind::Refused(refusal) => write!(f, "VM {vm}: {refusal}"),
+            ErrorKind::Libvirt(error) => write!(f, "VM {vm}: {error}"),
             ErrorKind::Unexpected { command, .. } => {
                 write!(f, "VM {vm}: `{command}` has another form than this tool knows")
             }
@@ -173,6 +201,7 @@ impl std::error::Error for Error {
             | ErrorKind::Connect(source)
             | ErrorKind::Lost(Some(source)) => Some(source),
             ErrorKind::Unexpected { source, .. } => Some(source),
+            ErrorKind::Libvirt(error) => error.source(),
             _ => None,
         }
     }

@@ -161,6 +161,16 @@ fn parse(bytes: &[u8]) -> Result<Message, ErrorKind> {
     }
 }
 
+/// Reads the reply to a command, whatever its id.
+pub fn reply(bytes: &[u8]) -> Result<Reply, ErrorKind> {
+    let envelope: Envelope = serde_json::from_slice(bytes).map_err(|_| not_qmp(bytes))?;
+    match envelope {
+        Envelope { result: Some(value), .. } => Ok(Reply::Return(value)),
+        Envelope { error: Some(Refused { class, desc }), .. } => Ok(Reply::Error { class, desc }),
+        _ => Err(not_qmp(bytes)),
+    }
+}
+
 /// The error that shows how foreign bytes begin.
 fn not_qmp(bytes: &[u8]) -> ErrorKind {
     let start: String = String::from_utf8_lossy(bytes.get(..60).unwrap_or(bytes)).into_owned();

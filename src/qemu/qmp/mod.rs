@@ -8,10 +8,14 @@
 //! that QEMU refuses leaves it as it was.
 
 mod address;
+mod domain;
 mod error;
 mod frame;
+mod libvirt;
+mod libvirt_error;
+mod rpc;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IoSlice};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -29,8 +33,10 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
 pub use address::VmAddress;
-pub use error::{Error, ErrorKind, Refusal};
+pub use domain::{Domain, NotADomain};
+pub use error::{Error, ErrorKind, LibvirtError, Refusal};
 use frame::{Frames, Message, Reply};
+use libvirt::Libvirt;
 
 /// The most events that are kept for [`Session::take_events`]; later ones are
 /// dropped.
@@ -77,11 +83,21 @@ pub struct Ticket<C> {
     command: PhantomData<fn() -> C>,
 }
 
+/// What leads to the monitor.
+#[derive(Debug)]
+enum Wire {
+    /// Its socket.
+    Socket(UnixStream),
+    /// libvirt, and what is queued for it: the command's id, the command, and
+    /// its descriptor.
+    Libvirt(Libvirt, VecDeque<(u64, String, Option<OwnedFd>)>),
+}
+
 /// A connected, greeted monitor.
 #[derive(Debug)]
 pub struct Session {
     address: VmAddress,
-    stream: UnixStream,
+    wire: Wire,
     started: Instant,
     deadline: Instant,
     version: Version,
@@ -108,12 +124,18 @@ impl Session {
         let started = Instant::now();
         let deadline = started + time;
         let fail = |kind| Error::new(address, kind);
-        let VmAddress::Socket(socket) = address;
-        let connected = timeout_at(deadline, connect_when_possible(socket)).await;
-        let stream = connected
-            .map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?
-            .map_err(|e| fail(ErrorKind::from_connect(e, socket)))?;
-        Session::over(stream, address, started, deadline).await
+        match address {
+            VmAddress::Socket(socket) => {
+                let connected = timeout_at(deadline, connect_when_possible(socket)).await;
+                let stream = connected
+                    .map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?
+                    .map_err(|e| fail(ErrorKind::from_connect(e, socket)))?;
+                Session::greeted(stream, address, started, deadline).await
+            }
+            VmAddress::Libvirt(domain) => {
+                Session::through(Libvirt::connect(domain), address, started, deadline).await
+            }
+        }
     }
 
     /// As [`Session::connect`], but waits for the greeting as long as it takes:
@@ -156,21 +178,29 @@ impl Session {
         time: Duration,
     ) -> Result<Session, Error> {
         let started = Instant::now();
-        Session::over(stream, address, started, started + time).await
+        let deadline = started + time;
+        match address {
+            VmAddress::Socket(_) => Session::greeted(stream, address, started, deadline).await,
+            VmAddress::Libvirt(domain) => {
+                let connecting = Libvirt::on_stream(stream, domain);
+                Session::through(connecting, address, started, deadline).await
+            }
+        }
     }
 
-    async fn over(
-        stream: UnixStream,
+    fn new(
+        wire: Wire,
         address: &VmAddress,
+        version: Version,
         started: Instant,
         deadline: Instant,
-    ) -> Result<Session, Error> {
-        let mut session = Session {
+    ) -> Session {
+        Session {
             address: address.clone(),
-            stream,
+            wire,
             started,
             deadline,
-            version: Version { major: 0, minor: 0, micro: 0 },
+            version,
             frames: Frames::default(),
             outbox: Vec::new(),
             descriptor: None,
@@ -179,7 +209,36 @@ impl Session {
             replies: BTreeMap::new(),
             events: Vec::new(),
             usable: true,
+        }
+    }
+
+    /// A session by way of libvirt.
+    async fn through(
+        connecting: impl Future<Output = Result<(Libvirt, Version), ErrorKind>>,
+        address: &VmAddress,
+        started: Instant,
+        deadline: Instant,
+    ) -> Result<Session, Error> {
+        let kind = match timeout_at(deadline, connecting).await {
+            Ok(Ok((libvirt, version))) => {
+                let wire = Wire::Libvirt(libvirt, VecDeque::new());
+                return Ok(Session::new(wire, address, version, started, deadline));
+            }
+            Ok(Err(kind)) => kind,
+            Err(_) => ErrorKind::NoGreeting { waited: deadline - started },
         };
+        Err(Error::new(address, kind))
+    }
+
+    /// A session with what greets on this stream.
+    async fn greeted(
+        stream: UnixStream,
+        address: &VmAddress,
+        started: Instant,
+        deadline: Instant,
+    ) -> Result<Session, Error> {
+        let unknown = Version { major: 0, minor: 0, micro: 0 };
+        let mut session = Session::new(Wire::Socket(stream), address, unknown, started, deadline);
         session.version = match session.message().await {
             Ok(Message::Greeting(version)) => version,
             Ok(_) => {
@@ -213,7 +272,10 @@ impl Session {
     /// QEMU's process id, as this process sees it (unix(7), `SO_PEERCRED`);
     /// `None` when it lies outside this process's PID namespace.
     pub fn peer_pid(&self) -> Option<i32> {
-        self.stream.peer_cred().ok()?.pid().filter(|pid| *pid > 0)
+        match &self.wire {
+            Wire::Socket(stream) => stream.peer_cred().ok()?.pid().filter(|pid| *pid > 0),
+            Wire::Libvirt(libvirt, _) => libvirt.pid(),
+        }
     }
 
     /// Takes the events that came so far.
@@ -232,12 +294,22 @@ impl Session {
         }
         let id = self.next_id;
         self.next_id += 1;
-        let execute = qapi::Execute::with_id(command, id);
-        if let Err(source) = serde_json::to_writer(&mut self.outbox, &execute) {
+        let queued = match &mut self.wire {
+            Wire::Socket(_) => {
+                let execute = qapi::Execute::with_id(command, id);
+                let written = serde_json::to_writer(&mut self.outbox, &execute);
+                self.outbox.extend_from_slice(b"\n");
+                written
+            }
+            Wire::Libvirt(_, queue) => {
+                serde_json::to_string(&qapi::Execute::<_, u64>::new(command, None))
+                    .map(|text| queue.push_back((id, text, None)))
+            }
+        };
+        if let Err(source) = queued {
             let command = C::NAME;
             return Err(self.error(ErrorKind::Unexpected { command, source }));
         }
-        self.outbox.extend_from_slice(b"\n");
         Ok(Ticket { id, command: PhantomData })
     }
 
@@ -254,7 +326,14 @@ impl Session {
         descriptor: OwnedFd,
     ) -> Result<Ticket<C>, Error> {
         let ticket = self.send(command)?;
-        self.descriptor = Some(descriptor);
+        match &mut self.wire {
+            Wire::Socket(_) => self.descriptor = Some(descriptor),
+            Wire::Libvirt(_, queue) => {
+                if let Some((.., its)) = queue.back_mut() {
+                    *its = Some(descriptor);
+                }
+            }
+        }
         Ok(ticket)
     }
 
@@ -322,11 +401,22 @@ impl Session {
 
     /// Sends all that is queued, with the descriptor on its first bytes.
     async fn flush(&mut self) -> Result<(), Error> {
+        if let Wire::Libvirt(libvirt, queue) = &mut self.wire {
+            while let Some((id, command, descriptor)) = queue.pop_front() {
+                let answer = libvirt.command(&command, descriptor);
+                match timeout_at(self.deadline, answer).await {
+                    Ok(Ok(reply)) => self.replies.insert(id, reply),
+                    Ok(Err(kind)) => return Err(self.broken(kind)),
+                    Err(_) => return Err(self.late()),
+                };
+            }
+            return Ok(());
+        }
         let outbox = std::mem::take(&mut self.outbox);
         let mut descriptor = self.descriptor.take();
         let mut rest = outbox.as_slice();
         while !rest.is_empty() {
-            let stream = &self.stream;
+            let Wire::Socket(stream) = &self.wire else { break };
             let write = stream
                 .async_io(Interest::WRITABLE, || send_bytes(stream, rest, descriptor.as_ref()));
             match timeout_at(self.deadline, write).await {
@@ -352,9 +442,13 @@ impl Session {
                 Ok(None) => {}
                 Err(kind) => return Err(self.broken(kind)),
             }
+            // libvirt answers a command where it is sent.
+            let Wire::Socket(stream) = &self.wire else {
+                return Err(self.broken(ErrorKind::Unusable));
+            };
             // Straight to its place: an array here would be a part of every
             // task that talks to a VM, also while it waits for it.
-            let (stream, frames) = (&self.stream, &mut self.frames);
+            let frames = &mut self.frames;
             let read = stream.async_io(Interest::READABLE, || {
                 Ok(rustix::io::read(stream, spare_capacity(frames.space()))?)
             });

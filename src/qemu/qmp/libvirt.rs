@@ -1,0 +1,277 @@
+//! QMP through libvirt, which holds the monitor of its domains and passes on
+//! what it is asked to: the domain stays as it is.
+//!
+//! One call at a time: libvirt's threads reorder calls that overlap. The ids
+//! of commands are libvirt's own, and what QEMU refuses is an ordinary reply.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::SendFlags;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::time::sleep;
+
+use super::domain::Domain;
+use super::error::{ErrorKind, LibvirtError};
+use super::frame::{self, Reply};
+use super::rpc::{self, Call, Outcome, Program, Reader, Xdr};
+use super::{Version, connect_when_possible, send_bytes};
+
+/// Procedures of [`Program::Remote`] (libvirt, src/remote/remote_protocol.x).
+const CONNECT_OPEN: u32 = 1;
+const CONNECT_CLOSE: u32 = 2;
+const DOMAIN_LOOKUP_BY_NAME: u32 = 23;
+const AUTH_LIST: u32 = 66;
+const AUTH_POLKIT: u32 = 70;
+
+/// Procedures of [`Program::Qemu`] (libvirt, src/remote/qemu_protocol.x); the
+/// second one since libvirt 8.2.
+const MONITOR_COMMAND: u32 = 1;
+const MONITOR_COMMAND_WITH_FILES: u32 = 7;
+
+/// Kinds of authentication (`remote_auth_type`).
+const NO_AUTH: u32 = 0;
+const POLKIT: u32 = 2;
+
+/// How long to wait before asking again a domain that another job holds.
+/// libvirt has waited for 30 s by itself then.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long libvirt may take to let a client go; else it logs an error.
+const FAREWELL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
+/// A connection to libvirt, about one domain that runs.
+#[derive(Debug)]
+pub struct Libvirt {
+    stream: UnixStream,
+    domain: Domain,
+    /// The domain as libvirt wants it named: name, UUID, and id while it runs.
+    named: Vec<u8>,
+    pid: Option<i32>,
+    serial: u32,
+    /// Whether every call was answered.
+    is_idle: bool,
+}
+
+impl Libvirt {
+    /// Connects to the libvirt that the domain belongs to, and asks the
+    /// domain's QEMU for its version. Waits while another job holds the domain.
+    pub async fn connect(domain: &Domain) -> Result<(Self, Version), ErrorKind> {
+        if domain.uid().is_none() {
+            return Err(LibvirtError::NoUser.into());
+        }
+        let mut nobody = None;
+        for socket in domain.sockets() {
+            match connect_when_possible(&socket).await {
+                Ok(stream) => return Libvirt::on_stream(stream, domain).await,
+                Err(source) => nobody = Some(not_reached(source, socket, domain)?),
+            }
+        }
+        Err(nobody.unwrap_or_else(|| LibvirtError::NoUser.into()))
+    }
+
+    /// The same over a stream that is connected already.
+    pub async fn on_stream(
+        stream: UnixStream,
+        domain: &Domain,
+    ) -> Result<(Self, Version), ErrorKind> {
+        let peer = stream.peer_cred().map_err(ErrorKind::Connect)?.uid();
+        if peer != 0 && Some(peer) != domain.uid() {
+            return Err(LibvirtError::Stranger { uid: peer }.into());
+        }
+        let mut libvirt = Libvirt {
+            stream,
+            domain: domain.clone(),
+            named: Vec::new(),
+            pid: None,
+            serial: 0,
+            is_idle: true,
+        };
+        libvirt.log_in().await?;
+        libvirt.open().await?;
+        libvirt.look_up().await?;
+        let version = libvirt.version().await?;
+        // Not before: it is this QEMU that has answered.
+        libvirt.pid = domain.pid();
+        Ok((libvirt, version))
+    }
+
+    /// The id of the process of the domain's QEMU, if this user may see it.
+    pub fn pid(&self) -> Option<i32> {
+        self.pid
+    }
+
+    /// Has the domain's QEMU execute a command, and gives its answer.
+    pub async fn command(
+        &mut self,
+        command: &str,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Reply, ErrorKind> {
+        let procedure = match descriptor {
+            Some(_) => MONITOR_COMMAND_WITH_FILES,
+            None => MONITOR_COMMAND,
+        };
+        let mut arguments = self.named.clone();
+        arguments.extend(Xdr::default().string(command).number(0).bytes());
+        let call = Call { program: Program::Qemu, procedure, arguments };
+        let given = self.call(&call, descriptor).await?;
+        let answer = Reader(&given).string().ok_or_else(|| not_libvirt("a reply without text"))?;
+        frame::reply(answer)
+    }
+
+    async fn log_in(&mut self) -> Result<(), ErrorKind> {
+        let given = self.remote(AUTH_LIST, Xdr::default()).await?;
+        let mut xdr = Reader(&given);
+        let count = xdr.number().ok_or_else(|| not_libvirt("no list of ways to log in"))?;
+        let kinds: Vec<u32> = (0..count).map_while(|_| xdr.number()).collect();
+        if kinds.is_empty() || kinds.contains(&NO_AUTH) {
+            return Ok(());
+        }
+        if !kinds.contains(&POLKIT) {
+            return Err(LibvirtError::Forbidden("it asks for a password".into()).into());
+        }
+        self.remote(AUTH_POLKIT, Xdr::default()).await.map(|_| ())
+    }
+
+    async fn open(&mut self) -> Result<(), ErrorKind> {
+        // A URI that is there, and no flags.
+        let arguments = Xdr::default().number(1).string(self.domain.uri()).number(0);
+        self.remote(CONNECT_OPEN, arguments).await.map(|_| ())
+    }
+
+    async fn look_up(&mut self) -> Result<(), ErrorKind> {
+        let arguments = Xdr::default().string(self.domain.name());
+        let given = self.remote(DOMAIN_LOOKUP_BY_NAME, arguments).await?;
+        let mut xdr = Reader(&given);
+        let (name, _uuid, id) = (xdr.string(), xdr.take(16), xdr.number());
+        if name != Some(self.domain.name().as_bytes()) || id.is_none() || !xdr.0.is_empty() {
+            return Err(not_libvirt("another domain than was asked for"));
+        }
+        if id == Some(u32::MAX) {
+            return Err(LibvirtError::NotRunning.into());
+        }
+        self.named = given;
+        Ok(())
+    }
+
+    async fn version(&mut self) -> Result<Version, ErrorKind> {
+        loop {
+            match self.command(r#"{"execute":"query-version"}"#, None).await {
+                Err(ErrorKind::Libvirt(LibvirtError::Busy)) => sleep(PAUSE).await,
+                Ok(Reply::Return(mut version)) => {
+                    let version = version.get_mut("qemu").map(serde_json::Value::take);
+                    return serde_json::from_value(version.unwrap_or_default())
+                        .map_err(|_| not_libvirt("no version of QEMU"));
+                }
+                Ok(Reply::Error { desc, .. }) => return Err(not_libvirt(&desc)),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn remote(&mut self, procedure: u32, arguments: Xdr) -> Result<Vec<u8>, ErrorKind> {
+        let call = Call { program: Program::Remote, procedure, arguments: arguments.bytes() };
+        self.call(&call, None).await
+    }
+
+    async fn call(
+        &mut self,
+        call: &Call,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Vec<u8>, ErrorKind> {
+        self.is_idle = false;
+        self.serial += 1;
+        self.write(&call.packet(self.serial, descriptor.is_some()), None).await?;
+        if descriptor.is_some() {
+            // It rides on a byte that belongs to no packet.
+            self.write(&[0], descriptor.as_ref()).await?;
+        }
+        let outcome = loop {
+            let mut start = [0; 4];
+            self.read(&mut start).await?;
+            let length = rpc::length(start).ok_or_else(|| not_libvirt("no packet of libvirt's"))?;
+            let mut packet = vec![0; length - start.len()];
+            self.read(&mut packet).await?;
+            let reply = rpc::reply(&packet, call, self.serial);
+            if let Some(outcome) = reply.map_err(|()| not_libvirt("a packet that ends early"))? {
+                break outcome;
+            }
+        };
+        self.is_idle = true;
+        match outcome {
+            Outcome::Done(given) => Ok(given),
+            Outcome::Failed { code, message } => {
+                let passes_descriptor =
+                    call.program == Program::Qemu && call.procedure == MONITOR_COMMAND_WITH_FILES;
+                let runs = self.domain.runs();
+                Err(LibvirtError::from_code(code, message, passes_descriptor, runs).into())
+            }
+        }
+    }
+
+    async fn write(&self, mut bytes: &[u8], descriptor: Option<&OwnedFd>) -> Result<(), ErrorKind> {
+        let stream = &self.stream;
+        while !bytes.is_empty() {
+            let write =
+                stream.async_io(Interest::WRITABLE, || send_bytes(stream, bytes, descriptor));
+            let written = write.await.map_err(|error| ErrorKind::Lost(Some(error)))?;
+            bytes = bytes.get(written..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    async fn read(&self, mut bytes: &mut [u8]) -> Result<(), ErrorKind> {
+        let stream = &self.stream;
+        while !bytes.is_empty() {
+            let read = stream.async_io(Interest::READABLE, || stream.try_read(bytes));
+            match read.await {
+                Ok(0) => return Err(ErrorKind::Lost(None)),
+                Ok(count) => bytes = bytes.get_mut(count..).unwrap_or_default(),
+                Err(error) => return Err(ErrorKind::Lost(Some(error))),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// libvirt logs an error for each client that leaves without a word.
+impl Drop for Libvirt {
+    fn drop(&mut self) {
+        if !self.is_idle {
+            return;
+        }
+        let call =
+            Call { program: Program::Remote, procedure: CONNECT_CLOSE, arguments: Vec::new() };
+        let packet = call.packet(self.serial + 1, false);
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        if rustix::net::send(&self.stream, &packet, flags).is_ok() {
+            // Whatever the answer is: libvirt has taken it in.
+            let _ = poll(&mut [PollFd::new(&self.stream, PollFlags::IN)], Some(&FAREWELL));
+        }
+    }
+}
+
+/// What it means that libvirt could not be connected to: `Ok` if it simply does
+/// not listen there.
+fn not_reached(
+    source: io::Error,
+    socket: PathBuf,
+    domain: &Domain,
+) -> Result<ErrorKind, ErrorKind> {
+    match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            let runs = domain.runs();
+            Ok(LibvirtError::NotThere { socket, runs, source }.into())
+        }
+        io::ErrorKind::PermissionDenied => Err(LibvirtError::Forbidden(source.to_string()).into()),
+        _ => Err(ErrorKind::Connect(source)),
+    }
+}
+
+fn not_libvirt(saw: &str) -> ErrorKind {
+    ErrorKind::NotQmp { saw: saw.to_owned() }
+}

@@ -1,0 +1,110 @@
+//! What libvirt says no to, and what it means (libvirt,
+//! include/libvirt/virterror.h).
+
+use std::io;
+use std::path::PathBuf;
+
+use super::error::ErrorKind;
+use crate::text::escape;
+
+/// Why libvirt does not lead to a domain's monitor.
+#[derive(Debug, thiserror::Error)]
+pub enum LibvirtError {
+    /// It does not run.
+    #[error(
+        "libvirt does not listen at {}; start virtqemud or libvirtd",
+        escape(&.socket.to_string_lossy())
+    )]
+    NotThere {
+        /// Where it was looked for last.
+        socket: PathBuf,
+        /// Whether the domain runs in spite of it.
+        runs: bool,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// There is no such user.
+    #[error(
+        "there is no such user in /etc/passwd; give the user's number, `libvirt:1000@session/NAME`"
+    )]
+    NoUser,
+    /// It has no such domain.
+    #[error("libvirt has no such domain; `virsh list --all` shows what it has")]
+    NoDomain,
+    /// The domain does not run.
+    #[error("the domain is not running; start it with `virsh start`")]
+    NotRunning,
+    /// This user may not.
+    #[error("libvirt does not allow it: {}; do it as root, or join the group libvirt", escape(.0))]
+    Forbidden(String),
+    /// Another job holds the domain.
+    #[error(
+        "another job holds the domain (`virsh domjobinfo` says which), or its QEMU is stopped; try again later"
+    )]
+    Busy,
+    /// It passes no descriptors.
+    #[error(
+        "this libvirt cannot pass a device to QEMU: that needs libvirt 8.2; give the domain a second \
+         monitor, `usb-qmp-hotplug vms` shows how"
+    )]
+    TooOld,
+    /// Somebody else listens where libvirt should.
+    #[error("not libvirt but user {uid} listens on its socket; look for what was started there")]
+    Stranger {
+        /// The user.
+        uid: u32,
+    },
+    /// It failed, for another reason.
+    #[error("libvirt says: {} (error {code})", escape(.message))]
+    Failed {
+        /// The error's number.
+        code: u32,
+        /// libvirt's words.
+        message: String,
+    },
+}
+
+impl LibvirtError {
+    /// What an error means that came of a call: one that passes a descriptor,
+    /// or not, about a domain that runs, or does not.
+    pub(super) fn from_code(
+        code: u32,
+        message: String,
+        passes_descriptor: bool,
+        runs: bool,
+    ) -> Self {
+        match code {
+            // VIR_ERR_NO_SUPPORT, VIR_ERR_RPC: no such procedure.
+            3 | 39 if passes_descriptor => LibvirtError::TooOld,
+            42 => LibvirtError::NoDomain,
+            // VIR_ERR_OPERATION_INVALID, of which this is one.
+            55 if !runs || message.contains("not running") => LibvirtError::NotRunning,
+            68 => LibvirtError::Busy,
+            // VIR_ERR_RPC, VIR_ERR_AUTH_FAILED, VIR_ERR_ACCESS_DENIED,
+            // VIR_ERR_AUTH_UNAVAILABLE.
+            39 | 45 | 88 | 94 => LibvirtError::Forbidden(message),
+            _ => LibvirtError::Failed { code, message },
+        }
+    }
+
+    /// Whether the VM is simply not there.
+    pub fn is_not_running(&self) -> bool {
+        match self {
+            LibvirtError::NotThere { runs, .. } => !runs,
+            LibvirtError::NoDomain | LibvirtError::NotRunning => true,
+            _ => false,
+        }
+    }
+
+    /// Whether there is no VM to talk to: it does not run, or what leads to it.
+    pub fn is_no_vm(&self) -> bool {
+        let no_way = matches!(self, LibvirtError::NotThere { .. } | LibvirtError::NoUser);
+        no_way || self.is_not_running()
+    }
+}
+
+impl From<LibvirtError> for ErrorKind {
+    fn from(error: LibvirtError) -> Self {
+        ErrorKind::Libvirt(error)
+    }
+}
