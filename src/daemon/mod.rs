@@ -181,9 +181,8 @@ impl<'a> Watch<'a> {
         *self.shared.table.borrow_mut() = table;
         *self.shared.policy.borrow_mut() = Rc::new(policy);
         // Here, too.
-        let socket =
-            |(vm, address): (&String, &VmAddress)| Some((vm.clone(), address.socket()?.to_owned()));
-        self.sockets.watch(vms.iter().filter_map(socket).collect());
+        let start = |(vm, address): (&String, &VmAddress)| (vm.clone(), address.start());
+        self.sockets.watch(vms.iter().map(start).collect());
         self.workers.retain(|vm, handle| vms.get(vm) == Some(&handle.address));
         self.shared.status.borrow_mut().retain(|vm, _| self.workers.contains_key(vm));
         for (vm, address) in vms {

@@ -1,4 +1,5 @@
-//! Notices that a VM starts: its socket appears. inotify(7) watches the
+//! Notices that a VM starts: its socket appears, or the file with the process id
+//! of a libvirt domain, which is as good as a socket here. inotify(7) watches the
 //! socket's directory, or as long as there is none, the nearest one above. It
 //! does not tell that something is mounted over a directory; the kernel's list
 //! of mounts does.

@@ -132,6 +132,8 @@ impl Worker {
                     debug!(vm = self.vm, "{}: {}", self.vm, chain(error));
                     return Outcome::Later;
                 }
+                // libvirt is restarted, or does something else with the domain.
+                ErrorKind::Libvirt(ref error) if error.can_pass() => Outcome::Later,
                 _ => Outcome::Failed,
             },
             _ => Outcome::Failed,

@@ -11,6 +11,7 @@ use super::section::Section;
 use super::value::{self, not, shown};
 use super::{Config, VmEntry};
 use crate::policy::rule::{Effect, Glob, Rule, Target, reserved_option};
+use crate::qemu::VmAddress;
 use crate::text::escape;
 
 /// The keys that say which devices a rule matches.
@@ -63,32 +64,39 @@ fn syntax(error: &toml::de::Error, text: &str, sink: &mut Sink) {
 /// The VMs, and the names of all that are defined, rightly or not.
 fn vms<'t>(mut section: Section<'t, '_>) -> (Vec<VmEntry>, Vec<&'t str>) {
     let (mut vms, mut names) = (Vec::new(), Vec::new());
-    let mut sockets = BTreeMap::new();
+    let mut addresses = BTreeMap::new();
     for (name, at, item) in section.entries() {
         names.push(name);
         if !value::is_name(name) {
             section.complain(name, at, &format!("a VM's name is {}", value::NAME));
         }
-        let expected = "a table; write `[vm.NAME]` and below it `qmp = \"PATH\"`";
+        let expected =
+            "a table; write `[vm.NAME]` and below it `qmp = \"PATH\"` or `libvirt = \"NAME\"`";
         let who = format!("vm `{}`", shown(name));
         let Some(mut vm) = Section::named(who, item, expected, section.sink()) else { continue };
-        vm.allow(&["qmp"]);
-        if !vm.has("qmp") {
-            vm.complain_here(
-                "the key `qmp` is missing; add `qmp = \"PATH\"`, the path of its socket",
-            );
+        vm.allow(&["qmp", "libvirt"]);
+        match (vm.has("qmp"), vm.has("libvirt")) {
+            (false, false) => vm.complain_here(
+                "it is not said where it is; add `qmp = \"PATH\"`, the path of its socket, or `libvirt = \
+                 \"NAME\"`, the name of its domain",
+            ),
+            (true, true) => vm.complain_at_key(
+                "libvirt",
+                "`qmp` says where the VM is, too; keep one of them",
+            ),
+            _ => {}
         }
-        let socket = vm.read("qmp", |path| {
-            let socket = value::socket(path)?;
-            match sockets.insert(socket.clone(), name) {
-                None => Ok(socket),
-                Some(other) => Err(format!(
-                    "VM `{}` has this socket too; give each VM one of its own",
-                    shown(other)
-                )),
+        let mut once = |address: VmAddress, what| match addresses.insert(address.clone(), name) {
+            None => Ok(address),
+            Some(other) => {
+                let other = shown(other);
+                Err(format!("VM `{other}` has this {what} too; give each VM one of its own"))
             }
-        });
-        vms.extend(socket.map(|socket| VmEntry { name: name.to_owned(), address: socket.into() }));
+        };
+        let socket = vm.read("qmp", |path| once(value::socket(path)?.into(), "socket"));
+        let domain = vm.read("libvirt", |name| once(value::domain(name)?.into(), "domain"));
+        let address = socket.or(domain);
+        vms.extend(address.map(|address| VmEntry { name: name.to_owned(), address }));
     }
     (vms, names)
 }

@@ -52,6 +52,13 @@ fn every_key_arrives() {
 }
 
 #[test]
+fn a_vm_may_be_a_domain() {
+    let config = parse("[vm.a]\nlibvirt = 'win 11'\n[vm.b]\nlibvirt = 'root@session/b'").unwrap();
+    let addresses: Vec<String> = config.vms.iter().map(|vm| vm.address.to_string()).collect();
+    assert_eq!(addresses, ["libvirt:win 11", "libvirt:root@session/b"]);
+}
+
+#[test]
 fn a_port_can_have_either_name() {
     let port = |text: &str| parse(&rule(&format!("vm = 'a'\nport = '{text}'"))).map(|_| ());
     for text in ["1-1.2", "[12]-*", "*", "pci-0000:00:14.0-usbv2-0:1.2", "pci-*-usbv?-0:1.*"] {

@@ -7,6 +7,7 @@ use serde_json::Value;
 use toml::de::DeValue;
 
 use crate::policy::rule::Glob;
+use crate::qemu::qmp::Domain;
 use crate::text::escape;
 use crate::usb::{NO_REVISION, Port, PortPath};
 
@@ -123,6 +124,13 @@ pub(super) fn socket(value: &DeValue) -> Result<PathBuf, String> {
         return Err(format!("the path has {length} bytes; a socket's has at most {MAX_SOCKET}"));
     }
     Ok(PathBuf::from(path))
+}
+
+pub(super) fn domain(value: &DeValue) -> Result<Domain, String> {
+    let expected = "the name of a libvirt domain in quotes, like `\"win11\"`; of a user's own, \
+                    `\"USER@session/win11\"`";
+    let name = text(value, expected, |name| name.parse::<Domain>().is_ok())?;
+    name.parse().map_err(|_| not(value, expected))
 }
 
 pub(super) fn guest_bus(value: &DeValue) -> Result<String, String> {

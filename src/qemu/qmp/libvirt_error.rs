@@ -96,6 +96,11 @@ impl LibvirtError {
         }
     }
 
+    /// Whether it may be gone soon, though the domain runs.
+    pub fn can_pass(&self) -> bool {
+        matches!(self, LibvirtError::NotThere { runs: true, .. } | LibvirtError::Busy)
+    }
+
     /// Whether there is no VM to talk to: it does not run, or what leads to it.
     pub fn is_no_vm(&self) -> bool {
         let no_way = matches!(self, LibvirtError::NotThere { .. } | LibvirtError::NoUser);

@@ -55,11 +55,11 @@ fn every_mistake_in_a_vm_is_told() {
     check(&[
         (
             "[vm]\na = '/a'",
-            "2:5: vm `a`: `\"/a\"` is not a table; write `[vm.NAME]` and below it `qmp = \"PATH\"`",
+            "2:5: vm `a`: `\"/a\"` is not a table; write `[vm.NAME]` and below it `qmp = \"PATH\"` or `libvirt = \"NAME\"`",
         ),
         (
             "\n [vm.a]\n",
-            "2:2: vm `a`: the key `qmp` is missing; add `qmp = \"PATH\"`, the path of its socket",
+            "2:2: vm `a`: it is not said where it is; add `qmp = \"PATH\"`, the path of its socket, or `libvirt = \"NAME\"`, the name of its domain",
         ),
         ("[vm.a]\nqpm = 1\nqmp = '/a'", "2:1: vm `a`, key `qpm`: unknown key; did you mean `qmp`?"),
         ("[vm]\na.qmp = 'a.qmp'", &format!("2:9: vm `a`, key `qmp`: `\"a.qmp\"` {SOCKET}")),
@@ -76,6 +76,18 @@ fn every_mistake_in_a_vm_is_told() {
         (
             "[vm.z]\nqmp = '/a'\n[vm.b]\nqmp = '//a'",
             "4:7: vm `b`, key `qmp`: VM `z` has this socket too; give each VM one of its own",
+        ),
+        (
+            "[vm.a]\nqmp = '/a'\nlibvirt = 'a'",
+            "3:1: vm `a`, key `libvirt`: `qmp` says where the VM is, too; keep one of them",
+        ),
+        (
+            "[vm.a]\nlibvirt = 'x/y'",
+            "2:11: vm `a`, key `libvirt`: `\"x/y\"` is not the name of a libvirt domain in quotes, like `\"win11\"`; of a user's own, `\"USER@session/win11\"`",
+        ),
+        (
+            "[vm.z]\nlibvirt = 'a'\n[vm.b]\nlibvirt = 'a'",
+            "4:11: vm `b`, key `libvirt`: VM `z` has this domain too; give each VM one of its own",
         ),
         ("vm = { '../a' = { qmp = '/a' } }", &format!("1:8: key `vm.../a`: {NAME}")),
         ("[vm.\"\\u001b\"]\nqmp = '/a'", &format!("1:5: key `vm.\\u{{1b}}`: {NAME}")),
