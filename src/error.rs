@@ -113,7 +113,32 @@ pub enum Error {
     },
 }
 
+/// What has to happen before what was refused can be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Until {
+    /// Its disks are free: unmounted, closed.
+    DisksFree,
+    /// Who has the device lets go of it.
+    LetGo,
+    /// The kernel is told that it may be used: its interfaces are added then.
+    Authorized,
+}
+
 impl Error {
+    /// What an attach that was refused waits for; `None` where it will not get
+    /// better by itself.
+    pub fn until(&self) -> Option<Until> {
+        match self {
+            Error::Host(host::Error::InUse(_)) => Some(Until::DisksFree),
+            Error::Host(host::Error::Held { .. } | host::Error::Claimed { .. }) => {
+                Some(Until::LetGo)
+            }
+            Error::StillHeld { .. } => Some(Until::LetGo),
+            Error::Host(host::Error::NotAuthorized(_)) => Some(Until::Authorized),
+            _ => None,
+        }
+    }
+
     /// The exit code: the contract with scripts.
     ///
     /// | code | meaning |
@@ -152,6 +177,7 @@ impl Error {
             Error::Hub(_) | Error::StillHeld { .. } => 7,
             Error::Host(host::Error::RootHub(_)) => 7,
             Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
+            Error::Host(host::Error::Claimed { .. } | host::Error::NotAuthorized(_)) => 7,
             Error::Host(_) | Error::Write { .. } | Error::Setup { .. } => 1,
             Error::Install { .. } | Error::BadRule { .. } | Error::Silent(_) => 1,
             Error::Several { errors, .. } => errors.iter().map(Error::exit_code).max().unwrap_or(1),

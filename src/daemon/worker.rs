@@ -148,9 +148,8 @@ impl Worker {
         let text = match error {
             // Nothing tells when that ends.
             Error::Host(host::Error::InUse(by)) => {
-                format!(
-                    "{by}; unmount it, then plug it in again or run `usb-qmp-hotplug sync {vm}`"
-                )
+                let advice = by.advice();
+                format!("{by}; {advice}, then plug it in again or run `usb-qmp-hotplug sync {vm}`")
             }
             Error::Host(host::Error::Held { .. }) => {
                 format!("{error}, then run `usb-qmp-hotplug sync {vm}`")

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::{Absent, Holder, Use};
+use super::{Absent, Holder, Owner, Use};
 use crate::text::escape;
 use crate::usb::{Address, Device, ParseError, Selector};
 
@@ -59,9 +59,21 @@ pub enum Error {
         /// The device it should be.
         address: Address,
     },
-    /// The host uses a disk of the device.
-    #[error("{0}; unmount it first, or use --force and lose what was not written")]
+    /// Something uses a disk of the device.
+    #[error("{0}; {advice} first, or use --force and lose what was not written", advice = .0.advice())]
     InUse(Use),
+    /// A program, or a VM that got it without this tool, has the device.
+    #[error("{device} is in use by {owner}; {}", .owner.advice())]
+    Claimed {
+        /// The device.
+        device: Device,
+        /// Whose it is.
+        owner: Owner,
+    },
+    /// The kernel lets nobody use the device.
+    #[error("{0} is not authorized on this host, so that no guest could use it; write 1 to \
+             /sys/bus/usb/devices/{port}/authorized, or have USBGuard do it (or use --force)", port = .0.port)]
+    NotAuthorized(Device),
     /// Another process holds the device.
     #[error("{device} is held by {}; detach it there first", held_by(.holders))]
     Held {

@@ -12,6 +12,7 @@ mod disk;
 mod error;
 pub mod events;
 mod node;
+mod owner;
 pub mod proc;
 pub mod readable;
 mod release;
@@ -28,6 +29,7 @@ pub use bus::Bus;
 pub use disk::{Claims, Use, UsedBy};
 pub use error::Error;
 pub use node::{Node, unlock};
+pub use owner::{CLAIMED, Look, Owner};
 pub use proc::{Holder, Qemu, Reach, UnixSockets};
 
 use crate::usb::{self, Address, Device, HotplugEvent, Port, Selector, Speed, VendorProduct};

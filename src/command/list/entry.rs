@@ -4,15 +4,11 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::host::{Bus, Holder, Host, Strings, UsedBy};
+use crate::host::{Bus, CLAIMED, Holder, Host, Strings};
 use crate::policy::Policy;
 use crate::policy::rule::{self, Effect};
 use crate::text::escape;
 use crate::usb::{Address, Device, Port, Speed};
-
-/// The driver of an interface that a program has claimed (Linux,
-/// drivers/usb/core/devio.c, `usbfs_driver`).
-const CLAIMED: &str = "usbfs";
 
 /// A device in the JSON document.
 #[derive(Debug, Clone, Serialize)]
@@ -41,9 +37,10 @@ pub struct Entry {
 #[derive(Debug, Clone, Serialize)]
 pub struct UseReport {
     pub disk: String,
-    /// `mount`, `swap`, `holder` or `unknown`.
+    /// `mount`, `btrfs`, `swap`, `loop`, `holder`, `bcache`, `zfs`, `program`
+    /// or `unknown`.
     pub by: &'static str,
-    /// Where it is mounted, or of what it is a part.
+    /// Where it is mounted, of what it is a part, or which program has it.
     pub what: Option<String>,
     #[serde(skip)]
     text: String,
@@ -184,13 +181,7 @@ impl Entry {
 fn uses(host: &Host, port: &Port) -> Vec<UseReport> {
     let report = |used: crate::host::Use| {
         let text = format!("{} is {}", escape(&used.disk), used.by);
-        let (by, what) = match used.by {
-            UsedBy::Mount(place) => ("mount", Some(place)),
-            UsedBy::Swap => ("swap", None),
-            UsedBy::Holder(holder) => ("holder", Some(holder)),
-            UsedBy::Unknown => ("unknown", None),
-        };
-        UseReport { disk: used.disk, by, what, text }
+        UseReport { by: used.by.word(), what: used.by.what(), disk: used.disk, text }
     };
     host.uses(port).into_iter().map(report).collect()
 }

@@ -45,12 +45,8 @@ impl Host {
     pub fn all_holders(&self) -> BTreeMap<Address, Vec<Holder>> {
         let mut holders: BTreeMap<Address, Vec<Holder>> = BTreeMap::new();
         for pid in self.processes() {
-            let Ok(descriptors) = fs::read_dir(self.path(format!("/proc/{pid}/fd"))) else {
-                continue;
-            };
-            let mut held: Vec<Address> = descriptors
-                .filter_map(|descriptor| address_of(&fs::metadata(descriptor.ok()?.path()).ok()?))
-                .collect();
+            let nodes = self.open_nodes(pid).unwrap_or_default().into_iter();
+            let mut held: Vec<Address> = nodes.map(|(_, address)| address).collect();
             held.sort_unstable();
             held.dedup();
             for address in held {
@@ -58,6 +54,17 @@ impl Host {
             }
         }
         holders
+    }
+
+    /// The USB nodes that a process has open: its descriptors, and the devices'
+    /// addresses. `None` if this process may not see that.
+    pub(in crate::host) fn open_nodes(&self, pid: i32) -> Option<Vec<(u32, Address)>> {
+        let descriptors = fs::read_dir(self.path(format!("/proc/{pid}/fd"))).ok()?;
+        let node = |descriptor: fs::DirEntry| {
+            let number = descriptor.file_name().to_str()?.parse().ok()?;
+            Some((number, address_of(&fs::metadata(descriptor.path()).ok()?)?))
+        };
+        Some(descriptors.flatten().filter_map(node).collect())
     }
 
     /// Whether the node of the device at an address is locked, as far as the

@@ -1,0 +1,182 @@
+//! The disks of a device, and who uses them. A guest that writes to a disk
+//! which something else uses destroys its filesystem, and so does the host.
+
+mod mounts;
+mod programs;
+mod stack;
+mod uses;
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+
+pub use uses::{Kind, Use, UsedBy};
+
+use self::stack::Tables;
+use super::{Error, Host};
+use crate::usb::Port;
+
+/// How deep a disk's directory lies below its device's, at most. A stick's is
+/// at 6: interface, host, target, LUN, `block`, disk.
+const MAX_DEPTH: usize = 12;
+
+/// Where the character devices of a disk are, below its LUN: those of the
+/// drivers `sg`, `st` and `bsg`, which reach it without its block device
+/// (Linux, drivers/scsi/sg.c, drivers/scsi/st.c, block/bsg.c).
+const CHARACTER: [&str; 3] = ["scsi_generic", "scsi_tape", "bsg"];
+
+/// The disks of a device, opened for exclusive use: while this lives, nothing
+/// on the host can mount them.
+#[derive(Debug, Default)]
+pub struct Claims(#[expect(dead_code, reason = "held open, never read")] Vec<OwnedFd>);
+
+/// What a device has of storage, as directories of sysfs.
+#[derive(Debug, Default)]
+struct Storage {
+    /// Whole disks.
+    disks: Vec<PathBuf>,
+    /// Their partitions.
+    partitions: Vec<PathBuf>,
+    /// Their character devices.
+    characters: Vec<PathBuf>,
+}
+
+impl Storage {
+    /// Everything that has a filesystem, or part of one.
+    fn blocks(&self) -> impl Iterator<Item = &PathBuf> {
+        self.disks.iter().chain(&self.partitions)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.disks.is_empty() && self.characters.is_empty()
+    }
+}
+
+impl Host {
+    /// Claims the disks of the device at a port for the moment of its attach.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`] when something uses one of them.
+    pub fn claim_disks(&self, port: &Port) -> Result<Claims, Error> {
+        let storage = self.storage(port);
+        // All tables for all disks, before anything is guessed.
+        if let Some(used) = self.uses_of(port, &storage).into_iter().next() {
+            return Err(Error::InUse(used));
+        }
+        let mut claims = Vec::new();
+        for disk in &storage.disks {
+            // The kernel's own answer, for every mount namespace and every
+            // kind of holder: an exclusive open of the whole disk fails with
+            // EBUSY while it or a partition is in use, and keeps others out
+            // afterwards (open(2), O_EXCL; Linux, block/bdev.c, bd_may_claim).
+            let flags = OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let flags = i32::try_from(flags.bits()).unwrap_or_default();
+            let node = self.path(node_of(disk));
+            match fs::OpenOptions::new().read(true).custom_flags(flags).open(node) {
+                Ok(file) => claims.push(file.into()),
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    return Err(Error::InUse(self.unseen_use(port, disk, &storage)));
+                }
+                // No medium, no right to open it, no node: what the tables
+                // above said must do.
+                Err(_) => {}
+            }
+        }
+        Ok(Claims(claims))
+    }
+
+    /// What the disks of the device at a port are used for, as far as the
+    /// kernel's tables and the other processes show. Opens no disk.
+    pub fn uses(&self, port: &Port) -> Vec<Use> {
+        self.uses_of(port, &self.storage(port))
+    }
+
+    /// Whether the device at a port has disks, as far as the kernel has found
+    /// them yet.
+    pub fn has_disk(&self, port: &Port) -> bool {
+        !self.storage(port).is_empty()
+    }
+
+    fn uses_of(&self, port: &Port, storage: &Storage) -> Vec<Use> {
+        if storage.is_empty() {
+            return Vec::new();
+        }
+        let tables = Tables::read(self);
+        let found = |part: &PathBuf| Some((name(part), self.used_by(part, &tables, 0)?));
+        let mut found: Vec<(String, UsedBy)> = storage.blocks().filter_map(found).collect();
+        // What has the disk open by way of a mount is told by the mount.
+        for (part, program) in self.programs(storage) {
+            let is_told = |(told, _): &(String, UsedBy)| *told == part;
+            if !found.iter().any(is_told) {
+                found.push((part, UsedBy::Program(program)));
+            }
+        }
+        found.sort_by(|(a, _), (b, _)| a.cmp(b));
+        found.into_iter().map(|(disk, by)| Use { port: port.clone(), disk, by }).collect()
+    }
+
+    /// Who uses a disk that is busy although no table says so: perhaps a mount
+    /// in another mount namespace.
+    fn unseen_use(&self, port: &Port, disk: &Path, storage: &Storage) -> Use {
+        let used = |part: &Path, by| Use { port: port.clone(), disk: name(part), by };
+        let elsewhere =
+            storage.blocks().find_map(|part| Some((part, self.mounted_elsewhere(part)?)));
+        match elsewhere {
+            Some((part, by)) => used(part, by),
+            None => used(disk, UsedBy::Unknown),
+        }
+    }
+
+    /// The storage of the device at a port.
+    fn storage(&self, port: &Port) -> Storage {
+        let mut storage = Storage::default();
+        let mut todo = vec![(self.directory(port), 0)];
+        while let Some((directory, depth)) = todo.pop() {
+            for child in directories(&directory) {
+                let its_name = name(&child);
+                if directory.ends_with("block") {
+                    storage.partitions.extend(partitions(&child));
+                    storage.disks.push(child);
+                } else if CHARACTER.iter().any(|kind| directory.ends_with(kind)) {
+                    storage.characters.push(child);
+                } else if depth < MAX_DEPTH
+                    && its_name.parse::<Port>().is_err()
+                    && !its_name.starts_with("ep_")
+                    && its_name != "power"
+                {
+                    todo.push((child, depth + 1));
+                }
+            }
+        }
+        storage
+    }
+}
+
+/// The partitions of a block device.
+fn partitions(disk: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    directories(disk).filter(|part| part.join("partition").exists())
+}
+
+/// The node of a block device, by its directory: `/dev/sda`. The kernel writes
+/// `!` where a name has a `/` (Linux, drivers/base/core.c).
+fn node_of(part: &Path) -> String {
+    format!("/dev/{}", name(part).replace('!', "/"))
+}
+
+/// The directories in a directory, links left out.
+fn directories(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path())
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests;

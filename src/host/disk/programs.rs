@@ -1,0 +1,79 @@
+//! The programs that have a disk open.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use super::{Host, Storage, name, node_of};
+use crate::host::{Holder, read_if_there};
+
+/// udev looks into every new disk, for a moment, and so it is nobody's use:
+/// its program, and what it calls its processes (systemd, src/udev/).
+const UDEV: [&str; 3] = ["systemd-udevd", "(udev-worker)", "udevd"];
+
+impl Host {
+    /// The programs that have something of a storage open, and what: a disk, a
+    /// partition or a character device. As far as this process may see them;
+    /// where it may not, a lock on the node still tells that there is one.
+    pub(super) fn programs(&self, storage: &Storage) -> Vec<(String, Option<Holder>)> {
+        let node = |is_block| {
+            move |part: &std::path::PathBuf| Some((is_block, number_of(part)?, name(part)))
+        };
+        let blocks = storage.blocks().filter_map(node(true));
+        let nodes: Vec<(bool, u64, String)> =
+            blocks.chain(storage.characters.iter().filter_map(node(false))).collect();
+        let mut found = BTreeSet::new();
+        let this = i32::try_from(std::process::id()).ok();
+        for pid in self.processes() {
+            let descriptors = fs::read_dir(self.path(format!("/proc/{pid}/fd")));
+            for descriptor in descriptors.into_iter().flatten().flatten() {
+                let Ok(file) = fs::metadata(descriptor.path()) else { continue };
+                let kind = file.file_type();
+                if !(kind.is_block_device() || kind.is_char_device()) || Some(pid) == this {
+                    continue;
+                }
+                let is_it = |(is_block, number, _): &&(bool, u64, String)| {
+                    *is_block == kind.is_block_device() && *number == file.rdev()
+                };
+                found.extend(nodes.iter().find(is_it).map(|(_, _, name)| (name.clone(), pid)));
+            }
+        }
+        let holders = found.into_iter().map(|(name, pid)| (name, Some(self.holder(pid))));
+        let is_udev = |holder: &Holder| UDEV.contains(&holder.program.as_str());
+        let mut programs: Vec<_> =
+            holders.filter(|(_, holder)| !holder.as_ref().is_some_and(is_udev)).collect();
+        for part in storage.blocks() {
+            let lock = self.lock_on(part).map(|pid| (name(part), pid.map(|pid| self.holder(pid))));
+            let is_told = |(told, _): &(String, Option<Holder>)| *told == name(part);
+            if !programs.iter().any(is_told) {
+                programs.extend(lock);
+            }
+        }
+        programs
+    }
+
+    /// Whether a program has locked a disk's node, as QEMU does with its
+    /// drives (QEMU, block/file-posix.c, `raw_apply_lock_bytes`), and which one
+    /// if the kernel says so (proc(5), `/proc/locks`). udev's lock is shared.
+    fn lock_on(&self, part: &Path) -> Option<Option<i32>> {
+        let node = fs::metadata(self.path(node_of(part))).ok()?;
+        let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
+        let file = format!("{major:02x}:{minor:02x}:{}", node.ino());
+        let locks = read_if_there(&self.path("/proc/locks")).ok()??;
+        locks.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let [_, kind, _, access, pid, place, ..] = fields.as_slice() else { return None };
+            let counts = matches!((*kind, *access), ("POSIX" | "OFDLCK", _) | ("FLOCK", "WRITE"));
+            let pid = pid.parse().ok().filter(|pid| *pid > 0);
+            (counts && *place == file).then_some(pid)
+        })
+    }
+}
+
+/// The number of a block or character device, by its directory.
+fn number_of(part: &Path) -> Option<u64> {
+    let text = read_if_there(&part.join("dev")).ok()??;
+    let (major, minor) = text.trim_end().split_once(':')?;
+    Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
+}

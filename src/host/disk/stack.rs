@@ -1,0 +1,139 @@
+//! What stands on a block device: a mount, swap space, or another block device
+//! with something on it in turn.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::mounts::Mount;
+use super::{Host, Kind, UsedBy, directories, name, node_of, partitions};
+use crate::host::read_if_there;
+
+/// How many block devices stand on each other, at most.
+const MAX_LAYERS: usize = 8;
+
+/// What the kernel tells of all block devices at once.
+#[derive(Debug, Default)]
+pub(super) struct Tables {
+    mounts: Vec<Mount>,
+    /// The nodes of swap space.
+    swaps: Vec<String>,
+    loops: Vec<Loop>,
+    /// The names of the members of each btrfs that is mounted.
+    btrfs: Vec<Vec<String>>,
+}
+
+#[derive(Debug)]
+struct Loop {
+    directory: PathBuf,
+    file: String,
+    autoclear: bool,
+}
+
+impl Tables {
+    pub fn read(host: &Host) -> Self {
+        let text = |path: &Path| read_if_there(path).ok().flatten().unwrap_or_default();
+        // A container's view may lack what the host's has, and the reverse.
+        let mut mounts = host.mounts("self");
+        mounts.extend(host.mounts("1"));
+        // proc(5), `/proc/swaps`.
+        let swaps = text(&host.path("/proc/swaps"));
+        let swaps = swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next());
+        // Linux, drivers/block/loop.c, `loop_attribute_group`.
+        let blocks = fs::read_dir(host.path("/sys/block")).into_iter().flatten().flatten();
+        let loops = blocks.filter(|entry| entry.file_name().to_string_lossy().starts_with("loop"));
+        let a_loop = |entry: fs::DirEntry| {
+            let directory = entry.path();
+            let file = read_if_there(&directory.join("loop/backing_file")).ok()??;
+            let autoclear = text(&directory.join("loop/autoclear")).trim_end() == "1";
+            Some(Loop { directory, file: file.trim_end_matches('\n').to_owned(), autoclear })
+        };
+        // Linux, fs/btrfs/sysfs.c: a directory for each one, by its UUID.
+        let filesystems = directories(&host.path("/sys/fs/btrfs"));
+        let members = |filesystem: PathBuf| {
+            let links = fs::read_dir(filesystem.join("devices")).into_iter().flatten().flatten();
+            links.map(|link| link.file_name().to_string_lossy().into_owned()).collect()
+        };
+        Tables {
+            mounts,
+            swaps: swaps.map(str::to_owned).collect(),
+            loops: loops.filter_map(a_loop).collect(),
+            btrfs: filesystems.map(members).collect(),
+        }
+    }
+
+    /// The places where a block device is mounted, the last one mounted first.
+    fn places<'a>(&'a self, number: &'a str, node: &'a str) -> impl Iterator<Item = &'a str> {
+        let mounts = self.mounts.iter().rev().filter(move |mount| mount.is_of(number, node));
+        mounts.map(|mount| mount.place.as_str())
+    }
+
+    /// The btrfs that a block device is a member of: the nodes of all members.
+    fn members(&self, part: &Path) -> Option<impl Iterator<Item = String>> {
+        let its_name = name(part);
+        let members = self.btrfs.iter().find(|members| members.contains(&its_name))?;
+        Some(members.iter().map(|member| node_of(Path::new(member))))
+    }
+}
+
+impl Host {
+    /// What a block device is used by, by its directory in sysfs.
+    pub(super) fn used_by(&self, part: &Path, tables: &Tables, layer: usize) -> Option<UsedBy> {
+        if layer > MAX_LAYERS {
+            return Some(UsedBy::Unknown);
+        }
+        let node = node_of(part);
+        let mut holders = fs::read_dir(part.join("holders")).into_iter().flatten().flatten();
+        if let Some(holder) = holders.next() {
+            let directory = holder.path();
+            let text =
+                |file| Some(read_if_there(&directory.join(file)).ok()??.trim_end().to_owned());
+            let of = holder.file_name().to_string_lossy().into_owned();
+            let kind = Kind::of(&of, text("dm/uuid").as_deref());
+            let by = self.used_by(&directory, tables, layer + 1).map(Box::new);
+            return Some(UsedBy::Part { of, kind, label: text("dm/name"), by });
+        }
+        if let Some(found) = tables.loops.iter().find(|found| found.file == node) {
+            let Loop { directory, autoclear, .. } = found;
+            let parts = std::iter::once(directory.clone()).chain(partitions(directory));
+            let by = parts.filter_map(|part| self.used_by(&part, tables, layer + 1)).next();
+            let kind = Kind::Loop { autoclear: *autoclear };
+            return Some(UsedBy::Part {
+                of: name(directory),
+                kind,
+                label: None,
+                by: by.map(Box::new),
+            });
+        }
+        let number = read_if_there(&part.join("dev")).ok()??;
+        if let Some(place) = tables.places(number.trim_end(), &node).last() {
+            return Some(UsedBy::Mount(place.to_owned()));
+        }
+        if let Some(mut members) = tables.members(part) {
+            let place = members.find_map(|node| tables.places("", &node).last().map(str::to_owned));
+            return Some(UsedBy::Btrfs(place));
+        }
+        if tables.swaps.contains(&node) {
+            return Some(UsedBy::Swap);
+        }
+        // A device that was registered (Linux, drivers/md/bcache/sysfs.c).
+        if part.join("bcache").exists() {
+            return Some(UsedBy::Bcache);
+        }
+        self.zfs_pool(part).map(UsedBy::Zfs)
+    }
+
+    /// The imported ZFS pool that a block device is a part of: udev knows its
+    /// name (libblkid, `zfs_member`), and ZFS lists those it has imported.
+    fn zfs_pool(&self, part: &Path) -> Option<String> {
+        let pools = self.path("/proc/spl/kstat/zfs");
+        if !pools.exists() {
+            return None;
+        }
+        let device = udev::Device::from_syspath(&part.canonicalize().ok()?).ok()?;
+        let property = |name: &str| Some(device.property_value(name)?.to_str()?.to_owned());
+        let is_member = property("ID_FS_TYPE")? == "zfs_member";
+        let pool = property("ID_FS_LABEL")?;
+        let is_name = !pool.contains('/') && !pool.starts_with('.');
+        (is_member && is_name && pools.join(&pool).is_dir()).then_some(pool)
+    }
+}

@@ -1,0 +1,219 @@
+//! What a disk can be used by, in words, and what to do about it.
+
+use std::fmt;
+
+use crate::host::Holder;
+use crate::text::escape;
+use crate::usb::Port;
+
+/// A disk, or a partition of it, in use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Use {
+    /// The device's port.
+    pub port: Port,
+    /// The disk's or partition's name, `sda1`.
+    pub disk: String,
+    /// By what.
+    pub by: UsedBy,
+}
+
+/// What a disk is used by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UsedBy {
+    /// Mounted there.
+    Mount(String),
+    /// Mounted there, in the mount namespace of that process.
+    MountElsewhere(String, Holder),
+    /// A member of the btrfs that is mounted there, if that is known.
+    Btrfs(Option<String>),
+    /// The host swaps to it.
+    Swap,
+    /// Part of another block device, and what that is used by.
+    Part {
+        /// The other block device's name, `dm-0`.
+        of: String,
+        /// Its kind.
+        kind: Kind,
+        /// The name that device-mapper has for it, `luks-1`.
+        label: Option<String>,
+        /// What it is used by in turn.
+        by: Option<Box<UsedBy>>,
+    },
+    /// The cache of a bcache, or what one keeps its cache of.
+    Bcache,
+    /// Part of the ZFS pool of this name.
+    Zfs(String),
+    /// Open in that program, if it can be seen.
+    Program(Option<Holder>),
+    /// Claimed by something that cannot be found.
+    Unknown,
+}
+
+/// The kind of a block device that is made of others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A loop device (losetup(8)).
+    Loop {
+        /// Whether it goes by itself when nothing uses it any more.
+        autoclear: bool,
+    },
+    /// Opened by cryptsetup(8).
+    Crypt,
+    /// A logical volume of LVM (lvm(8)).
+    Lvm,
+    /// Another device of device-mapper (dmsetup(8)).
+    Mapper,
+    /// An array (md(4)).
+    Array,
+    /// A bcache.
+    Bcache,
+    /// Something else.
+    Other,
+}
+
+impl Kind {
+    /// By its name, and by the UUID that device-mapper has for it, whose
+    /// beginning says who made it (libdevmapper.h, `dm_tree_node`; Linux,
+    /// drivers/md/dm-sysfs.c).
+    pub(super) fn of(name: &str, uuid: Option<&str>) -> Self {
+        match uuid {
+            Some(uuid) if uuid.starts_with("CRYPT-") => Kind::Crypt,
+            Some(uuid) if uuid.starts_with("LVM-") => Kind::Lvm,
+            _ if name.starts_with("dm-") => Kind::Mapper,
+            _ if name.starts_with("md") => Kind::Array,
+            _ if name.starts_with("bcache") => Kind::Bcache,
+            _ => Kind::Other,
+        }
+    }
+}
+
+impl fmt::Display for Use {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Use { port, disk, by } = self;
+        let disk = escape(disk);
+        match by {
+            UsedBy::Program(_) | UsedBy::Unknown => {
+                write!(f, "{port}: its disk is in use: {disk} is {by}")
+            }
+            _ => write!(f, "{port}: the host uses its disk: {disk} is {by}"),
+        }
+    }
+}
+
+impl fmt::Display for UsedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            UsedBy::Mount(place) => write!(f, "mounted on {}", escape(place)),
+            UsedBy::MountElsewhere(place, process) => {
+                let place = escape(place);
+                write!(f, "mounted on {place} in the mount namespace of {process}")
+            }
+            UsedBy::Btrfs(Some(place)) => write!(f, "part of the btrfs on {}", escape(place)),
+            UsedBy::Btrfs(None) => write!(f, "part of a btrfs that is mounted"),
+            UsedBy::Swap => write!(f, "swap space"),
+            UsedBy::Part { of, kind, label, by } => {
+                match kind {
+                    Kind::Loop { .. } => write!(f, "behind the loop device {}", escape(of))?,
+                    _ => write!(f, "part of {}", escape(of))?,
+                }
+                if let Some(label) = label {
+                    write!(f, " ({})", escape(label))?;
+                }
+                match by {
+                    Some(by) => write!(f, ", which is {by}"),
+                    None => Ok(()),
+                }
+            }
+            UsedBy::Bcache => write!(f, "part of a bcache"),
+            UsedBy::Zfs(pool) => write!(f, "part of the ZFS pool {}", escape(pool)),
+            UsedBy::Program(Some(program)) => write!(f, "open in {program}"),
+            UsedBy::Program(None) => write!(f, "open in a program that this user may not see"),
+            UsedBy::Unknown => write!(
+                f,
+                "claimed, and nothing that this user may see tells by what (perhaps a mount in a container)"
+            ),
+        }
+    }
+}
+
+impl Use {
+    /// What to do so that the disk is free: `unmount it`. Without a full stop.
+    pub fn advice(&self) -> String {
+        self.by.advice(&self.disk).unwrap_or_else(|| "stop what uses it".to_owned())
+    }
+}
+
+impl UsedBy {
+    fn advice(&self, disk: &str) -> Option<String> {
+        let disk = escape(disk);
+        Some(match self {
+            UsedBy::Mount(_) | UsedBy::MountElsewhere(..) | UsedBy::Btrfs(_) => {
+                "unmount it".to_owned()
+            }
+            UsedBy::Swap => format!("`swapoff /dev/{disk}`"),
+            UsedBy::Part { of, kind, label, by } => {
+                let of = escape(of);
+                let label = escape(label.as_deref().unwrap_or(&of)).into_owned();
+                let end = match kind {
+                    Kind::Loop { autoclear: true } if by.is_some() => None,
+                    Kind::Loop { .. } => Some(format!("`losetup --detach /dev/{of}`")),
+                    Kind::Crypt => Some(format!("`cryptsetup close {label}`")),
+                    Kind::Lvm => Some(format!(
+                        "deactivate its volume group (`lvchange -an /dev/mapper/{label}`)"
+                    )),
+                    Kind::Mapper => Some(format!("`dmsetup remove {label}`")),
+                    Kind::Array => Some(format!("stop the array (`mdadm --stop /dev/{of}`)")),
+                    Kind::Bcache => Some(format!("stop the bcache (/sys/block/{of}/bcache/stop)")),
+                    Kind::Other => Some(format!("stop what uses {of}")),
+                };
+                let first = by.as_ref().and_then(|by| by.advice(&of));
+                let steps: Vec<String> = first.into_iter().chain(end).collect();
+                return (!steps.is_empty()).then(|| steps.join(", then "));
+            }
+            UsedBy::Bcache => "stop the bcache, or unregister its cache".to_owned(),
+            UsedBy::Zfs(pool) => format!("`zpool export {}`", escape(pool)),
+            UsedBy::Program(Some(program)) => format!("have {program} close it"),
+            UsedBy::Program(None) => "close it there".to_owned(),
+            UsedBy::Unknown => return None,
+        })
+    }
+
+    /// The word for it in JSON documents.
+    pub fn word(&self) -> &'static str {
+        match self {
+            UsedBy::Mount(_) | UsedBy::MountElsewhere(..) => "mount",
+            UsedBy::Btrfs(_) => "btrfs",
+            UsedBy::Swap => "swap",
+            UsedBy::Part { kind: Kind::Loop { .. }, .. } => "loop",
+            UsedBy::Part { .. } => "holder",
+            UsedBy::Bcache => "bcache",
+            UsedBy::Zfs(_) => "zfs",
+            UsedBy::Program(_) => "program",
+            UsedBy::Unknown => "unknown",
+        }
+    }
+
+    /// Where it is mounted, of what it is a part, or which program has it.
+    pub fn what(&self) -> Option<String> {
+        match self {
+            UsedBy::Mount(place) | UsedBy::MountElsewhere(place, _) => Some(place.clone()),
+            UsedBy::Btrfs(place) => place.clone(),
+            UsedBy::Part { of, label: Some(label), .. } => Some(format!("{of} ({label})")),
+            UsedBy::Part { of, .. } => Some(of.clone()),
+            UsedBy::Zfs(pool) => Some(pool.clone()),
+            UsedBy::Program(program) => program.as_ref().map(ToString::to_string),
+            UsedBy::Swap | UsedBy::Bcache | UsedBy::Unknown => None,
+        }
+    }
+
+    /// Whether it is free once all that is mounted is unmounted.
+    pub fn ends_with_its_mounts(&self) -> bool {
+        match self {
+            UsedBy::Mount(_) | UsedBy::Btrfs(Some(_)) => true,
+            UsedBy::Part { kind: Kind::Loop { autoclear: true }, by: Some(by), .. } => {
+                by.ends_with_its_mounts()
+            }
+            _ => false,
+        }
+    }
+}
