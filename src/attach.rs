@@ -6,7 +6,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use crate::error::Error;
-use crate::host::{self, Claims, Host, Node, blocking};
+use crate::host::{self, Claims, Host, Look, Node, blocking};
 use crate::qemu::qmp::Version;
 use crate::qemu::{Access, Attachment, GuestPort, NoGuestPort, Placement, Vm};
 use crate::usb::{Address, Device, DeviceId};
@@ -37,8 +37,10 @@ pub struct Options {
     pub open: Open,
     /// Give the VM a controller if it has no port for the device.
     pub add_controller: bool,
-    /// Attach it even if the host uses its disks.
+    /// Attach it even if it is in use, or not authorized.
     pub force: bool,
+    /// How well to look for somebody else who has it.
+    pub look: Look,
     /// Do all but change something.
     pub dry_run: bool,
     /// Open the device on a thread of its own, disk or not: for who has other
@@ -70,6 +72,9 @@ pub async fn attach(
     if device.is_hub() {
         return Err(Error::Hub(device.clone()));
     }
+    if !options.force && !host.is_authorized(&device.port) {
+        return Err(host::Error::NotAuthorized(device.clone()).into());
+    }
     let id = DeviceId::for_port(&device.port);
     let speed = host.speed(&device.port);
     let probe = vm.probe(&id, speed, &options.placement).await?;
@@ -88,6 +93,11 @@ pub async fn attach(
         // By what it had before, and should have closed.
         vm.drop_descriptors().await?;
         node = host.open(device.address)?;
+    }
+    let owner = if is_held || options.force { None } else { host.owner(device, options.look) };
+    if let Some(owner) = owner {
+        let (device, owner) = (device.clone(), Box::new(owner));
+        return Err(host::Error::Claimed { device, owner }.into());
     }
     let access = access(host, vm, device, options.open, node)?;
     if probe.present.is_some() && !options.dry_run {

@@ -6,6 +6,7 @@ use super::{Context, options};
 use crate::attach::{self, Attached, Options};
 use crate::cli::Attach;
 use crate::error::Error;
+use crate::host::Look;
 use crate::qemu::Vm;
 use crate::text::escape;
 use crate::ui::output::together;
@@ -14,7 +15,7 @@ use crate::usb::{Device, DeviceId, Selector};
 /// Attaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
     let address = context.vm(&arguments.vm)?;
-    let options = options::options(&arguments.how, arguments.dry_run)?;
+    let options = options::options(&arguments.how, arguments.dry_run, Look::Thorough)?;
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
     let mut errors = Vec::new();

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use crate::attach::{Open, Options};
 use crate::cli::{self, How};
 use crate::error::Error;
+use crate::host::Look;
 use crate::policy::rule::reserved_option;
 use crate::qemu::Placement;
 use crate::text::escape;
@@ -19,7 +20,7 @@ const TEXT: [&str; 2] = ["pcap", "serial"];
 /// # Errors
 ///
 /// [`Error::Usage`] names the option that is wrong.
-pub fn options(how: &How, dry_run: bool) -> Result<Options, Error> {
+pub fn options(how: &How, dry_run: bool, look: Look) -> Result<Options, Error> {
     let mut properties = Map::new();
     for option in &how.options {
         let (name, value) = property(option)?;
@@ -36,6 +37,7 @@ pub fn options(how: &How, dry_run: bool) -> Result<Options, Error> {
         open,
         add_controller: how.add_controller,
         force: how.force,
+        look,
         dry_run,
         blocking: false,
     })

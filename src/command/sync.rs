@@ -10,7 +10,7 @@ use tracing::{debug, info};
 use super::Context;
 use crate::cli::Sync;
 use crate::error::Error;
-use crate::host::Host;
+use crate::host::{Host, Look};
 use crate::policy::{Policy, Table};
 use crate::qemu::{Vm, VmAddress};
 use crate::reconcile::{self, Done, Handled, InVm, Step, Vms};
@@ -161,7 +161,8 @@ impl Job {
     }
 
     fn vms(&self) -> Vms<'_> {
-        Vms { host: &self.host, policy: &self.policy, dry_run: self.dry_run }
+        let (host, policy, dry_run) = (&self.host, &self.policy, self.dry_run);
+        Vms { host, policy, dry_run, look: Look::Thorough }
     }
 
     async fn look(&self, address: &VmAddress) -> Result<BTreeMap<Port, InVm>, Error> {

@@ -9,6 +9,7 @@ use super::{Context, options};
 use crate::attach::{self, Attached, Options};
 use crate::cli::Udev;
 use crate::error::Error;
+use crate::host::Look;
 use crate::qemu::{Vm, VmAddress};
 use crate::text::{chain, escape};
 use crate::usb::{Action, Device, DeviceId, HotplugEvent};
@@ -43,7 +44,7 @@ async fn act(
     start: Instant,
 ) -> Result<(), Error> {
     let address = context.vm(&arguments.vm)?;
-    let options = options::options(&arguments.how, false)?;
+    let options = options::options(&arguments.how, false, Look::Quick)?;
     match event.action {
         Action::Add => {
             add(context, &address, &context.host.device_of(event)?, &options, start).await

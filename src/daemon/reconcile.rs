@@ -11,6 +11,7 @@ use super::queue::Work;
 use super::worker::Worker;
 use crate::attach::Attached;
 use crate::error::Error;
+use crate::host::Look;
 use crate::policy::{HostDevice, Policy};
 use crate::qemu::Vm;
 use crate::qemu::qmp::ErrorKind;
@@ -99,7 +100,7 @@ impl Worker {
 
     /// What [`reconcile`] needs to know besides the VM.
     fn vms<'a>(&'a self, policy: &'a Policy) -> Vms<'a> {
-        Vms { host: &self.shared.host, policy, dry_run: false }
+        Vms { host: &self.shared.host, policy, dry_run: false, look: Look::Quick }
     }
 
     /// Makes one port right.

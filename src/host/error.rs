@@ -61,14 +61,14 @@ pub enum Error {
     },
     /// Something uses a disk of the device.
     #[error("{0}; {advice} first, or use --force and lose what was not written", advice = .0.advice())]
-    InUse(Use),
+    InUse(Box<Use>),
     /// A program, or a VM that got it without this tool, has the device.
     #[error("{device} is in use by {owner}; {}", .owner.advice())]
     Claimed {
         /// The device.
         device: Device,
         /// Whose it is.
-        owner: Owner,
+        owner: Box<Owner>,
     },
     /// The kernel lets nobody use the device.
     #[error("{0} is not authorized on this host, so that no guest could use it; write 1 to \

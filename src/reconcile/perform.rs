@@ -7,7 +7,7 @@ use tracing::debug;
 use super::{AtPort, InVm, Leftover, Life, Step, decide};
 use crate::attach::{self, Attached, Options};
 use crate::error::Error;
-use crate::host::Host;
+use crate::host::{Host, Look};
 use crate::policy::{Assignment, HostDevice, Policy};
 use crate::qemu::{Placement, Vm};
 use crate::usb::{Address, Device, DeviceId, Port};
@@ -21,6 +21,8 @@ pub struct Vms<'a> {
     pub policy: &'a Policy,
     /// Change nothing.
     pub dry_run: bool,
+    /// How well to look for somebody else who has a device.
+    pub look: Look,
 }
 
 /// What was done at a port, or in a dry run, what would be.
@@ -107,7 +109,8 @@ async fn attach(
     device: &Device,
     assignment: &Assignment,
 ) -> Result<Done, Error> {
-    let options = Options { dry_run: vms.dry_run, ..options(vms.policy, assignment) };
+    let Vms { dry_run, look, .. } = vms;
+    let options = Options { dry_run, look, ..options(vms.policy, assignment) };
     let attached = attach::attach(vms.host, vm, device, &options).await?;
     Ok(Done::Attached(device.clone(), attached))
 }

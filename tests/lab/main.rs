@@ -42,6 +42,7 @@ mod claims;
 mod completions;
 mod controllers;
 mod daemon;
+mod disks;
 mod gadget;
 mod hardware;
 mod host;
@@ -53,6 +54,7 @@ mod list;
 mod machine;
 mod man;
 mod outside;
+mod owners;
 mod qmp;
 mod refused;
 mod remote;
@@ -124,6 +126,8 @@ fn all_tests() -> impl Iterator<Item = Test> {
         by_udev_rule::TESTS,
         attach::TESTS,
         refused::TESTS,
+        owners::TESTS,
+        disks::TESTS,
         by_hand::TESTS,
         claims::TESTS,
         completions::TESTS,

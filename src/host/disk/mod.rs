@@ -66,7 +66,7 @@ impl Host {
         let storage = self.storage(port);
         // All tables for all disks, before anything is guessed.
         if let Some(used) = self.uses_of(port, &storage).into_iter().next() {
-            return Err(Error::InUse(used));
+            return Err(Error::InUse(Box::new(used)));
         }
         let mut claims = Vec::new();
         for disk in &storage.disks {
@@ -80,7 +80,8 @@ impl Host {
             match fs::OpenOptions::new().read(true).custom_flags(flags).open(node) {
                 Ok(file) => claims.push(file.into()),
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                    return Err(Error::InUse(self.unseen_use(port, disk, &storage)));
+                    let used = self.unseen_use(port, disk, &storage);
+                    return Err(Error::InUse(Box::new(used)));
                 }
                 // No medium, no right to open it, no node: what the tables
                 // above said must do.

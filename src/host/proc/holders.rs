@@ -62,7 +62,9 @@ impl Host {
         let descriptors = fs::read_dir(self.path(format!("/proc/{pid}/fd"))).ok()?;
         let node = |descriptor: fs::DirEntry| {
             let number = descriptor.file_name().to_str()?.parse().ok()?;
-            Some((number, address_of(&fs::metadata(descriptor.path()).ok()?)?))
+            let file = fs::metadata(descriptor.path()).ok()?;
+            // A node without a name is that of an earlier device.
+            Some((number, address_of(&file).filter(|_| file.nlink() > 0)?))
         };
         Some(descriptors.flatten().filter_map(node).collect())
     }

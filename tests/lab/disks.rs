@@ -1,0 +1,138 @@
+//! Who uses a disk, beyond mounts and swap space: it is found and named, and the advice fits.
+
+use crate::hardware::{Hardware, Plugged, Stick, xhci};
+use crate::tool::{Outcome, run};
+use crate::vm::Vm;
+use crate::wait::wait_until;
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+crate::tests![
+    a_disk_behind_a_loop_device_is_refused,
+    a_disk_that_a_program_has_open_is_refused,
+    a_disk_that_is_another_vms_drive_is_refused,
+    a_character_device_of_a_disk_that_is_open_is_refused,
+    a_mount_in_another_namespace_is_named,
+];
+
+const MOUNT_POINT: &str = "/run/mount";
+
+fn a_disk_behind_a_loop_device_is_refused() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    must("modprobe", &["loop"]);
+    must("mount", &["-o", "loop", &disk, MOUNT_POINT]);
+    let refused = attach(&vm, &stick).exits(7).stderr;
+    let expected = format!("which is mounted on {MOUNT_POINT}; unmount it first");
+    assert!(refused.contains("behind the loop device") && refused.contains(&expected), "{refused}");
+    must("umount", &[MOUNT_POINT]);
+    wait_until("the loop device lets go", || {
+        fs::read_dir("/sys/block")
+            .unwrap()
+            .flatten()
+            .all(|d| !d.path().join("loop/backing_file").exists())
+    });
+    must("losetup", &["/dev/loop0", &disk]);
+    let refused = attach(&vm, &stick).exits(7).stderr;
+    assert!(refused.contains("`losetup --detach /dev/loop0` first"), "{refused}");
+    must("losetup", &["--detach", "/dev/loop0"]);
+    attach(&vm, &stick).succeeds();
+    vm.gets(&[&stick]);
+}
+
+fn a_disk_that_a_program_has_open_is_refused() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    let mut dd =
+        Command::new("dd").arg(format!("of={disk}")).stdin(Stdio::piped()).spawn().unwrap();
+    opens(&dd, &disk);
+    let refused = attach(&vm, &stick).exits(7).stderr;
+    let program = format!("sda is open in process {} (dd); have process", dd.id());
+    assert!(refused.contains(&program), "{refused}");
+    vm.loses_all();
+    let listed = run(["list", "--json"]).succeeds().stdout;
+    assert!(listed.contains("\"program\""), "{listed}");
+    drop(dd.stdin.take());
+    dd.wait().unwrap();
+    attach(&vm, &stick).succeeds();
+}
+
+fn a_disk_that_is_another_vms_drive_is_refused() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    let drive = format!("file={disk},format=raw,if=none,id=drive");
+    let own = Vm::new("own").argument("-drive", &drive).start();
+    let refused = attach(&vm, &stick).exits(7).stderr;
+    let owner = format!("sda is open in VM own (process {})", own.pid());
+    assert!(refused.contains(&owner), "{refused}");
+    // With the rights of the unit only the lock on it shows.
+    let unit = "--bounding-set -all,+dac_override --inh-caps -all --no-new-privs";
+    let refused = Command::new("setpriv")
+        .args(unit.split(' '))
+        .args([crate::tool::PROGRAM, "attach", &vm.socket(), &stick.port])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("open in a program that this user may not see"), "{said}");
+    assert_eq!(refused.status.code(), Some(7));
+    own.kill();
+    attach(&vm, &stick).succeeds();
+}
+
+fn a_character_device_of_a_disk_that_is_open_is_refused() {
+    let (_hardware, vm, stick, _disk) = stick_with_filesystem();
+    must("modprobe", &["sg"]);
+    wait_until("sg0 is there", || Path::new("/dev/sg0").exists());
+    let mut cat = Command::new("sh").args(["-c", "exec sleep 1000 <>/dev/sg0"]).spawn().unwrap();
+    opens(&cat, "/dev/sg0");
+    let refused = attach(&vm, &stick).exits(7).stderr;
+    assert!(refused.contains(&format!("sg0 is open in process {} (sleep)", cat.id())), "{refused}");
+    cat.kill().unwrap();
+    cat.wait().unwrap();
+    attach(&vm, &stick).succeeds();
+}
+
+fn a_mount_in_another_namespace_is_named() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    let script = "mount \"$0\" /mnt && echo mounted && exec cat";
+    let mut elsewhere = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script, &disk])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = [0; 8];
+    std::io::Read::read_exact(elsewhere.stdout.as_mut().unwrap(), &mut said).expect("mounted");
+    let refused = attach(&vm, &stick).exits(7).stderr;
+    let place =
+        format!("sda is mounted on /mnt in the mount namespace of process {}", elsewhere.id());
+    assert!(refused.contains(&place), "{refused}");
+    drop(elsewhere.stdin.take());
+    elsewhere.wait().unwrap();
+    attach(&vm, &stick).succeeds();
+}
+
+fn stick_with_filesystem() -> (Hardware, Vm, Plugged, String) {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1").mebibytes(4), xhci(3));
+    let disk = stick.disk().to_str().unwrap().to_owned();
+    must("mkfs.ext4", &["-q", &disk]);
+    fs::create_dir_all(MOUNT_POINT).unwrap();
+    (hardware, vm, stick, disk)
+}
+
+fn opens(program: &Child, node: &str) {
+    wait_until(&format!("it has {node} open"), || {
+        let open = fs::read_dir(format!("/proc/{}/fd", program.id())).unwrap().flatten();
+        open.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|path| path == Path::new(node))
+    });
+}
+
+fn attach(vm: &Vm, stick: &Plugged) -> Outcome {
+    run(["attach", &vm.socket(), &stick.port])
+}
+
+#[track_caller]
+fn must(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().expect(program);
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+}
