@@ -304,6 +304,11 @@ pub struct Rule {
     #[arg(long, value_enum, default_value_t)]
     pub by: By,
 
+    /// Name ports by bus number, `1-1.2`: shorter, but after the next boot
+    /// that may be another port.
+    #[arg(long)]
+    pub bus_number: bool,
+
     /// Wait until a device is plugged in, and take that.
     #[arg(long)]
     pub learn: bool,

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 
 use serde::Serialize;
 use tokio::task::JoinSet;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::Context;
 use crate::cli::Sync;
@@ -58,6 +58,9 @@ struct Job {
 /// Syncs every VM it can, all at the same time, then reports what failed.
 pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
     let policy = Policy::new(context.config()?);
+    if let Some(told) = policy.by_number(&context.host).filter(|_| arguments.dry_run) {
+        warn!("{}: {told}", escape(&context.config.to_string_lossy()));
+    }
     let table = policy.table(&context.host)?;
     let vms = vms(context, &policy, &arguments.vms)?;
     let (host, timeout, dry_run) = (context.host.clone(), context.timeout, arguments.dry_run);

@@ -27,7 +27,7 @@ use crate::host::events::{Batch, Events, Source};
 use crate::policy::Policy;
 use crate::policy::config::Config;
 use crate::qemu::VmAddress;
-use crate::text::chain;
+use crate::text::{chain, escape};
 use crate::usb::{Action, HotplugEvent};
 use queue::Work;
 use shared::{Shared, Status};
@@ -82,6 +82,9 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
     let mut terminate = on(SignalKind::terminate())?;
     let mut interrupt = on(SignalKind::interrupt())?;
     let policy = Policy::new(settings.config()?);
+    if let Some(told) = policy.by_number(&settings.host) {
+        warn!("{}: {told}", escape(&settings.config.to_string_lossy()));
+    }
     let run = async {
         let mut watch = Watch::start(settings, policy)?;
         let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());

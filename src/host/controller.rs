@@ -101,9 +101,11 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    /// A host with these controllers: a directory below `/sys/devices`, the
-    /// buses its parts are on, and each root hub's number, protocol and speed.
-    fn host(controllers: &[(&str, &[&str], &[(u16, &str, &str)])]) -> (tempfile::TempDir, Host) {
+    /// A controller: its directory below `/sys/devices`, the buses its parts
+    /// are on, and each root hub's number, protocol and speed.
+    type Controller<'a> = (&'a str, &'a [&'a str], &'a [(u16, &'a str, &'a str)]);
+
+    fn host(controllers: &[Controller]) -> (tempfile::TempDir, Host) {
         let root = tempfile::tempdir().unwrap();
         let devices = root.path().join("sys/devices");
         let list = root.path().join("sys/bus/usb/devices");

@@ -1,6 +1,7 @@
 //! Which device belongs where: the configuration, its rules, and both applied
 //! to the host's devices.
 
+mod by_number;
 pub mod config;
 pub mod rule;
 
@@ -8,6 +9,7 @@ use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 
+pub use self::by_number::ByNumber;
 use self::config::Config;
 use self::rule::{Effect, Facts, Needs, Rule, Target};
 use crate::host::{self, Host};
@@ -51,6 +53,11 @@ impl Policy {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The rules that name ports by bus number, to be told once.
+    pub fn by_number(&self, host: &Host) -> Option<ByNumber> {
+        ByNumber::of(&self.config.rules, host)
     }
 
     /// Whether a rule asks what only udev knows.

@@ -22,7 +22,7 @@ const VERIFY_SINCE: u32 = 254;
 
 /// Writes the rule, checks it, and has udev read it.
 pub fn install(context: &Context, what: &What, vm: &str, rule: &str) -> Result<(), Error> {
-    let path = Path::new(RULES).join(file_name(what, vm));
+    let path = Path::new(RULES).join(file_name(&what.label(), vm));
     let before = present(&path, &comment(what, vm))?;
     write(&path, rule).map_err(|source| cannot(&path, source))?;
     if let Err(complaint) = verified(&path) {
@@ -41,16 +41,17 @@ pub fn install(context: &Context, what: &What, vm: &str, rule: &str) -> Result<(
         warn!("udev could not be told; `udevadm control --reload` tells it, or the next boot");
     }
     warn_of_others();
+    warn_of_bus_number(what, vm, &path);
     context.say(format_args!("to undo: rm {shown} && udevadm control --reload"))
 }
 
 /// After 50-udev-default, and so that the file says what it is for.
-fn file_name(what: &What, vm: &str) -> String {
+fn file_name(label: &str, vm: &str) -> String {
     let stem = Path::new(vm).file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
     let name = if vm.contains('/') { &stem } else { vm };
     let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
     let name: String = name.chars().take(64).map(plain).collect();
-    format!("90-usb-qmp-hotplug-{name}-{}.rules", what.label())
+    format!("90-usb-qmp-hotplug-{name}-{label}.rules")
 }
 
 /// What the file holds now. Only what this command wrote for the same VM and
@@ -125,6 +126,17 @@ fn warn_of_others() {
             "udev runs {program} as root, and others than root may change {theirs}; put the \
              program into /usr/local/bin and install the rule from there"
         );
+    }
+}
+
+/// A rule for the same port by its bus number may be there from before.
+fn warn_of_bus_number(what: &What, vm: &str, path: &Path) {
+    let Some(label) = what.label_by_number() else { return };
+    let before = Path::new(RULES).join(file_name(&label, vm));
+    let ours = |text: String| text.starts_with("# usb-qmp-hotplug: ");
+    if before != path && fs::read_to_string(&before).is_ok_and(ours) {
+        let before = before.display();
+        warn!("{before} is a rule for this port by its bus number; remove it: rm {before}");
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod install;
 mod learn;
+mod socket;
 mod toml;
 mod udev;
 mod what;
@@ -10,15 +11,16 @@ mod what;
 use std::path::Path;
 use std::time::Duration;
 
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Context, seconds};
-use crate::cli::{By, Rule};
+use crate::cli::Rule;
 use crate::error::Error;
+use crate::host::Host;
 use crate::policy::config::DEFAULT_PATH;
 use crate::qemu::VmAddress;
 use crate::ui::output::print;
-use what::What;
+use what::{Naming, What};
 
 /// What `--timeout` is when nothing is said.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,17 +39,19 @@ struct RuleVm {
 /// Prints the rule, or installs it.
 pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
     let vm = vm(context, &arguments.vm)?;
+    let naming = Naming { by: arguments.by, bus_number: arguments.bus_number };
     let what = match &arguments.device {
-        Some(device) => What::named(&context.host, &device.parse()?, arguments.by)?,
+        Some(device) => What::named(&context.host, &device.parse()?, naming)?,
         None => {
             let wait = seconds("--wait", &arguments.wait)?;
             let device = learn::plugged(context, wait).await?;
-            What::of_device(&context.host, &device, arguments.by)?
+            What::of_device(&context.host, &device, naming)?
         }
     };
     if let What::Below(_) = what {
         info!("{what}: hubs stay with the host, what is behind them goes to the VM");
     }
+    warn_of_numbers(&context.host, &what);
     if arguments.toml {
         return print(&toml::configuration(context, &what, &vm)?);
     }
@@ -57,13 +61,26 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
     }
     install::install(context, &what, &vm.name, &rule)?;
     let ports = match &what {
-        What::Port(ports) if arguments.by == By::Port => ports.as_slice(),
+        What::Port(socket) => socket.ports.as_slice(),
         _ => &[],
     };
     if let Some(device) = ports.iter().find_map(|port| context.host.device(port).ok()?) {
         info!("{device} is plugged in already; `attach` takes it now, or plug it in again");
     }
     Ok(())
+}
+
+/// Says once that a rule goes by bus number, and what would stay.
+fn warn_of_numbers(host: &Host, what: &What) {
+    let (What::Port(socket) | What::Below(socket)) = what else { return };
+    if socket.place.is_some() {
+        return;
+    }
+    let instead = match socket.ports.first().and_then(|port| host.port_path(port)) {
+        Some(path) => format!("without --bus-number the rule names {path}"),
+        None => "its controller has no name that stays".to_owned(),
+    };
+    warn!("after the next boot {} may be another port; {instead}", socket.numbers());
 }
 
 /// The VM of a name or a path.

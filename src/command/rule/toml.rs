@@ -34,15 +34,11 @@ pub fn configuration(context: &Context, what: &What, vm: &RuleVm) -> Result<Stri
     if let Some(first) = comment.get(..1).map(str::to_uppercase) {
         comment.replace_range(..1, &first);
     }
-    toml += &format!("# {comment}.\n[[rule]]\nvm = {}\n", string(&name));
+    toml += &format!("# {comment}.\n{}[[rule]]\nvm = {}\n", what.numbers(), string(&name));
     // Writing to a String cannot fail.
     let _ = match what {
-        What::Port(ports) => {
-            ports.iter().take(1).try_for_each(|p| writeln!(toml, "port = \"{p}\""))
-        }
-        What::Below(ports) => {
-            ports.iter().take(1).try_for_each(|p| writeln!(toml, "port = \"{p}.*\""))
-        }
+        What::Port(socket) => writeln!(toml, "port = \"{}\"", socket.name()),
+        What::Below(socket) => writeln!(toml, "port = \"{}.*\"", socket.name()),
         What::Product(id) => {
             writeln!(toml, "vendor = \"{:04x}\"\nproduct = \"{:04x}\"", id.vendor, id.product)
         }
@@ -111,6 +107,7 @@ fn string(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::socket::{Place, Socket};
     use super::*;
     use crate::host::Host;
     use crate::policy::rule::{Effect, Facts};
@@ -133,16 +130,27 @@ mod tests {
 
     #[test]
     fn it_is_a_configuration_with_one_rule() {
-        let ports = ["1-1.2", "2-1.2"].map(|port| port.parse().unwrap()).to_vec();
-        let (text, config) = made(&What::Port(ports), "/run/qemu/win11.qmp");
+        let socket = Socket {
+            ports: ["1-1.2", "2-1.2"].map(|port| port.parse().unwrap()).to_vec(),
+            place: Some(Place {
+                paths: ["2", "3"]
+                    .map(|half| format!("pci-0000:00:14.0-usbv{half}-0:1.2").parse().unwrap())
+                    .to_vec(),
+                controller: "/devices/pci0000:00/0000:00:14.0".into(),
+                revisions: vec![2, 3],
+            }),
+        };
+        let (text, config) = made(&What::Port(socket), "/run/qemu/win11.qmp");
         assert_eq!(
             text,
             "[vm.win11]\nqmp = \"/run/qemu/win11.qmp\"\n\n\
-             # Whatever is plugged into port 1-1.2 or its other half 2-1.2.\n\
-             [[rule]]\nvm = \"win11\"\nport = \"1-1.2\"\n"
+             # Whatever is plugged into port pci-0000:00:14.0-usbv2-0:1.2 or its other half \
+             pci-0000:00:14.0-usbv3-0:1.2.\n# When this was written, that was 1-1.2 and 2-1.2.\n\
+             [[rule]]\nvm = \"win11\"\nport = \"pci-0000:00:14.0-usbv2-0:1.2\"\n"
         );
         assert!(matches!(&config.rules[0].effect, Effect::Attach(target) if target.vm == "win11"));
-        let (text, _) = made(&What::Below(vec!["1-1".parse().unwrap()]), "/run/a.b c.qmp");
+        let hub = Socket { ports: vec!["1-1".parse().unwrap()], place: None };
+        let (text, _) = made(&What::Below(hub), "/run/a.b c.qmp");
         assert!(text.contains("port = \"1-1.*\"") && text.contains("[vm.\"a.b-c\"]"), "{text}");
     }
 

@@ -4,48 +4,93 @@
 //! kernel's own variables and no attributes, since sysfs has forgotten the
 //! device: DEVPATH, PRODUCT and TYPE are there; the serial number is not.
 
+use super::socket::Socket;
 use super::what::What;
 use crate::error::Error;
 use crate::text::escape;
-use crate::usb::Port;
 
 /// Every rule begins like this: whole devices, not their interfaces.
 const DEVICE: &str = r#"SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device""#;
 
+/// What a rule needs to go to what is behind a hub, too, and not to the hubs
+/// there, which stay with the host. TYPE is class/subclass/protocol; some hubs
+/// have their class in an interface only.
+const BELOW: (&str, &str) = ("/*", r#", ENV{TYPE}!="9/*", ENV{ID_USB_INTERFACES}!="*:09*""#);
+
 /// The rule that has udev run a command.
 pub fn rule(what: &What, vm: &str, command: &[String]) -> Result<String, Error> {
     let run = run(command)?;
-    let both = r#"ACTION=="add|remove""#;
-    let lines = match what {
-        What::Port(ports) => format!("{DEVICE}, {both}, \\\n    {}, \\\n", paths(ports, "")),
-        // Hubs down there stay with the host; TYPE is class/subclass/protocol.
-        What::Below(ports) => {
-            format!("{DEVICE}, {both}, \\\n    {}, ENV{{TYPE}}!=\"9/*\", \\\n", paths(ports, "/*"))
-        }
-        What::Product(_) => format!("{DEVICE}, {both}, \\\n    {}, \\\n", product(what)),
+    let rules = match what {
+        What::Port(socket) => at_socket(socket, ("", ""), &run),
+        What::Below(socket) => at_socket(socket, BELOW, &run),
+        What::Product(_) => line("add|remove", &product(what), &run),
         What::Serial(_, serial) => {
-            let (product, serial) = (product(what), pattern(serial));
-            return Ok(format!(
-                "{}# On add the serial number is known.\n\
-                 {DEVICE}, ACTION==\"add\", \\\n    {product}, ATTR{{serial}}==\"{serial}\", \\\n{run}\
-                 # On remove it is not; of what matches, only a device that is in the VM is detached.\n\
-                 {DEVICE}, ACTION==\"remove\", \\\n    {product}, \\\n{run}",
-                comment(what, vm),
-            ));
+            let product = product(what);
+            let serial = format!("{product}, ATTR{{serial}}==\"{}\"", pattern(serial));
+            format!(
+                "# On add the serial number is known.\n{}{AT_REMOVE}{}",
+                line("add", &serial, &run),
+                line("remove", &product, &run)
+            )
         }
     };
-    Ok(format!("{}{lines}{run}", comment(what, vm)))
+    Ok(format!("{}{}{rules}", comment(what, vm), what.numbers()))
+}
+
+/// Before the rule for what leaves.
+const AT_REMOVE: &str =
+    "# On remove it is not; of what matches, only a device that is in the VM is detached.\n";
+
+/// One rule.
+fn line(action: &str, matches: &str, run: &str) -> String {
+    format!("{DEVICE}, ACTION==\"{action}\", \\\n    {matches}, \\\n{run}")
+}
+
+/// The rules for a socket, or for what is below it.
+fn at_socket(socket: &Socket, (below, and): (&str, &str), run: &str) -> String {
+    let Some(place) = &socket.place else {
+        let paths = socket.ports.iter().map(|port| format!("*/{port}{below}"));
+        return line("add|remove", &format!("{}{and}", devpath(paths)), run);
+    };
+    // Whatever number the bus has.
+    let controller = pattern(&place.controller);
+    let path = |chain| format!("{controller}/usb*/*-{chain}{below}");
+    let mut paths: Vec<String> = place.paths.iter().map(|p| path(p.chain())).collect();
+    paths.dedup();
+    let any = format!("{}{and}", devpath(paths.into_iter()));
+    if place.is_all() {
+        return line("add|remove", &any, run);
+    }
+    let mut rules =
+        "# On add it is known which of its buses, for USB 2 or for USB 3, a port of the \
+         controller is on.\n"
+            .to_owned();
+    for half in &place.paths {
+        let path = devpath(std::iter::once(path(half.chain())));
+        let matches = format!("{path}{and}, \\\n    {}", root_hub(half.bus().revision()));
+        rules += &line("add", &matches, run);
+    }
+    rules + AT_REMOVE + &line("remove", &any, run)
+}
+
+/// udev matches all of DEVPATH, and its `*` is any text, also across `/`.
+fn devpath(paths: impl Iterator<Item = String>) -> String {
+    format!("DEVPATH==\"{}\"", paths.collect::<Vec<_>>().join("|"))
+}
+
+/// A root hub of a USB revision, above the device. udev asks both of the same
+/// one (udev(7), `KERNELS`, `ATTRS`); a root hub for USB 3 has the protocol 3
+/// (USB 3.2 specification, section 10.15.1).
+fn root_hub(revision: u8) -> &'static str {
+    match revision {
+        3 => r#"KERNELS=="usb*", ATTRS{bDeviceProtocol}=="03""#,
+        _ => r#"KERNELS=="usb*", ATTRS{bDeviceProtocol}=="00|01|02""#,
+    }
 }
 
 /// What the rule is for; a rule that was installed is known by this line.
 pub fn comment(what: &What, vm: &str) -> String {
     format!("# usb-qmp-hotplug: to VM {}, {what}\n", escape(vm))
-}
-
-/// udev matches all of DEVPATH, and its `*` is any text, also across `/`.
-fn paths(ports: &[Port], below: &str) -> String {
-    let paths: Vec<String> = ports.iter().map(|port| format!("*/{port}{below}")).collect();
-    format!("DEVPATH==\"{}\"", paths.join("|"))
 }
 
 /// The kernel writes PRODUCT in hexadecimal without padding: `627/1/0` (Linux,
@@ -101,7 +146,9 @@ fn quoted(word: &str) -> Result<String, Error> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::socket::Place;
     use super::*;
+    use crate::usb::{Port, PortPath};
     use proptest::prelude::*;
 
     fn shown(what: &What) -> String {
@@ -109,26 +156,70 @@ mod tests {
         rule(what, "/run/vm.qmp", &command).unwrap()
     }
 
-    fn ports(names: &[&str]) -> Vec<Port> {
-        names.iter().map(|name| name.parse().unwrap()).collect()
+    fn by_number(names: &[&str]) -> Socket {
+        let ports = names.iter().map(|name| name.parse().unwrap()).collect();
+        Socket { ports, place: None }
+    }
+
+    /// Ports of the controller 0000:00:14.0, which has buses for USB 2 and 3.
+    fn by_place(paths: &[&str]) -> Socket {
+        let paths: Vec<_> =
+            paths.iter().map(|path| format!("pci-0000:00:14.0-{path}").parse().unwrap()).collect();
+        let controller = "/devices/pci0000:00/0000:00:14.0".to_owned();
+        let ports =
+            (1..).zip(&paths).map(|(bus, p): (u16, &PortPath)| Port::new(bus, p.chain().clone()));
+        Socket {
+            ports: ports.collect(),
+            place: Some(Place { paths, controller, revisions: vec![2, 3] }),
+        }
     }
 
     #[test]
-    fn a_port_is_its_device_path() {
+    fn a_port_is_the_path_of_its_controller_and_the_ports_behind_it() {
         assert_eq!(
-            shown(&What::Port(ports(&["1-1.2", "2-1.2"]))),
-            "# usb-qmp-hotplug: to VM /run/vm.qmp, whatever is plugged into port 1-1.2 \
-             or its other half 2-1.2\n\
+            shown(&What::Port(by_place(&["usbv2-0:1.2", "usbv3-0:1.2"]))),
+            "# usb-qmp-hotplug: to VM /run/vm.qmp, whatever is plugged into port \
+             pci-0000:00:14.0-usbv2-0:1.2 or its other half pci-0000:00:14.0-usbv3-0:1.2\n\
+             # When this was written, that was 1-1.2 and 2-1.2.\n\
              SUBSYSTEM==\"usb\", ENV{DEVTYPE}==\"usb_device\", ACTION==\"add|remove\", \\\n    \
-             DEVPATH==\"*/1-1.2|*/2-1.2\", \\\n    \
+             DEVPATH==\"/devices/pci0000:00/0000:00:14.0/usb*/*-1.2\", \\\n    \
              RUN+=\"/usr/bin/usb-qmp-hotplug udev /run/vm.qmp\"\n"
         );
     }
 
     #[test]
+    fn halves_with_other_numbers_are_told_apart_by_their_root_hubs() {
+        let controller = "/devices/pci0000:00/0000:00:14.0/usb*/";
+        let rule = shown(&What::Port(by_place(&["usbv2-0:3", "usbv3-0:1"])));
+        let rules: Vec<&str> = rule.split("SUBSYSTEM").skip(1).collect();
+        let [usb2, usb3, remove] = rules[..] else { panic!("{rule}") };
+        let add = |rule: &str| rule.contains("ACTION==\"add\"");
+        assert!(add(usb2) && usb2.contains(&format!("DEVPATH==\"{controller}*-3\"")), "{rule}");
+        assert!(usb2.contains(r#"KERNELS=="usb*", ATTRS{bDeviceProtocol}=="00|01|02""#), "{rule}");
+        assert!(add(usb3) && usb3.contains(&format!("DEVPATH==\"{controller}*-1\"")), "{rule}");
+        assert!(usb3.contains(r#"KERNELS=="usb*", ATTRS{bDeviceProtocol}=="03""#), "{rule}");
+        let both = format!("DEVPATH==\"{controller}*-3|{controller}*-1\", \\\n    RUN");
+        assert!(remove.contains("ACTION==\"remove\"") && remove.contains(&both), "{rule}");
+        // A port without another half is not the one of the same number on the other bus.
+        let rule = shown(&What::Port(by_place(&["usbv2-0:3"])));
+        assert!(rule.matches("ATTRS{").count() == 1 && rule.contains("00|01|02"), "{rule}");
+    }
+
+    #[test]
+    fn by_bus_number_a_port_is_the_end_of_its_path() {
+        let rule = shown(&What::Port(by_number(&["1-1.2", "2-1.2"])));
+        assert!(rule.contains(r#"ACTION=="add|remove", \"#), "{rule}");
+        assert!(rule.contains(r#"DEVPATH=="*/1-1.2|*/2-1.2", "#), "{rule}");
+    }
+
+    #[test]
     fn what_is_below_a_hub_has_it_in_its_path() {
-        let rule = shown(&What::Below(ports(&["1-1"])));
-        assert!(rule.contains(r#"DEVPATH=="*/1-1/*", ENV{TYPE}!="9/*", "#), "{rule}");
+        let hubs = r#", ENV{TYPE}!="9/*", ENV{ID_USB_INTERFACES}!="*:09*", "#;
+        let rule = shown(&What::Below(by_number(&["1-1"])));
+        assert!(rule.contains(&format!(r#"DEVPATH=="*/1-1/*"{hubs}"#)), "{rule}");
+        let rule = shown(&What::Below(by_place(&["usbv3-0:1", "usbv2-0:1"])));
+        let path = "/devices/pci0000:00/0000:00:14.0/usb*/*-1/*";
+        assert!(rule.contains(&format!("DEVPATH==\"{path}\"{hubs}")), "{rule}");
     }
 
     #[test]

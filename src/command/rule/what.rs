@@ -4,6 +4,7 @@ use std::fmt;
 
 use tracing::warn;
 
+use super::socket::Socket;
 use crate::cli::By;
 use crate::error::Error;
 use crate::host::{self, Host};
@@ -13,46 +14,56 @@ use crate::usb::{Device, DeviceId, Port, Selector, VendorProduct};
 /// What a rule is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum What {
-    /// Whatever is plugged into a socket: its port, and for USB 3 the port
-    /// that is its other half.
-    Port(Vec<Port>),
-    /// Whatever is below a hub, at any depth: the hub's port, and for USB 3 the
-    /// port of its other half.
-    Below(Vec<Port>),
+    /// Whatever is plugged into a socket.
+    Port(Socket),
+    /// Whatever is below the hub in a socket, at any depth.
+    Below(Socket),
     /// Every device with these ids.
     Product(VendorProduct),
     /// The device with these ids and this serial number.
     Serial(VendorProduct, String),
 }
 
+/// How a rule is to name its device.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Naming {
+    /// By its port, its product or its serial number.
+    pub by: By,
+    /// Ports by bus number.
+    pub bus_number: bool,
+}
+
 impl What {
     /// What a person named. A port may be empty, and a product may be absent or
     /// there several times; all else has to be plugged in.
-    pub fn named(host: &Host, selector: &Selector, by: By) -> Result<What, Error> {
-        match (by, selector) {
-            (By::Port, Selector::Port(port)) => at_port(host, port, selector),
-            (By::Port, Selector::Id(id)) => match id.port() {
-                Some(port) => at_port(host, &port, selector),
-                None => Ok(What::of_device(host, &host.find(selector)?, by)?),
-            },
-            (By::Product, Selector::Product(id)) => {
+    pub fn named(host: &Host, selector: &Selector, naming: Naming) -> Result<What, Error> {
+        let port = match selector {
+            Selector::Port(port) => Some(port.clone()),
+            Selector::Path(path) => host.port_of(path),
+            Selector::Id(id) => id.port(),
+            _ => None,
+        };
+        match (naming.by, selector, port) {
+            (By::Port, _, Some(port)) => at_port(host, &port, selector, naming),
+            (By::Product, Selector::Product(id), _) => {
                 match host.devices()?.into_iter().find(|device| device.id == *id) {
-                    Some(device) => What::of_device(host, &device, by),
+                    Some(device) => What::of_device(host, &device, naming),
                     None => {
                         warn!("no {id} is plugged in now; the rule is for when one is");
                         Ok(What::Product(*id))
                     }
                 }
             }
-            _ => What::of_device(host, &host.find(selector)?, by),
+            _ => What::of_device(host, &host.find(selector)?, naming),
         }
     }
 
     /// What a device means.
-    pub fn of_device(host: &Host, device: &Device, by: By) -> Result<What, Error> {
-        match by {
-            By::Port if device.is_hub() => Ok(What::Below(socket(host, &device.port))),
-            By::Port => Ok(What::Port(socket(host, &device.port))),
+    pub fn of_device(host: &Host, device: &Device, naming: Naming) -> Result<What, Error> {
+        let socket = || Socket::of(host, &device.port, naming.bus_number);
+        match naming.by {
+            By::Port if device.is_hub() => Ok(What::Below(socket())),
+            By::Port => Ok(What::Port(socket())),
             _ if device.is_hub() => Err(Error::Hub(device.clone())),
             By::Product => Ok(What::Product(device.id)),
             By::Serial => {
@@ -66,11 +77,31 @@ impl What {
         }
     }
 
+    /// A comment with what the ports of a rule by place are called today.
+    pub fn numbers(&self) -> String {
+        match self {
+            What::Port(socket) | What::Below(socket) if socket.place.is_some() => {
+                format!("# When this was written, that was {}.\n", socket.numbers())
+            }
+            _ => String::new(),
+        }
+    }
+
+    /// The label of the same rule by bus number.
+    pub fn label_by_number(&self) -> Option<String> {
+        let by_number = |socket: &Socket| Socket { ports: socket.ports.clone(), place: None };
+        match self {
+            What::Port(socket) => Some(What::Port(by_number(socket)).label()),
+            What::Below(socket) => Some(What::Below(by_number(socket)).label()),
+            What::Product(_) | What::Serial(..) => None,
+        }
+    }
+
     /// A part of a file name that says what the rule is for.
     pub fn label(&self) -> String {
         match self {
-            What::Port(ports) => first(ports),
-            What::Below(ports) => format!("below-{}", first(ports)),
+            What::Port(socket) => socket.name().chars().map(plain).collect(),
+            What::Below(socket) => format!("below-{}", socket.name()).chars().map(plain).collect(),
             What::Product(id) => id.to_string().replace(':', "-"),
             What::Serial(id, serial) => {
                 let serial: String = serial.chars().take(64).map(plain).collect();
@@ -84,13 +115,9 @@ fn plain(c: char) -> char {
     if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' }
 }
 
-fn first(ports: &[Port]) -> String {
-    ports.first().map(ToString::to_string).unwrap_or_default()
-}
-
-fn at_port(host: &Host, port: &Port, selector: &Selector) -> Result<What, Error> {
+fn at_port(host: &Host, port: &Port, selector: &Selector, naming: Naming) -> Result<What, Error> {
     match host.device(port)? {
-        Some(device) => What::of_device(host, &device, By::Port),
+        Some(device) => What::of_device(host, &device, naming),
         // A port that its hub does not have stays empty for ever.
         None if host.has_port(port) == Some(false) => {
             Err(host::Error::NoDevice(host.absent(selector)).into())
@@ -98,30 +125,20 @@ fn at_port(host: &Host, port: &Port, selector: &Selector) -> Result<What, Error>
         None => {
             let id = DeviceId::for_port(port);
             warn!(%id, "nothing is plugged into {port} now; the rule is for when something is");
-            Ok(What::Port(socket(host, port)))
+            Ok(What::Port(Socket::of(host, port, naming.bus_number)))
         }
     }
 }
 
-/// The ports of a socket.
-fn socket(host: &Host, port: &Port) -> Vec<Port> {
-    std::iter::once(port.clone()).chain(host.twin(port)).collect()
-}
-
 impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (ports, what) = match self {
-            What::Port(ports) => (ports, "whatever is plugged into port "),
-            What::Below(ports) => (ports, "whatever is behind the hub at port "),
-            What::Product(id) => return write!(f, "every device {id}"),
+        match self {
+            What::Port(socket) => write!(f, "whatever is plugged into port {socket}"),
+            What::Below(socket) => write!(f, "whatever is behind the hub at port {socket}"),
+            What::Product(id) => write!(f, "every device {id}"),
             What::Serial(id, serial) => {
-                return write!(f, "the device {id} with the serial number \"{}\"", escape(serial));
+                write!(f, "the device {id} with the serial number \"{}\"", escape(serial))
             }
-        };
-        f.write_str(what)?;
-        match ports.as_slice() {
-            [port, twin] => write!(f, "{port} or its other half {twin}"),
-            _ => f.write_str(&first(ports)),
         }
     }
 }
