@@ -192,8 +192,9 @@ pub struct Attach {
     /// The VM's QMP socket, or its name.
     pub vm: String,
 
-    /// A port `1-1.2`, bus:device `1:37`, vendor:product `152d:2338`,
-    /// `serial=XYZ`, a /dev/bus/usb node, or a path under /sys.
+    /// A port `1-1.2` or `pci-0000:00:14.0-usbv2-0:1.2`, bus:device `1:37`,
+    /// vendor:product `152d:2338`, `serial=XYZ`, a /dev/bus/usb node, or a
+    /// path under /sys.
     #[arg(required = true, value_name = "DEVICE")]
     pub devices: Vec<String>,
 
@@ -249,7 +250,8 @@ pub struct List {
 }
 
 const LIST_HELP: &str = "The fields of --flat, `-` where there is nothing to say: port, \
-    bus:device, vendor:product, Mb/s, drivers, name, serial, use by this host, holder, rule, twin.\n\n\
+    bus:device, vendor:product, Mb/s, drivers, name, serial, use by this host, holder, rule, twin, \
+    stable name of the port.\n\n\
     Which ports have mass storage?\n  \
     usb-qmp-hotplug list --flat | awk -F'\\t' '$5 == \"usb-storage\" { print $1 }'";
 

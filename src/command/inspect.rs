@@ -14,7 +14,7 @@ use crate::text::escape;
 use crate::ui::output::{json, print};
 use crate::ui::screen::Screen;
 use crate::ui::table::{narrow, table};
-use crate::usb::{Address, DeviceId, Port, Speed};
+use crate::usb::{Address, DeviceId, Port, PortPath, Speed};
 
 /// The column of the table with what devices say of themselves, at any length.
 const PRODUCT: usize = 4;
@@ -52,6 +52,8 @@ struct HostReport {
     bus: Option<u16>,
     address: Option<u8>,
     port: Option<Port>,
+    /// The port's name that stays.
+    path: Option<PortPath>,
     vendor: Option<String>,
     product: Option<String>,
     serial: Option<String>,
@@ -146,6 +148,7 @@ fn host_report(host: &Host, port: Option<Port>, address: Option<Address>) -> Hos
         }
         report.port = Some(found.port);
     }
+    report.path = report.port.as_ref().and_then(|port| host.port_path(port));
     report
 }
 

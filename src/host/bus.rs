@@ -1,13 +1,15 @@
 //! The host's USB buses: their root hubs, which are no devices to attach.
 
 use super::{Host, read_if_there};
-use crate::usb::Speed;
+use crate::usb::{BusPath, Speed};
 
 /// A bus, as its root hub describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bus {
     /// Its number, the first part of its ports' names.
     pub number: u16,
+    /// Its name that stays, if its controller is where that can be named.
+    pub path: Option<BusPath>,
     /// The fastest its devices can run.
     pub speed: Option<Speed>,
     /// How many ports its root hub has (`maxchild`).
@@ -28,6 +30,7 @@ impl Host {
         let words: Vec<String> = [read("product"), read("serial")].into_iter().flatten().collect();
         Bus {
             number,
+            path: self.bus_path(number),
             speed: read("speed").and_then(|speed| speed.parse().ok()),
             ports: read("maxchild").and_then(|count| count.parse().ok()),
             controller: words.join(" "),

@@ -29,12 +29,19 @@ fn ports_and_ids_are_offered_with_their_names() {
         offered(&["attach", &socket, "0627", ":", "0"]),
         "0001\t1-4.1 0627:0001 QEMU USB Mouse\n"
     );
+    // A port by its stable name, where that was begun.
+    assert_eq!(
+        offered(&["attach", &socket, "pci-0000", ":", "00", ":", "14.0-usbv2"]),
+        "14.0-usbv2-0:4.1\t1-4.1 0627:0001 QEMU USB Mouse\n"
+    );
     assert!(offered(&["attach", &socket, "s"]).contains("serial="), "the mouse has one");
     assert!(!offered(&["attach", &socket, "s"]).contains("SN"), "it cannot be typed");
     assert!(offered(&["inspect", ""]).contains(&format!("{socket}\ta\n")));
 
     tool::run(["attach", &socket, &stick.port]).succeeds();
     assert_eq!(offered(&["detach", &socket, ""]), "usb-host-2-6\t46f4:0001 QEMU USB HARDDRIVE\n");
+    assert_eq!(offered(&["detach", &socket, "2"]), "2-6\t46f4:0001 QEMU USB HARDDRIVE\n");
+    assert!(offered(&["detach", &socket, "pci"]).starts_with("pci-0000:00:14.0-usbv3-0:6\t46f4"));
     hardware.pull(&stick);
     assert_eq!(offered(&["detach", &socket, "usb"]), "usb-host-2-6\tgone\n");
     assert_eq!(offered(&["detach", "/run/none.qmp", ""]), "");

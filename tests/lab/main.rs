@@ -55,6 +55,7 @@ mod machine;
 mod man;
 mod outside;
 mod owners;
+mod port_names;
 mod qmp;
 mod refused;
 mod remote;
@@ -135,6 +136,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         list::TESTS,
         vms::TESTS,
         rule::TESTS,
+        port_names::TESTS,
         inspect::TESTS,
         man::TESTS,
         leftovers::TESTS,

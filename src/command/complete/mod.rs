@@ -120,7 +120,7 @@ async fn of_value(context: &Context, line: &Cursor<'_>, argument: &Arg) -> Answe
             return Answer { candidates, files };
         }
         ("devices", "detach") => match line.given("vm") {
-            Some(vm) => values::in_vm(&context, vm).await,
+            Some(vm) => values::in_vm(&context, vm, line.typed()).await,
             None => Vec::new(),
         },
         ("devices", _) => values::devices(&context, line.typed(), false),

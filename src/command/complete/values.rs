@@ -5,7 +5,7 @@ use crate::command::Context;
 use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Reach, Strings};
 use crate::qemu::Vm;
-use crate::usb::{Device, DeviceId};
+use crate::usb::Device;
 
 /// The VMs of the configuration, by name; and the monitors of the QEMUs that
 /// run, by path, that have no name.
@@ -41,6 +41,9 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
     }
     for device in &devices {
         let name = format!("{} {}", device.port, name(context, device));
+        if let Some(path) = context.host.port_path(&device.port) {
+            candidates.push(Candidate::new(path.to_string(), name.as_str()));
+        }
         candidates.push(Candidate::new(device.address.to_string(), name.as_str()));
         // Of several alike, neither is meant.
         if devices.iter().filter(|other| other.id == device.id).count() == 1 {
@@ -53,21 +56,27 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
     candidates
 }
 
-/// The host devices in a VM, by id and by port. A VM that does not say so soon
-/// has none.
-pub async fn in_vm(context: &Context, vm: &str) -> Vec<Candidate> {
+/// The host devices in a VM, by id; once something was typed, also by either
+/// name of their port. A VM that does not say so soon has none.
+pub async fn in_vm(context: &Context, vm: &str, typed: &str) -> Vec<Candidate> {
     let ids = async {
         let address = context.vm(vm).ok()?;
         let mut vm = Vm::connect(&address, context.timeout).await.ok()?;
         vm.host_devices().await.ok()
     };
-    let ids = ids.await.unwrap_or_default().into_iter().map(|(id, _)| id);
-    let candidates = ids.map(|id: DeviceId| {
-        let device = id.port().and_then(|port| context.host.device(&port).ok()?);
+    let mut candidates = Vec::new();
+    for (id, _) in ids.await.unwrap_or_default() {
+        let port = id.port();
+        let device = port.as_ref().and_then(|port| context.host.device(port).ok()?);
         let name = device.map_or_else(|| "gone".to_owned(), |device| name(context, &device));
-        Candidate::new(id.to_string(), name)
-    });
-    candidates.collect()
+        candidates.push(Candidate::new(id.to_string(), name.as_str()));
+        if let Some(port) = port.filter(|_| !typed.is_empty()) {
+            candidates.push(Candidate::new(port.to_string(), name.as_str()));
+            let path = context.host.port_path(&port);
+            candidates.extend(path.map(|path| Candidate::new(path.to_string(), name)));
+        }
+    }
+    candidates
 }
 
 /// What a device calls itself, and its ids.

@@ -8,12 +8,14 @@ use crate::host::{Bus, CLAIMED, Holder, Host, Strings};
 use crate::policy::Policy;
 use crate::policy::rule::{self, Effect};
 use crate::text::escape;
-use crate::usb::{Address, Device, Port, Speed};
+use crate::usb::{Address, BusPath, Device, Port, PortPath, Speed};
 
 /// A device in the JSON document.
 #[derive(Debug, Clone, Serialize)]
 pub struct Entry {
     pub port: Port,
+    /// The port's name that stays.
+    pub path: Option<PortPath>,
     /// The other half of the same USB 3 socket.
     pub twin: Option<Port>,
     pub hub: bool,
@@ -97,6 +99,8 @@ impl fmt::Display for RuleReport {
 #[derive(Debug, Clone, Serialize)]
 pub struct BusReport {
     pub bus: u16,
+    /// The bus's name that stays: its ports' names without their numbers.
+    pub path: Option<BusPath>,
     pub speed_mbps: Option<Speed>,
     pub ports: Option<u32>,
     pub controller: String,
@@ -104,8 +108,8 @@ pub struct BusReport {
 
 impl From<Bus> for BusReport {
     fn from(bus: Bus) -> Self {
-        let Bus { number, speed, ports, controller } = bus;
-        BusReport { bus: number, speed_mbps: speed, ports, controller }
+        let Bus { number, path, speed, ports, controller } = bus;
+        BusReport { bus: number, path, speed_mbps: speed, ports, controller }
     }
 }
 
@@ -126,6 +130,7 @@ impl Entry {
         let rule = if device.is_hub() { None } else { policy.decision(host, device) };
         Entry {
             port: port.clone(),
+            path: host.port_path(port),
             twin: host.twin(port),
             hub: device.is_hub(),
             bus: device.address.bus,

@@ -75,6 +75,7 @@ fn flat(entry: &Entry) -> String {
         or_dash(entry.held_text()),
         or_dash(entry.rule.as_ref().map(ToString::to_string)),
         or_dash(entry.twin.as_ref().map(ToString::to_string)),
+        or_dash(entry.path.as_ref().map(ToString::to_string)),
     ];
     fields.join("\t") + "\n"
 }

@@ -24,10 +24,16 @@ fn host() -> (tempfile::TempDir, Host) {
     };
     let bus = [
         ("speed", "480"),
+        ("bDeviceProtocol", "01"),
         ("maxchild", "4"),
         ("product", "xHCI Host Controller"),
         ("serial", "0000:00:14.0"),
     ];
+    let controller = root.path().join("sys/devices/pci0000:00/0000:00:14.0");
+    fs::create_dir_all(controller.join("usb1")).unwrap();
+    symlink("/sys/bus/pci", controller.join("subsystem")).unwrap();
+    fs::create_dir_all(&devices).unwrap();
+    symlink(controller.join("usb1"), devices.join("usb1")).unwrap();
     device("usb1", "", &bus);
     device(
         "1-1",
@@ -76,7 +82,7 @@ fn the_tree_shows_what_is_plugged_in_where() {
         shown,
         "\
 PORT       DEVICE  ID         Mb/s  DRIVER       NAME
-bus 1  480 Mb/s, 4 ports, xHCI Host Controller 0000:00:14.0
+bus 1  pci-0000:00:14.0-usbv2-0:  480 Mb/s, 4 ports, xHCI Host Controller
 ├ 1-1      1:2     0409:55aa   480  hub          Hub
 │ └ 1-1.2  1:3     152d:2338   480  usb-storage  日本製 USB to ATA/ATAP…
 │     serial 0123
@@ -112,7 +118,7 @@ fn json_has_all_of_it() {
     assert_eq!(
         json["devices"][1],
         serde_json::json!({
-            "port": "1-1.2", "twin": null, "hub": false, "bus": 1, "address": 3,
+            "port": "1-1.2", "path": "pci-0000:00:14.0-usbv2-0:1.2", "twin": null, "hub": false, "bus": 1, "address": 3,
             "vendor": "152d", "product": "2338",
             "vendor_name": "日本製", "product_name": "USB to ATA/ATAPI bridge 日本語",
             "serial": "0123", "speed_mbps": 480, "drivers": ["usb-storage"],
@@ -131,8 +137,13 @@ fn flat_lines_have_a_field_for_everything() {
     let (_root, host) = host();
     let report = report(&host, &policy()).unwrap();
     let lines: String = report.devices.iter().map(flat).collect();
-    assert!(lines.starts_with("1-1\t1:2\t0409:55aa\t480\thub\tHub\tH1\t-\t-\t-\t-\n"), "{lines}");
-    assert!(lines.lines().all(|line| line.split('\t').count() == 11), "{lines}");
+    assert!(
+        lines.starts_with(
+            "1-1\t1:2\t0409:55aa\t480\thub\tHub\tH1\t-\t-\t-\t-\tpci-0000:00:14.0-usbv2-0:1\n"
+        ),
+        "{lines}"
+    );
+    assert!(lines.lines().all(|line| line.split('\t').count() == 12), "{lines}");
     assert!(!lines.contains('\u{1b}'));
 }
 

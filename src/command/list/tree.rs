@@ -119,9 +119,15 @@ fn bus_line(bus: &BusReport) -> Line {
     words.extend(
         bus.ports.map(|ports| format!("{ports} port{}", if ports == 1 { "" } else { "s" })),
     );
-    words.push(escape(&bus.controller).into_owned());
+    // Where the controller is, the stable name says.
+    let (kind, place) = bus.controller.rsplit_once(' ').unwrap_or((&bus.controller, ""));
+    let is_said = bus.path.as_ref().is_some_and(|path| path.to_string().contains(place));
+    words.push(escape(if is_said { kind } else { &bus.controller }).into_owned());
     words.retain(|word| !word.is_empty());
     line.add(Style::Plain, format!("bus {}", bus.bus));
+    if let Some(path) = &bus.path {
+        line.add(Style::Plain, format!("  {path}-0:"));
+    }
     line.add(Style::Dim, format!("  {}", words.join(", ")));
     line
 }

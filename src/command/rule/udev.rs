@@ -61,10 +61,9 @@ fn at_socket(socket: &Socket, (below, and): (&str, &str), run: &str) -> String {
     if place.is_all() {
         return line("add|remove", &any, run);
     }
-    let mut rules =
-        "# On add it is known which of its buses, for USB 2 or for USB 3, a port of the \
-         controller is on.\n"
-            .to_owned();
+    let mut rules = "# On add it is known whether a port is on the controller's bus for USB 2 or \
+         for USB 3.\n"
+        .to_owned();
     for half in &place.paths {
         let path = devpath(std::iter::once(path(half.chain())));
         let matches = format!("{path}{and}, \\\n    {}", root_hub(half.bus().revision()));

@@ -74,17 +74,19 @@ fn an_empty_file_is_a_configuration() {
 #[test]
 fn the_example_is_right_and_does_what_it_says() {
     let config = parse(EXAMPLE).unwrap();
-    let goes_to = |port: &str, id: &str| {
-        let facts = Facts::new(&port.parse().unwrap(), None, id.parse().unwrap());
+    let goes_to = |path: &str, id: &str| {
+        let port = "7-7".parse().unwrap();
+        let path = format!("pci-0000:00:14.0-{path}").parse().unwrap();
+        let facts = Facts::new(&port, None, id.parse().unwrap()).with_paths(Some(&path), None);
         match &first_match(&config.rules, &facts)?.1.effect {
             Effect::Deny => Some("the host"),
             Effect::Attach(target) => Some(target.vm.as_str()),
         }
     };
-    assert_eq!(goes_to("1-1.2", "1050:0407"), Some("the host"));
-    assert_eq!(goes_to("1-1.2", "0627:0001"), Some("win11"));
-    assert_eq!(goes_to("2-4.1.3", "0627:0001"), Some("desktop"));
-    assert_eq!(goes_to("3-1", "0627:0001"), None);
+    assert_eq!(goes_to("usbv2-0:1.2", "1050:0407"), Some("the host"));
+    assert_eq!(goes_to("usbv2-0:1.2", "0627:0001"), Some("win11"));
+    assert_eq!(goes_to("usbv3-0:4.1.3", "0627:0001"), Some("desktop"));
+    assert_eq!(goes_to("usbv2-0:5", "0627:0001"), None);
 }
 
 #[test]
