@@ -82,7 +82,7 @@ fn the_tree_shows_what_is_plugged_in_where() {
         shown,
         "\
 PORT       DEVICE  ID         Mb/s  DRIVER       NAME
-bus 1  pci-0000:00:14.0-usbv2-0:  480 Mb/s, 4 ports, xHCI Host Controller
+bus 1  pci-0000:00:14.0-usbv2-0:  480 Mb/s, 4 ports, xHCI Host Controll…
 ├ 1-1      1:2     0409:55aa   480  hub          Hub
 │ └ 1-1.2  1:3     152d:2338   480  usb-storage  日本製 USB to ATA/ATAP…
 │     serial 0123
