@@ -1,19 +1,31 @@
 //! The two operations: a host device into a VM, and out again. Both are safe
 //! to repeat, and every command is a trigger for one of them.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
 use crate::error::Error;
-use crate::host::{self, Claims, Host, Look, Node, blocking};
+use crate::host::{self, Claim, Claims, Holder, Host, Life, Look, Node, UsedBy, blocking};
+use crate::presence::{Leftover, opened, presence};
 use crate::qemu::qmp::Version;
-use crate::qemu::{Access, Attachment, GuestPort, NoGuestPort, Placement, Vm};
+use crate::qemu::{
+    Access, Attachment, Given, GuestPort, NoGuestPort, Placement, Probe, Status, Vm,
+};
 use crate::usb::{Address, Device, DeviceId};
 
 /// The first QEMU whose `hostdevice` works (QEMU, hw/usb/host-libusb.c; 5.1
 /// has the property, but takes every device for a slow one).
 const HOSTDEVICE_SINCE: Version = Version { major: 5, minor: 2, micro: 0 };
+
+/// How long a lock or a claim may be that is only passing: an attach through
+/// another monitor, or a device on its way back to the host's drivers.
+const PASSING: Duration = Duration::from_millis(500);
+
+/// How long to wait before trying such a lock again. Nothing tells when it ends.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// How QEMU gets at a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -41,7 +53,7 @@ pub struct Options {
     pub force: bool,
     /// How well to look for somebody else who has it.
     pub look: Look,
-    /// Do all but change something.
+    /// Do all but change, claim or lock something.
     pub dry_run: bool,
     /// Open the device on a thread of its own, disk or not: for who has other
     /// VMs to serve while the kernel waits for a device that does not answer.
@@ -78,64 +90,240 @@ pub async fn attach(
     let id = DeviceId::for_port(&device.port);
     let speed = host.speed(&device.port);
     let probe = vm.probe(&id, speed, &options.placement).await?;
-
-    // From here to the end of the attach, nobody mounts its disks.
-    let (claims, mut node) = open(host, device, options, vm.session().deadline()).await?;
-    // An id with the right address is not enough: addresses come round again,
-    // and the device may be a new one. What cannot be seen is believed.
-    let is_known = probe.present == Some(Some(device.address));
-    let is_held = matches!(node, Node::Held);
-    let holds = if is_known || is_held { holds(host, vm, device.address) } else { None };
-    if is_known && holds.unwrap_or(true) {
-        return Ok(Attached::Already);
+    if probe.status == Status::Incoming {
+        return Err(Error::Incoming { vm: vm.name(), device: device.clone() });
     }
-    if is_held && holds == Some(true) && !options.dry_run {
-        // By what it had before, and should have closed.
-        vm.drop_descriptors().await?;
-        node = host.open(device.address)?;
+    if options.dry_run {
+        return rehearse(host, vm, device, &id, probe, options).await;
     }
-    let owner = if is_held || options.force { None } else { host.owner(device, options.look) };
-    if let Some(owner) = owner {
-        let (device, owner) = (device.clone(), Box::new(owner));
-        return Err(host::Error::Claimed { device, owner }.into());
-    }
-    let access = access(host, vm, device, options.open, node)?;
-    if probe.present.is_some() && !options.dry_run {
+    let by_address = options.open == Open::Address || vm.session().version() < HOSTDEVICE_SINCE;
+    let found = open(host, vm, device, &id, &probe, options).await?;
+    let Some(Ready { claims, claim }) = found else { return Ok(Attached::Already) };
+    refuse_owned(host, device, options)?;
+    if probe.present.is_some() {
+        // Who looked for the device may have done it long ago.
+        let now = host.device(&device.port)?;
+        if now.is_none_or(|now| now.address != device.address) {
+            return Err(host::Error::Gone(device.address).into());
+        }
         debug!(%id, "detaching what an earlier device left behind");
         vm.detach(&id).await?;
     }
     let name = vm.name();
     let no_guest_port = |source| Error::NoGuestPort { vm: name.clone(), source };
     let guest_ports = match probe.guest_ports {
-        // A bus that was asked for by its name is the user's to make.
-        Err(lacks) if options.add_controller && options.placement.bus.is_none() => {
-            vm.add_controller(lacks, speed, &options.placement, options.dry_run).await?
+        Err(lacks) if may_add(options) => {
+            vm.add_controller(lacks, speed, &options.placement, false).await?
         }
         guest_ports => guest_ports,
     };
     let guest_ports = guest_ports.map_err(no_guest_port)?;
-    if let (true, Some(guest_port)) = (options.dry_run, guest_ports.first()) {
-        return Ok(Attached::There(guest_port.clone()));
-    }
-    let options = &options.properties;
-    let attachment = Attachment { id: &id, address: device.address, options };
+    let access = match &claim {
+        // It looks for it itself.
+        _ if by_address => Access::Address,
+        Some(claim) => {
+            // QEMU would keep a node that has no device any more open for ever
+            // (QEMU, hw/usb/host-libusb.c, `usb_host_realize`).
+            if claim.is_gone() {
+                return Err(host::Error::Gone(device.address).into());
+            }
+            Access::Descriptor(claim.node())
+        }
+        None => {
+            debug!(%device, "this user may not open the node, QEMU is to open it itself");
+            Access::Node(device.address.node())
+        }
+    };
+    let properties = &options.properties;
+    let attachment = Attachment { id: &id, address: device.address, options: properties };
+    // Until QEMU has said yes, whatever ends this gives the lock up: QEMU may
+    // keep a copy open that it could not use, or has not got to yet, and that
+    // must claim nothing. What it attaches after all is replaced by the next
+    // attach, as it is not locked.
     let attached = vm.attach(&attachment, &access, &guest_ports).await;
     drop(claims);
-    let refused = attached.as_ref().is_err_and(|error| error.refusal().is_some());
-    if let (true, Access::Descriptor(node)) = (refused, &access) {
-        // QEMU may keep a copy open that it could not use (QEMU,
-        // hw/usb/host-libusb.c, `usb_host_realize`); that must claim nothing.
-        host::unlock(node);
+    let guest_port = attached?.ok_or_else(|| no_guest_port(NoGuestPort::Full(Vec::new())))?;
+    if has_left(host, device, claim.as_ref()) {
+        // Its removal may have been heard when it was not in the VM yet.
+        vm.detach(&id).await?;
+        return Err(host::Error::Gone(device.address).into());
     }
-    match attached? {
-        Some(guest_port) => Ok(Attached::There(guest_port)),
-        None => Err(no_guest_port(NoGuestPort::Full(Vec::new()))),
+    match claim {
+        Some(claim) if !by_address => claim.hand_over(),
+        _ => {}
     }
+    Ok(Attached::There(guest_port))
+}
+
+/// Refuses what somebody has that our lock does not tell of. To be asked while
+/// nobody else has the lock.
+fn refuse_owned(host: &Host, device: &Device, options: &Options) -> Result<(), Error> {
+    match host.owner(device, options.look) {
+        Some(owner) if !options.force => {
+            let (device, owner) = (device.clone(), Box::new(owner));
+            Err(host::Error::Claimed { device, owner }.into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether a device has left its port.
+fn has_left(host: &Host, device: &Device, claim: Option<&Claim>) -> bool {
+    let is_there = || match host.device(&device.port) {
+        Ok(now) => now.is_some_and(|now| now.address == device.address),
+        // Who cannot see it cannot say that it left.
+        Err(_) => true,
+    };
+    claim.map_or_else(|| !is_there(), Claim::is_gone)
+}
+
+/// What would come of an attach. Nothing is claimed, locked or changed for it.
+async fn rehearse(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    id: &DeviceId,
+    probe: Probe,
+    options: &Options,
+) -> Result<Attached, Error> {
+    let is_same = |given: &Given| given.address == Some(device.address);
+    let present = probe.present.filter(is_same);
+    let presence = present.map(|given| presence(host, vm.pid(), Some(id), &given).0);
+    if presence.is_some_and(|presence| presence.leftover().is_none()) {
+        return Ok(Attached::Already);
+    }
+    if let (false, Some(used)) = (options.force, host.uses(&device.port).into_iter().next()) {
+        return Err(host::Error::InUse(Box::new(used)).into());
+    }
+    if host.is_locked(device.address) == Some(true) {
+        return Err(held(host, device));
+    }
+    refuse_owned(host, device, options)?;
+    let name = vm.name();
+    let no_guest_port = |source| Error::NoGuestPort { vm: name.clone(), source };
+    let guest_ports = match probe.guest_ports {
+        Err(lacks) if may_add(options) => {
+            let speed = host.speed(&device.port);
+            vm.add_controller(lacks, speed, &options.placement, true).await?
+        }
+        guest_ports => guest_ports,
+    };
+    let guest_port = guest_ports.map_err(no_guest_port)?.into_iter().next();
+    let guest_port = guest_port.ok_or_else(|| no_guest_port(NoGuestPort::Full(Vec::new())))?;
+    Ok(Attached::There(guest_port))
+}
+
+/// Whether the VM may get a controller. A bus that was asked for by its name is
+/// the user's to make.
+fn may_add(options: &Options) -> bool {
+    options.add_controller && options.placement.bus.is_none()
+}
+
+fn held(host: &Host, device: &Device) -> Error {
+    let holders = host.holders(device.address);
+    host::Error::Held { device: device.clone(), holders }.into()
+}
+
+/// A device that is ready to go.
+struct Ready {
+    /// From here to the end of the attach, nobody mounts its disks.
+    claims: Claims,
+    /// Its node; `None` if only QEMU may open it.
+    claim: Option<Claim>,
+}
+
+/// Opens and claims a device; `None` if the VM has it already. What another
+/// process has is tried again, as long as that may be passing.
+async fn open(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    id: &DeviceId,
+    probe: &Probe,
+    options: &Options,
+) -> Result<Option<Ready>, Error> {
+    let pid = vm.pid();
+    let same = |given: &Given| given.address == Some(device.address);
+    let mut present = probe.present.filter(same);
+    if present.is_some() {
+        // The lock may be that of an attach that was cut off, not the object's.
+        vm.drop_descriptors().await?;
+    }
+    let deadline = vm.session().deadline();
+    let give_up = deadline.min(Instant::now() + PASSING);
+    let mut is_first = true;
+    loop {
+        let life = present.map(|given| host.life(device, pid, opened(Some(id), &given)));
+        if life == Some(Life::Alive) {
+            return Ok(None);
+        }
+        let error = match open_once(host, device, options, deadline).await {
+            Ok((claims, node)) => {
+                // Whether we have got the lock is the last word on it.
+                let locked = match &node {
+                    Node::Ours(_) => Some(false),
+                    Node::Held => Some(true),
+                    Node::NotPermitted => None,
+                };
+                let life = match (life, present) {
+                    (Some(Life::Unknown), Some(given)) => {
+                        Some(host.life_if(device, pid, opened(Some(id), &given), locked))
+                    }
+                    (life, _) => life,
+                };
+                match (life, node) {
+                    (Some(Life::Alive | Life::Unknown), _) => return Ok(None),
+                    (_, Node::Ours(claim)) => {
+                        return Ok(Some(Ready { claims, claim: Some(claim) }));
+                    }
+                    (_, Node::NotPermitted) => return Ok(Some(Ready { claims, claim: None })),
+                    (_, Node::Held) => None,
+                }
+            }
+            Err(Error::Host(host::Error::InUse(used))) if used.by == UsedBy::Unknown => {
+                Some(host::Error::InUse(used).into())
+            }
+            Err(error) => return Err(error),
+        };
+        if error.is_none() && is_first {
+            // What it had before, and what an attach left that was cut off.
+            vm.drop_descriptors().await?;
+        } else {
+            let holders = host.holders(device.address);
+            let give_up = if holders.iter().any(is_us) { deadline - PASSING } else { give_up };
+            let is_final = holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
+            if is_final || Instant::now() >= give_up {
+                return Err(match error {
+                    Some(error) => error,
+                    None => refused(host, vm, device, probe.status),
+                });
+            }
+            sleep(PAUSE).await;
+        }
+        // Somebody else may just have attached it, to this VM.
+        present = vm.given(id).await?.filter(same);
+        is_first = false;
+    }
+}
+
+/// Whether a process is this tool: what it holds it soon gives back.
+fn is_us(holder: &Holder) -> bool {
+    holder.program == env!("CARGO_PKG_NAME")
+}
+
+/// Why a device is held, after all.
+fn refused(host: &Host, vm: &Vm, device: &Device, status: Status) -> Error {
+    let holds = vm.pid().and_then(|pid| host.holds(pid, device.address));
+    if holds == Some(true) {
+        let is_paused = status == Status::Stopped;
+        return Error::StillHeld { vm: vm.name(), device: device.clone(), is_paused };
+    }
+    held(host, device)
 }
 
 /// Claims a device's disks and opens its node. Whoever opens a disk that does
 /// not answer waits for it as long as the kernel does, so a thread does that.
-async fn open(
+async fn open_once(
     host: &Host,
     device: &Device,
     options: &Options,
@@ -160,52 +348,45 @@ async fn open(
     }
 }
 
-/// Whether the VM's QEMU holds the node; `None` if that cannot be seen.
-fn holds(host: &Host, vm: &Vm, address: Address) -> Option<bool> {
-    host.holds(vm.pid()?, address)
+/// What came of a detach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detached {
+    /// It was a leftover, and is not in the VM any more.
+    Leftover(Leftover),
+    /// The VM does not have it.
+    NotThere,
+    /// The VM has it, and it is no leftover, as far as can be known.
+    Stays,
 }
 
-fn access(
-    host: &Host,
-    vm: &mut Vm,
-    device: &Device,
-    open: Open,
-    node: Node,
-) -> Result<Access, Error> {
-    let address = device.address;
-    let by_address = open == Open::Address || vm.session().version() < HOSTDEVICE_SINCE;
-    match node {
-        Node::Held => {
-            let device = device.clone();
-            if holds(host, vm, address) == Some(true) {
-                return Err(Error::StillHeld { vm: vm.name(), device });
-            }
-            let holders = host.holders(address);
-            Err(host::Error::Held { device, holders }.into())
-        }
-        _ if by_address => Ok(Access::Address),
-        Node::Ours(descriptor) => Ok(Access::Descriptor(descriptor)),
-        Node::NotPermitted => {
-            debug!(%device, "this user may not open the node, QEMU is to open it itself");
-            Ok(Access::Node(address.node()))
-        }
-    }
-}
-
-/// Detaches what came from a port, but only if it is the device that was at
-/// this address: a newer one may have taken the id since. False if the VM
-/// does not have it.
+/// Detaches what a device has left in a VM, and only that: the host is looked
+/// at now, and what is doubtful stays. Where an address is given, it is only
+/// about the device that was there: a newer one may have taken the id since.
 ///
 /// # Errors
 ///
 /// As for [`Vm::detach`].
-pub async fn detach_gone(vm: &mut Vm, id: &DeviceId, address: Address) -> Result<bool, Error> {
-    match vm.address_of(id).await? {
-        Some(present) if present == address => Ok(vm.detach(id).await?),
-        Some(present) => {
-            debug!(%id, %present, "a newer device has the id");
-            Ok(false)
+pub async fn detach_leftover(
+    host: &Host,
+    vm: &mut Vm,
+    id: &DeviceId,
+    address: Option<Address>,
+) -> Result<Detached, Error> {
+    let Some(given) = vm.given(id).await? else {
+        vm.drop_descriptors().await?;
+        return Ok(Detached::NotThere);
+    };
+    if address.is_some() && given.address != address {
+        debug!(%id, "a newer device has the id");
+        return Ok(Detached::NotThere);
+    }
+    let presence = presence(host, vm.pid(), Some(id), &given).0;
+    match presence.leftover() {
+        Some(why) if vm.detach(id).await? => Ok(Detached::Leftover(why)),
+        Some(_) => Ok(Detached::NotThere),
+        None => {
+            debug!(%id, ?presence, "it stays");
+            Ok(Detached::Stays)
         }
-        None => Ok(false),
     }
 }

@@ -93,7 +93,8 @@ pub enum Command {
     /// Show every USB device in a VM.
     ///
     /// Virtual devices too. A device of this host is `present`, `gone` (nothing
-    /// is at its port any more) or `replaced` (another device is there now).
+    /// is at its port any more), `replaced` (another device is there now) or
+    /// `dead` (it is there, and the VM is not connected to it any more).
     Inspect(Inspect),
     /// Attach devices to a VM.
     ///

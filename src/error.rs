@@ -45,11 +45,27 @@ pub enum Error {
     /// A hub was asked for.
     #[error("{0} is a hub: hubs stay with the host; name a device behind it")]
     Hub(Device),
-    /// The VM had the device before, and its QEMU keeps it open (QEMU before
-    /// 9.1, monitor/fds.c, `monitor_fdset_cleanup`).
-    #[error("VM {} still holds {device}, which it had before: a QEMU before 9.1 that is paused does so \
-             until it runs again; resume it", escape(.vm))]
+    /// The VM's QEMU keeps a device open that it does not have: what it had
+    /// before, as QEMUs before 9.1 do that are paused (monitor/fds.c,
+    /// `monitor_fdset_cleanup`), or what came through another monitor.
+    #[error("VM {} still holds {device}: {}", escape(.vm), match .is_paused {
+        true => "it had it before, and a QEMU before 9.1 that is paused keeps it until it runs again; \
+                 resume it",
+        false => "it was passed through another monitor of it, or is about to be; detach it through \
+                  that one, or restart the VM",
+    })]
     StillHeld {
+        /// The VM's socket.
+        vm: String,
+        /// The device.
+        device: Device,
+        /// Whether the VM is paused.
+        is_paused: bool,
+    },
+    /// The VM is being restored, or migrated to this host.
+    #[error("VM {} waits for its saved or migrated state, and would lose {device} with it; attach it \
+             when the VM runs", escape(.vm))]
+    Incoming {
         /// The VM's socket.
         vm: String,
         /// The device.
@@ -174,7 +190,7 @@ impl Error {
                 _ => 1,
             },
             Error::NoGuestPort { .. } => 6,
-            Error::Hub(_) | Error::StillHeld { .. } => 7,
+            Error::Hub(_) | Error::StillHeld { .. } | Error::Incoming { .. } => 7,
             Error::Host(host::Error::RootHub(_)) => 7,
             Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
             Error::Host(host::Error::Claimed { .. } | host::Error::NotAuthorized(_)) => 7,

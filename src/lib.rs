@@ -10,6 +10,7 @@
 //! - [`qemu`]: the VM's side: the QMP session, what a VM has, a device in and out.
 //! - [`policy`]: the configuration, its rules, and which device belongs where.
 //! - [`error`]: what can go wrong, and the exit codes.
+//! - [`presence`]: whether a VM still has a device that it was given.
 //! - [`attach`]: the two operations, attach and detach.
 //! - [`reconcile`]: what a VM lacks, and what it has too many: decided and carried out.
 //! - [`ui`]: tables, the line that says what is waited for, the log.
@@ -28,6 +29,7 @@ pub mod daemon;
 pub mod error;
 pub mod host;
 pub mod policy;
+pub mod presence;
 pub mod qemu;
 pub mod reconcile;
 pub mod text;

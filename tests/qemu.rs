@@ -190,7 +190,8 @@ impl Qemu {
     fn attach_nonsense(&self, guest_ports: &[GuestPort]) -> Error {
         self.talk(async |vm| {
             let file = File::options().read(true).write(true).open("/dev/null").unwrap();
-            let access = Access::Descriptor(file.into());
+            let node = file.into();
+            let access = Access::Descriptor(&node);
             let (id, options) = (id(), Map::new());
             let address = "1:37".parse().unwrap();
             let attachment = Attachment { id: &id, address, options: &options };

@@ -248,52 +248,69 @@ async fn what_is_not_qmp_is_an_error_that_shows_it() {
 }
 
 #[tokio::test]
-async fn a_message_before_the_greeting_is_not_qmp() {
-    for early in ["{\"event\": \"RESET\"}\r\n", "{\"return\": {}, \"id\": 0}\r\n"] {
-        let (session, peer) = session(ENOUGH, move |mut peer| {
-            peer.write(early);
-            peer.rest()
-        })
-        .await;
-        let error = session.unwrap_err();
-        assert!(matches!(error.kind, ErrorKind::NotQmp { .. }), "{early}: {error:?}");
-        assert_eq!(peer.join().unwrap(), b"");
-    }
+async fn messages_without_end_before_the_greeting_are_not_qmp() {
+    let (session, peer) = session(ENOUGH, move |mut peer| {
+        // For ever.
+        while peer.write("{\"event\": \"RESET\"}\r\n".repeat(100)) {}
+    })
+    .await;
+    let error = session.unwrap_err();
+    assert!(matches!(error.kind, ErrorKind::NotQmp { .. }), "{error:?}");
+    peer.join().unwrap();
 }
 
 #[tokio::test]
-async fn a_reply_with_a_wrong_id_ends_the_session() {
-    for id in [json!(-1), json!("0"), json!(null)] {
-        let (session, peer) = session(ENOUGH, move |mut peer| {
+async fn events_and_late_replies_before_the_greeting_hurt_nothing() {
+    let (session, peer) = session(ENOUGH, move |mut peer| {
+        peer.write("{\"event\": \"RESET\"}\r\n{\"return\": {}, \"id\": 0}\r\n");
+        begin(&mut peer);
+        let command = peer.next("query-name");
+        peer.answer(&command, json!({"name": "ours"}));
+    })
+    .await;
+    let mut session = session.unwrap();
+    assert_eq!(session.execute(&name()).await.unwrap().name.as_deref(), Some("ours"));
+    assert_eq!(session.take_events().len(), 1);
+    peer.join().unwrap();
+}
+
+#[tokio::test]
+async fn the_ids_of_two_conversations_do_not_meet() {
+    let mut ids = Vec::new();
+    for _ in 0..8 {
+        let (session, peer) = session(ENOUGH, |mut peer| {
             begin(&mut peer);
-            peer.next("query-name");
-            peer.write(json!({"return": {"name": "not ours"}, "id": id}).to_string());
-            peer.rest()
+            let command = peer.next("query-name");
+            peer.answer(&command, json!({}));
+            command.id.as_u64().unwrap()
         })
         .await;
-        let mut session = session.unwrap();
-        let error = session.execute(&name()).await.unwrap_err();
-        assert!(matches!(error.kind, ErrorKind::NotQmp { .. }), "{error:?}");
-        let again = session.execute(&name()).await.unwrap_err();
-        assert!(matches!(again.kind, ErrorKind::Unusable), "{again:?}");
-        drop(session);
-        peer.join().unwrap();
+        session.unwrap().execute(&name()).await.unwrap();
+        ids.push(peer.join().unwrap());
     }
+    ids.sort_unstable();
+    assert!(ids.windows(2).all(|two| two[1] - two[0] > 1000), "{ids:?}");
 }
 
 #[tokio::test]
 async fn a_reply_to_a_client_that_has_left_is_passed_over() {
-    let (session, peer) = session(ENOUGH, |mut peer| {
-        begin(&mut peer);
-        let command = peer.next("query-name");
-        // QEMU was at work for it, and the monitor is ours now.
-        peer.write(json!({"return": {"name": "not ours"}, "id": 77}).to_string());
-        peer.answer(&command, json!({"name": "ours"}));
-    })
-    .await;
-    let answer = session.unwrap().execute(&name()).await.unwrap();
-    assert_eq!(answer.name.as_deref(), Some("ours"));
-    peer.join().unwrap();
+    // Its ids may be of any kind, or none.
+    for id in [json!(77), json!(-1), json!("libvirt-7"), json!([1]), Value::Null] {
+        let (session, peer) = session(ENOUGH, move |mut peer| {
+            begin(&mut peer);
+            let command = peer.next("query-name");
+            // QEMU was at work for it, and the monitor is ours now.
+            peer.write(json!({"return": {"name": "not ours"}, "id": id}).to_string());
+            if !id.is_null() {
+                peer.write(json!({"error": {"class": "C", "desc": "no"}, "id": id}).to_string());
+            }
+            peer.answer(&command, json!({"name": "ours"}));
+        })
+        .await;
+        let answer = session.unwrap().execute(&name()).await.unwrap();
+        assert_eq!(answer.name.as_deref(), Some("ours"));
+        peer.join().unwrap();
+    }
 }
 
 #[tokio::test]

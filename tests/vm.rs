@@ -13,7 +13,7 @@ mod peer;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
@@ -24,8 +24,9 @@ use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 use usb_qmp_hotplug::Error;
-use usb_qmp_hotplug::attach::{self, Attached, Open, Options};
+use usb_qmp_hotplug::attach::{self, Attached, Detached, Open, Options};
 use usb_qmp_hotplug::host::Host;
+use usb_qmp_hotplug::presence::Leftover;
 use usb_qmp_hotplug::qemu::qmp::ErrorKind;
 use usb_qmp_hotplug::qemu::{Access, Attachment, Vm};
 use usb_qmp_hotplug::qemu::{GuestPort, Placement};
@@ -41,8 +42,12 @@ struct Qemu {
     ports: u32,
     /// The host devices that it has: id, bus and address, port.
     devices: BTreeMap<String, (u64, u64, String)>,
+    /// Whether it got those as descriptors.
+    by_descriptor: bool,
     /// Ports in use by something that it does not tell of.
     in_use: Vec<&'static str>,
+    /// It keeps the id of what it removed until it has told that it did, once (QEMU before 6.0).
+    frees_late: bool,
     /// A command that it refuses, and its words.
     refuses: Option<(&'static str, &'static str)>,
     /// The command from which on it says nothing any more.
@@ -64,7 +69,9 @@ impl Default for Qemu {
             status: "running",
             ports: 4,
             devices: BTreeMap::new(),
+            by_descriptor: true,
             in_use: Vec::new(),
+            frees_late: false,
             refuses: None,
             silent_from: None,
             dies_at: None,
@@ -103,10 +110,16 @@ impl Qemu {
                     "add-fd" => peer.take_descriptor(),
                     _ => None,
                 };
+                let is_freed = command.name == "device_add" && self.frees_late;
                 match self.answer(&command, descriptor.is_some()) {
                     Ok(result) => peer.answer(&command, result),
                     Err((class, desc)) => peer.refuse(&command, class, &desc),
                 };
+                if is_freed {
+                    self.frees_late = false;
+                    let data = json!({"device": command.arguments["id"], "path": "/x"});
+                    peer.write(format!("{}\r\n", json!({"event": "DEVICE_DELETED", "data": data})));
+                }
             }
         }
         self
@@ -164,6 +177,9 @@ impl Qemu {
                 let number = |name: &str| command.arguments[name].as_u64().unwrap();
                 let set = text("hostdevice").strip_prefix("/dev/fdset/").map(str::to_owned);
                 let set = set.map(|set| self.sets.get(&set.parse().unwrap()).copied());
+                if self.frees_late {
+                    return no(format!("Duplicate ID '{id}' for device"));
+                }
                 if self.devices.contains_key(&id) {
                     return no(format!("Duplicate device ID '{id}'"));
                 }
@@ -215,6 +231,7 @@ impl Qemu {
             "hostbus" => Some(json!(bus)),
             "hostaddr" => Some(json!(address)),
             "port" => Some(json!(port)),
+            "hostdevice" => Some(json!(if self.by_descriptor { "/dev/fdset/1" } else { "" })),
             "parent_bus" => Some(json!("/machine/peripheral/xhci/xhci.0")),
             _ => None,
         }
@@ -263,7 +280,8 @@ fn address() -> Address {
 
 /// Attaches by a descriptor (of something else, which a played QEMU does not mind).
 async fn attach_descriptor(vm: &mut Vm, ports: &[&str]) -> Result<GuestPort, Error> {
-    let access = Access::Descriptor(File::open("/dev/null").unwrap().into());
+    let null = File::open("/dev/null").unwrap().into();
+    let access = Access::Descriptor(&null);
     let (id, options) = (id(), Map::new());
     let attachment = Attachment { id: &id, address: address(), options: &options };
     Ok(vm.attach(&attachment, &access, &guest_ports(ports)).await?.unwrap())
@@ -421,8 +439,7 @@ impl Machine {
     /// With a stick at port 1-1.2, whose node nobody may open.
     fn new() -> Self {
         let machine = Machine { root: tempfile::tempdir().unwrap() };
-        let uevent = "BUSNUM=001\nDEVNUM=037\nPRODUCT=152d/2338/100\nTYPE=0/0/0\n";
-        machine.write("sys/bus/usb/devices/1-1.2/uevent", uevent);
+        machine.uevent("037");
         machine.write("sys/bus/usb/devices/1-1.2/speed", "480\n");
         let node = machine.write("dev/bus/usb/001/037", "");
         fs::set_permissions(node, fs::Permissions::from_mode(0o000)).unwrap();
@@ -435,6 +452,27 @@ impl Machine {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, text).unwrap();
         path
+    }
+
+    fn uevent(&self, address: &str) {
+        let uevent = format!("BUSNUM=001\nDEVNUM={address}\nPRODUCT=152d/2338/100\nTYPE=0/0/0\n");
+        self.write("sys/bus/usb/devices/1-1.2/uevent", &uevent);
+    }
+
+    /// The kernel lists all locks, and they are these.
+    fn locks(&self, locks: &str) {
+        self.write("proc/locks", locks);
+        let namespace = self.root.path().join("proc/self/ns/pid");
+        fs::create_dir_all(namespace.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink("pid:[4026531836]", namespace).unwrap();
+    }
+
+    /// The stick's node is locked.
+    fn lock(&self) {
+        let node = fs::metadata(self.root.path().join("dev/bus/usb/001/037")).unwrap();
+        let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
+        let file = format!("{major:02x}:{minor:02x}:{}", node.ino());
+        self.locks(&format!("1: FLOCK  ADVISORY  WRITE 77 {file} 0 EOF\n"));
     }
 
     /// The stick's disk is mounted.
@@ -522,17 +560,67 @@ async fn what_an_earlier_device_left_behind_is_replaced() {
     let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
     let [guest_port] = guest_ports(&["4"]).try_into().unwrap();
     assert_eq!(attached.unwrap(), Attached::There(guest_port), "its port is free again");
-    assert_eq!(qemu.changes, ["device_del usb-host-1-1.2", "device_add 4"]);
+    assert_eq!(qemu.changes, REPLACED);
+}
+
+/// Out with the old device, and with what its attach may have left; in with the new one.
+const REPLACED: [&str; 3] = ["device_del usb-host-1-1.2", "remove-fd", "device_add 4"];
+
+#[tokio::test]
+async fn a_leftover_stays_where_another_device_came_since_it_was_looked_for() {
+    let machine = Machine::new();
+    let (device, host) = (machine.device(), machine.host());
+    machine.uevent("038");
+    let qemu = Qemu::with_device("usb-host-1-1.2", 1, 38, "1");
+    let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
+    let error = attach::attach(&host, &mut vm, &device, &Options::default()).await.unwrap_err();
+    assert_eq!(error.exit_code(), 3, "{error}");
+    assert_eq!(end(vm, served).changes, [""; 0]);
 }
 
 #[tokio::test]
-async fn a_device_that_is_there_already_stays_as_it_is() {
+async fn a_device_that_is_there_already_stays_as_it_is_and_nothing_is_left_in_its_set() {
     let machine = Machine::new();
+    machine.lock();
     let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
     // What this process may not see (/proc/PID/fd of another user's QEMU) is believed.
     let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
     assert_eq!(attached.unwrap(), Attached::Already);
-    assert!(qemu.changes.is_empty(), "{:?}", qemu.changes);
+    assert_eq!(qemu.changes, ["remove-fd"]);
+}
+
+#[tokio::test]
+async fn what_cannot_be_known_is_not_detached() {
+    let machine = Machine::new();
+    // Without a list of locks, and where QEMU opened the node itself.
+    for by_descriptor in [true, false] {
+        let qemu = Qemu { by_descriptor, ..Qemu::with_device("usb-host-1-1.2", 1, 37, "1") };
+        let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
+        assert_eq!(attached.unwrap(), Attached::Already);
+        assert_eq!(qemu.changes, ["remove-fd"]);
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_locked_any_more_is_replaced() {
+    let machine = Machine::new();
+    machine.locks("");
+    let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
+    let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
+    assert!(matches!(attached.unwrap(), Attached::There(_)));
+    assert_eq!(qemu.changes, [&["remove-fd"], &REPLACED[..]].concat());
+}
+
+#[tokio::test]
+async fn what_qemu_opened_itself_is_replaced_when_the_host_drives_it_again() {
+    let machine = Machine::new();
+    let interface = machine.root.path().join("sys/bus/usb/devices/1-1.2/1-1.2:1.0");
+    fs::create_dir(&interface).unwrap();
+    std::os::unix::fs::symlink("../drivers/usb-storage", interface.join("driver")).unwrap();
+    let qemu = Qemu { by_descriptor: false, ..Qemu::with_device("usb-host-1-1.2", 1, 37, "1") };
+    let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
+    assert!(matches!(attached.unwrap(), Attached::There(_)));
+    assert_eq!(qemu.changes, [&["remove-fd"], &REPLACED[..]].concat());
 }
 
 #[tokio::test]
@@ -543,7 +631,43 @@ async fn an_address_that_came_round_again_does_not_hide_a_new_device() {
     let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
     let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
     assert!(matches!(attached.unwrap(), Attached::There(_)));
-    assert_eq!(qemu.changes, ["device_del usb-host-1-1.2", "device_add 4"]);
+    assert_eq!(qemu.changes, [&["remove-fd"], &REPLACED[..]].concat());
+}
+
+#[tokio::test]
+async fn a_vm_that_waits_for_its_state_gets_nothing() {
+    let machine = Machine::new();
+    for dry_run in [false, true] {
+        let options = Options { dry_run, ..Options::default() };
+        let qemu = Qemu { status: "inmigrate", ..Qemu::with_device("usb-host-1-1.2", 1, 36, "1") };
+        let (attached, qemu) = attach(&machine, qemu, &options).await;
+        let error = attached.unwrap_err();
+        assert!(matches!(error, Error::Incoming { .. }), "{error}");
+        assert_eq!((error.exit_code(), qemu.changes), (7, Vec::new()));
+    }
+}
+
+#[tokio::test]
+async fn an_id_that_an_old_qemu_frees_a_moment_later_is_waited_for() {
+    let machine = Machine::new();
+    let qemu = Qemu {
+        version: [5, 2, 0],
+        frees_late: true,
+        ..Qemu::with_device("usb-host-1-1.2", 1, 36, "1")
+    };
+    let (attached, qemu) = attach(&machine, qemu, &Options::default()).await;
+    assert!(matches!(attached.unwrap(), Attached::There(_)));
+    assert_eq!(qemu.changes, [&REPLACED[..], &["device_add 4"]].concat());
+}
+
+#[tokio::test]
+async fn an_id_that_is_never_freed_is_qemus_refusal() {
+    let refuses = Some(("device_add", "Duplicate ID 'usb-host-1-1.2' for device"));
+    let (mut vm, served, _directory) = vm(Qemu { refuses, ..Qemu::default() }, ENOUGH).await;
+    let error = attach_descriptor(&mut vm, &["1"]).await.unwrap_err();
+    assert_eq!(error.exit_code(), 6, "{error}");
+    assert_eq!(vm.host_devices().await.unwrap(), []);
+    end(vm, served);
 }
 
 #[tokio::test]
@@ -667,15 +791,42 @@ async fn a_vm_without_room_gets_a_controller_if_the_user_wants_it() {
 async fn a_device_that_is_not_there_is_no_error_to_detach() {
     let (mut vm, served, _directory) = vm(Qemu::default(), ENOUGH).await;
     assert!(!vm.detach(&id()).await.unwrap());
-    assert!(!attach::detach_gone(&mut vm, &id(), address()).await.unwrap());
-    end(vm, served);
+    assert_eq!(clear(&Machine::new(), &mut vm, None).await, Detached::NotThere);
+    // What an attach may have left goes in any case.
+    assert_eq!(end(vm, served).changes, ["device_del usb-host-1-1.2", "remove-fd", "remove-fd"]);
 }
 
 #[tokio::test]
 async fn the_removal_of_an_old_device_leaves_a_newer_one_at_its_port() {
+    let machine = Machine::new();
     let qemu = Qemu::with_device("usb-host-1-1.2", 1, 38, "1");
     let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
-    assert!(!attach::detach_gone(&mut vm, &id(), address()).await.unwrap());
-    assert!(attach::detach_gone(&mut vm, &id(), "1:38".parse().unwrap()).await.unwrap());
-    assert_eq!(end(vm, served).changes, ["device_del usb-host-1-1.2"]);
+    assert_eq!(clear(&machine, &mut vm, Some(address())).await, Detached::NotThere);
+    let newer = Some("1:38".parse().unwrap());
+    assert_eq!(clear(&machine, &mut vm, newer).await, Detached::Leftover(Leftover::Replaced));
+    assert_eq!(end(vm, served).changes, ["device_del usb-host-1-1.2", "remove-fd"]);
+}
+
+async fn clear(machine: &Machine, vm: &mut Vm, address: Option<Address>) -> Detached {
+    attach::detach_leftover(&machine.host(), vm, &id(), address).await.unwrap()
+}
+
+#[tokio::test]
+async fn what_is_still_there_stays_whatever_is_said_of_it() {
+    let machine = Machine::new();
+    let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
+    let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
+    // The kernel resets it: for a moment it has no address.
+    machine.uevent("000");
+    assert_eq!(clear(&machine, &mut vm, Some(address())).await, Detached::Stays);
+    machine.uevent("037");
+    machine.lock();
+    assert_eq!(clear(&machine, &mut vm, Some(address())).await, Detached::Stays);
+    assert_eq!(clear(&machine, &mut vm, None).await, Detached::Stays);
+    // A host that shows no devices shows none that is gone.
+    fs::remove_dir_all(machine.root.path().join("sys")).unwrap();
+    assert_eq!(clear(&machine, &mut vm, None).await, Detached::Stays);
+    machine.write("sys/bus/usb/devices/usb1/uevent", "");
+    assert_eq!(clear(&machine, &mut vm, None).await, Detached::Leftover(Leftover::Gone));
+    assert_eq!(end(vm, served).changes, ["device_del usb-host-1-1.2", "remove-fd"]);
 }

@@ -6,7 +6,7 @@ use super::Context;
 use crate::cli::Detach;
 use crate::error::Error;
 use crate::host::{self, Host};
-use crate::qemu::VmAddress;
+use crate::qemu::{Given, VmAddress};
 use crate::text::escape;
 use crate::ui::output::together;
 use crate::usb::{Address, Device, DeviceId, Port, Selector};
@@ -33,6 +33,11 @@ async fn one(
     let shown = vm.name();
     let what = || format!("asking {} for its devices", escape(&shown));
     let in_vm = context.during(what, vm.host_devices()).await?;
+    if !dry_run {
+        // What an attach has left that was cut off keeps other VMs out, and
+        // shows nowhere.
+        vm.drop_descriptors().await?;
+    }
     let name = vm.name();
     for (id, _) in &in_vm {
         debug!("{} has {id}", escape(&name));
@@ -56,11 +61,11 @@ async fn one(
 fn choose(
     host: &Host,
     selector: &Selector,
-    in_vm: &[(DeviceId, Option<Address>)],
+    in_vm: &[(DeviceId, Given)],
 ) -> Result<Option<DeviceId>, Error> {
     let with_id = |wanted: &DeviceId| in_vm.iter().map(|(id, _)| id).find(|id| *id == wanted);
     let at_address = |wanted: Address| {
-        in_vm.iter().find(|(_, address)| *address == Some(wanted)).map(|(id, _)| id)
+        in_vm.iter().find(|(_, given)| given.address == Some(wanted)).map(|(id, _)| id)
     };
     let of = |device: &Device| {
         at_address(device.address).or_else(|| with_id(&DeviceId::for_port(&device.port))).cloned()

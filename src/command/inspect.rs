@@ -9,12 +9,13 @@ use super::Context;
 use crate::cli::Inspect;
 use crate::error::Error;
 use crate::host::Host;
-use crate::qemu::{GuestDevice, Inventory};
+use crate::presence::{Leftover, Presence, presence};
+use crate::qemu::{Given, GuestDevice, Inventory};
 use crate::text::escape;
 use crate::ui::output::{json, print};
 use crate::ui::screen::Screen;
 use crate::ui::table::{narrow, table};
-use crate::usb::{Address, DeviceId, Port, PortPath, Speed};
+use crate::usb::{DeviceId, Port, PortPath, Speed};
 
 /// The column of the table with what devices say of themselves, at any length.
 const PRODUCT: usize = 4;
@@ -71,6 +72,8 @@ enum State {
     Gone,
     /// Another device is at its port.
     Replaced,
+    /// It is where it was, and the VM is not connected to it any more.
+    Dead,
 }
 
 impl State {
@@ -79,6 +82,7 @@ impl State {
             State::Present => "present",
             State::Gone => "gone",
             State::Replaced => "replaced",
+            State::Dead => "dead",
         }
     }
 }
@@ -90,9 +94,10 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     let name = vm.name();
     let what = || format!("asking {} for its devices", escape(&name));
     let inventory = context.during(what, vm.inspect()).await?;
+    let pid = vm.pid();
     drop(vm);
     let has_controller = !inventory.controllers.is_empty();
-    let report = report(&context.host, name, inventory);
+    let report = report(&context.host, pid, name, inventory);
     if arguments.json {
         return print(&json(&report)?);
     }
@@ -101,16 +106,16 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     print(&shown(&report, has_controller, columns))
 }
 
-fn report(host: &Host, socket: String, inventory: Inventory) -> Report {
+fn report(host: &Host, pid: Option<i32>, socket: String, inventory: Inventory) -> Report {
     let Inventory { name, version, status, devices, .. } = inventory;
-    let devices = devices.into_iter().map(|device| device_report(host, device)).collect();
+    let devices = devices.into_iter().map(|device| device_report(host, pid, device)).collect();
     Report { vm: VmReport { socket, name, qemu: version.to_string(), status }, devices }
 }
 
-fn device_report(host: &Host, device: GuestDevice) -> DeviceReport {
-    let host = device.is_host_device().then(|| {
+fn device_report(host: &Host, pid: Option<i32>, device: GuestDevice) -> DeviceReport {
+    let host = device.host.map(|given| {
         let id = device.id.as_deref().and_then(|id| id.parse::<DeviceId>().ok());
-        host_report(host, id.and_then(|id| id.port()), device.address)
+        host_report(host, pid, id.as_ref(), &given)
     });
     DeviceReport {
         id: device.id,
@@ -124,24 +129,23 @@ fn device_report(host: &Host, device: GuestDevice) -> DeviceReport {
     }
 }
 
-/// Looks for the device where it was: at the port that its id names, or where
-/// the id is not ours, at its address.
-fn host_report(host: &Host, port: Option<Port>, address: Option<Address>) -> HostReport {
-    let at_port = port.as_ref().and_then(|port| host.device(port).ok()?);
-    let found = match &port {
-        Some(_) => at_port.filter(|device| address.is_none_or(|at| at.bus == device.address.bus)),
-        None => address.and_then(|at| host.find(&crate::usb::Selector::Address(at)).ok()),
-    };
+fn host_report(host: &Host, pid: Option<i32>, id: Option<&DeviceId>, given: &Given) -> HostReport {
+    let (presence, found) = presence(host, pid, id, given);
     let mut report = HostReport {
-        bus: address.map(|address| address.bus),
-        address: address.map(|address| address.device),
-        port,
+        bus: given.address.map(|address| address.bus),
+        address: given.address.map(|address| address.device),
+        port: id.and_then(DeviceId::port),
+        state: match presence {
+            // What is not known to be lost is shown as it should be.
+            Presence::Alive | Presence::Unknown => State::Present,
+            Presence::Lost(Leftover::Dead) => State::Dead,
+            Presence::Lost(Leftover::Gone) => State::Gone,
+            Presence::Lost(Leftover::Replaced) => State::Replaced,
+        },
         ..HostReport::default()
     };
     if let Some(found) = found {
-        let same = address == Some(found.address);
-        report.state = if same { State::Present } else { State::Replaced };
-        if same {
+        if given.address == Some(found.address) {
             report.vendor = Some(format!("{:04x}", found.id.vendor));
             report.product = Some(format!("{:04x}", found.id.product));
             report.serial = host.strings(&found.port).serial;

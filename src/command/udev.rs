@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, info};
 
 use super::{Context, options};
-use crate::attach::{self, Attached, Options};
+use crate::attach::{self, Attached, Detached, Options};
 use crate::cli::Udev;
 use crate::error::Error;
 use crate::host::Look;
@@ -90,27 +90,18 @@ async fn remove(
     start: Instant,
 ) -> Result<(), Error> {
     let mut vm = connect(context, address).await?;
-    let (id, detached) = match (&event.port, event.address) {
-        (Some(port), Some(address)) => {
-            let id = DeviceId::for_port(port);
-            let detached = attach::detach_gone(&mut vm, &id, address).await?;
-            (Some(id), detached)
-        }
-        (Some(port), None) => {
-            let id = DeviceId::for_port(port);
-            let detached = vm.detach(&id).await?;
-            (Some(id), detached)
-        }
+    let (host, address) = (&context.host, event.address);
+    let id = match &event.port {
+        Some(port) => Some(DeviceId::for_port(port)),
         // Typed by hand, and the hardware may be gone: the VM knows the id.
-        (None, address) => {
-            let in_vm = vm.host_devices().await?;
-            let id = in_vm.into_iter().find(|(_, at)| *at == address).map(|(id, _)| id);
-            let detached = match &id {
-                Some(id) => vm.detach(id).await?,
-                None => false,
-            };
-            (id, detached)
+        None => {
+            let in_vm = vm.host_devices().await?.into_iter();
+            in_vm.filter(|(_, given)| given.address == address).map(|(id, _)| id).next()
         }
+    };
+    let detached = match &id {
+        Some(id) => attach::detach_leftover(host, &mut vm, id, address).await?,
+        None => Detached::NotThere,
     };
     let (name, ms) = (vm.name(), start.elapsed().as_millis());
     let vm = escape(&name);
@@ -119,9 +110,13 @@ async fn remove(
         (None, address) => address.map(|address| address.to_string()).unwrap_or_default(),
     };
     match id {
-        Some(id) if detached => {
+        Some(id) if matches!(detached, Detached::Leftover(_)) => {
             info!(%vm, port = %what, %id, ms, "detached {what} from {vm} in {ms} ms")
         }
+        Some(id) if detached == Detached::Stays => info!(
+            %vm, port = %what, %id,
+            "nothing to do, {what} is still plugged in; `usb-qmp-hotplug detach` detaches it"
+        ),
         _ => info!(%vm, port = %what, "nothing to do, {what} is not in {vm}"),
     }
     Ok(())

@@ -28,7 +28,7 @@ use crate::policy::Policy;
 use crate::policy::config::Config;
 use crate::qemu::VmAddress;
 use crate::text::{chain, escape};
-use crate::usb::{Action, HotplugEvent};
+use crate::usb::{Action, HotplugEvent, Port};
 use queue::Work;
 use shared::{Shared, Status};
 use sockets::Sockets;
@@ -238,7 +238,11 @@ impl<'a> Watch<'a> {
     fn event(&self, event: &HotplugEvent) -> Result<(), Error> {
         let Some(port) = &event.port else { return Ok(()) };
         let mut concerned = self.shared.vms(|status| status.attached.contains_key(port));
+        // A plug is one even where the address is the one before.
+        let is_plug = event.action == Action::Add && !event.is_synthetic;
         match event.action {
+            // Somebody only asked for the event.
+            Action::Remove if event.is_synthetic && self.is_there(port) => return Ok(()),
             Action::Add => {
                 let device = self.shared.host.device_of(event)?;
                 let seen = self.shared.policy().seen(&self.shared.host, device);
@@ -262,8 +266,19 @@ impl<'a> Watch<'a> {
                 }
             }
         }
-        concerned.iter().for_each(|vm| self.give(vm, Work::Port(port.clone())));
+        let work = if is_plug { Work::Plugged } else { Work::Port };
+        concerned.iter().for_each(|vm| self.give(vm, work(port.clone())));
         Ok(())
+    }
+
+    /// Whether the device that is known to be at a port may be there still.
+    fn is_there(&self, port: &Port) -> bool {
+        let table = self.shared.table.borrow();
+        let known = table.get(port).map(|seen| seen.device.address);
+        match self.shared.host.device(port) {
+            Ok(now) => now.is_some_and(|now| known.is_none_or(|known| now.address == known)),
+            Err(_) => true,
+        }
     }
 
     /// Has every VM look for devices that are gone and that a person has moved

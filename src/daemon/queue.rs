@@ -14,7 +14,9 @@ pub enum Work {
     Started,
     /// Look at everything.
     Sync,
-    /// Something happened at this port.
+    /// A device was plugged in at this port.
+    Plugged(Port),
+    /// Something else happened at this port.
     Port(Port),
 }
 

@@ -11,11 +11,11 @@ use super::queue::Work;
 use super::worker::Worker;
 use crate::attach::Attached;
 use crate::error::Error;
-use crate::host::Look;
+use crate::host::{Life, Look};
 use crate::policy::{HostDevice, Policy};
 use crate::qemu::Vm;
 use crate::qemu::qmp::ErrorKind;
-use crate::reconcile::{self, Done, Vms};
+use crate::reconcile::{self, Done, InVm, Vms};
 use crate::text::chain;
 use crate::usb::{Address, Device, DeviceId, Port};
 
@@ -83,7 +83,11 @@ impl Worker {
         let policy = self.shared.policy();
         let in_vm = reconcile::look(self.vms(&policy), &mut vm).await?;
         let Some(qemu) = &mut self.qemu else { return Ok(Vec::new()) };
-        let addresses = in_vm.iter().filter_map(|(port, in_vm)| Some((port, in_vm.address?)));
+        let works = |in_vm: &InVm| in_vm.life != Life::Dead;
+        // What does not work is no work done.
+        qemu.handled.retain(|port, _| in_vm.get(port).is_none_or(works));
+        let working = in_vm.iter().filter(|(_, in_vm)| works(in_vm));
+        let addresses = working.filter_map(|(port, in_vm)| Some((port, in_vm.address?)));
         qemu.attached = addresses.map(|(port, address)| (port.clone(), address)).collect();
         let table = self.shared.table.borrow();
         let is_there = |port: &Port, address: &Address| {

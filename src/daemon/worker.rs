@@ -113,7 +113,13 @@ impl Worker {
         let (port, done) = match work {
             Work::Started => (None, self.start().await),
             Work::Sync => (None, self.sync().await),
-            Work::Port(port) => (Some(port), self.port(port).await.map(|()| Vec::new())),
+            Work::Plugged(port) | Work::Port(port) => {
+                if let (Work::Plugged(port), Some(qemu)) = (work, &mut self.qemu) {
+                    // What was done for the one before counts no more.
+                    qemu.handled.remove(port);
+                }
+                (Some(port), self.port(port).await.map(|()| Vec::new()))
+            }
         };
         let error = match done {
             Ok(more) => {

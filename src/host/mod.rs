@@ -11,6 +11,7 @@ mod controller;
 mod disk;
 mod error;
 pub mod events;
+mod life;
 mod node;
 mod owner;
 pub mod proc;
@@ -28,7 +29,8 @@ pub use blocking::blocking;
 pub use bus::Bus;
 pub use disk::{Claims, Use, UsedBy};
 pub use error::Error;
-pub use node::{Node, unlock};
+pub use life::{Life, Opened};
+pub use node::{Claim, Node};
 pub use owner::{CLAIMED, Look, Owner};
 pub use proc::{Holder, Qemu, Reach, UnixSockets};
 
@@ -100,6 +102,24 @@ impl Host {
     pub fn device(&self, port: &Port) -> Result<Option<Device>, Error> {
         let path = self.directory(port).join("uevent");
         read_if_there(&path)?.map(|text| device_from_uevent(port, &path, &text)).transpose()
+    }
+
+    /// The device at an address, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Host::device`].
+    pub fn device_at(&self, address: Address) -> Result<Option<Device>, Error> {
+        match self.port_at(address, &Selector::Address(address))? {
+            Some(port) => Ok(self.device(&port)?.filter(|device| device.address == address)),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether there is a list of devices at all: where there is none, nothing
+    /// is known to be gone.
+    pub fn has_usb(&self) -> bool {
+        self.path("/sys/bus/usb/devices").is_dir()
     }
 
     /// Every device but the root hubs, by port. One that cannot be read is
@@ -269,7 +289,9 @@ fn device_from_uevent(port: &Port, path: &Path, text: &str) -> Result<Device, Er
     let wrong = |source| Error::Attribute { path: path.to_owned(), source };
     Ok(Device {
         port: port.clone(),
-        address: Address::from_numbers(&value("BUSNUM")?, &value("DEVNUM")?).map_err(wrong)?,
+        address: Address::from_variables(|name| value(name).ok())
+            .map_err(wrong)?
+            .ok_or(Error::Missing { path: path.to_owned(), name: "BUSNUM or DEVNUM" })?,
         id: VendorProduct::from_udev(&value("PRODUCT")?).map_err(wrong)?,
         class: usb::class_from_udev(&value("TYPE")?).map_err(wrong)?,
     })

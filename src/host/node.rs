@@ -15,18 +15,47 @@ use crate::usb::Address;
 /// What came of opening a node.
 #[derive(Debug)]
 pub enum Node {
-    /// Open for reading and writing, and locked by this descriptor.
-    Ours(OwnedFd),
+    /// Open for reading and writing, and locked.
+    Ours(Claim),
     /// Another process has the lock.
     Held,
     /// This process may not open it; QEMU may still.
     NotPermitted,
 }
 
-/// Gives up the claim on a node, for every copy of the descriptor.
-pub fn unlock(node: &OwnedFd) {
-    // Nothing can be done if this fails, and it has no reason to.
-    let _ = flock(node, FlockOperation::Unlock);
+/// An open node and the lock on it. Dropped, it gives the lock up for every
+/// copy of the descriptor, those in other processes too.
+#[derive(Debug)]
+pub struct Claim {
+    node: OwnedFd,
+    is_handed_over: bool,
+}
+
+impl Claim {
+    /// The open node.
+    pub fn node(&self) -> &OwnedFd {
+        &self.node
+    }
+
+    /// Whether the device has left: the kernel has removed its node (Linux,
+    /// drivers/base/core.c, `device_del`).
+    pub fn is_gone(&self) -> bool {
+        fstat(&self.node).is_ok_and(|stat| stat.st_nlink == 0)
+    }
+
+    /// Leaves the lock to whoever has the copies.
+    pub fn hand_over(mut self) {
+        self.is_handed_over = true;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if !self.is_handed_over {
+            // Nothing can be done if this fails, and it has no reason to.
+            let _ = flock(&self.node, FlockOperation::Unlock);
+        }
+    }
 }
 
 impl Host {
@@ -66,7 +95,7 @@ impl Host {
             return Err(Error::NotTheNode { path, address });
         }
         match flock(&node, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Node::Ours(node)),
+            Ok(()) => Ok(Node::Ours(Claim { node, is_handed_over: false })),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(Node::Held),
             Err(error) => Err(Error::Read { path, source: error.into() }),
         }

@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use qapi::qmp::{add_fd, device_add, remove_fd};
+use qapi::qmp::{RunState, add_fd, device_add, query_status, remove_fd};
 use serde_json::{Map, Value};
+use tokio::time::Instant;
 use tracing::debug;
 
-use super::qmp;
-use super::vm::{ALL, Object, USERS, Vm};
+use super::qmp::{self, Ticket};
+use super::vm::{ALL, FDSET, Given, Object, USERS, Vm};
 use crate::qemu::{
     Controller, ControllerKind, GuestPort, InfoLine, NoGuestPort, Placement, guest_ports,
     parse_info_usb,
@@ -19,11 +22,15 @@ use crate::usb::{Address, DeviceId, Speed};
 /// The most places that are tried before QEMU's last "in use" is believed.
 const MAX_TRIES: usize = 64;
 
+/// How long an id may be taken by a device that was removed. It took QEMU 5.2
+/// some 50 ms.
+const UNTIL_DELETED: Duration = Duration::from_secs(1);
+
 /// How QEMU gets at the device.
 #[derive(Debug)]
-pub enum Access {
+pub enum Access<'a> {
     /// We opened its node, and pass the descriptor.
-    Descriptor(OwnedFd),
+    Descriptor(&'a OwnedFd),
     /// QEMU opens its node.
     Node(PathBuf),
     /// QEMU looks for it in its list of devices; for a QEMU older than 5.2.
@@ -41,12 +48,27 @@ pub struct Attachment<'a> {
     pub options: &'a Map<String, Value>,
 }
 
+/// What a VM is doing, as far as it matters to a device (QEMU,
+/// qapi/run-state.json, `RunState`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// Its processors run.
+    Running,
+    /// They do not.
+    Stopped,
+    /// It waits for the state of a saved or migrated VM, which will not have
+    /// what it is given now: a device would be an object without hardware
+    /// (QEMU, hw/usb/host-libusb.c, `usb_host_post_load`).
+    Incoming,
+}
+
 /// What the VM looks like to a device that wants in.
 #[derive(Debug)]
 pub struct Probe {
-    /// The host device that has the id already: where on the host it is, if
-    /// the VM was told.
-    pub present: Option<Option<Address>>,
+    /// The host device that has the id already.
+    pub present: Option<Given>,
+    /// What the VM is doing.
+    pub status: Status,
     /// Where the device can go once the id is free, the best place first.
     pub guest_ports: Result<Vec<GuestPort>, NoGuestPort>,
 }
@@ -85,15 +107,17 @@ impl Vm {
         speed: Option<Speed>,
         placement: &Placement,
     ) -> Result<(Probe, Vec<Controller>), qmp::Error> {
+        let status = self.ask_status()?;
         let objects = self.ask_objects(containers)?;
         let info = self.ask_info_usb()?;
+        let status = self.answer_status(status).await?;
         let objects = self.answer_objects(objects).await?;
         let lines = parse_info_usb(&self.answer(info).await?.unwrap_or_default());
 
         let has_id = |object: &&Object| object.id.as_deref() == Some(id.as_str());
         let present = objects.iter().find(has_id).filter(|object| object.driver == "usb-host");
         let present = match present {
-            Some(object) => Some(self.ask_address(&object.path)?),
+            Some(object) => Some(self.ask_given(&object.path)?),
             None => None,
         };
         let controllers = self.ask_controllers(&objects)?;
@@ -108,7 +132,7 @@ impl Vm {
         }
 
         let present = match present {
-            Some(tickets) => Some(self.answer_address(tickets).await?),
+            Some(tickets) => self.answer_given(tickets).await?,
             None => None,
         };
         let controllers = self.answer_controllers(controllers).await?;
@@ -134,9 +158,29 @@ impl Vm {
         let taken: Vec<GuestPort> =
             lines.into_iter().filter(stays).filter_map(guest_port).collect();
         Ok((
-            Probe { present, guest_ports: guest_ports(&controllers, &taken, speed, placement) },
+            Probe {
+                present,
+                status,
+                guest_ports: guest_ports(&controllers, &taken, speed, placement),
+            },
             controllers,
         ))
+    }
+
+    fn ask_status(&mut self) -> Result<Ticket<query_status>, qmp::Error> {
+        self.session.send(&query_status {})
+    }
+
+    async fn answer_status(&mut self, ticket: Ticket<query_status>) -> Result<Status, qmp::Error> {
+        match self.answer(ticket).await {
+            Ok(Some(info)) if info.status == RunState::inmigrate => Ok(Status::Incoming),
+            Ok(Some(info)) if !info.running => Ok(Status::Stopped),
+            // In a state of a newer QEMU, too.
+            Ok(_) | Err(qmp::Error { kind: qmp::ErrorKind::Unexpected { .. }, .. }) => {
+                Ok(Status::Running)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Attaches a device at the first of the ports that QEMU finds free. `None`
@@ -148,13 +192,18 @@ impl Vm {
     pub async fn attach(
         &mut self,
         attachment: &Attachment<'_>,
-        access: &Access,
+        access: &Access<'_>,
         guest_ports: &[GuestPort],
     ) -> Result<Option<GuestPort>, qmp::Error> {
         let mut tries = guest_ports.iter().take(MAX_TRIES).peekable();
         while let Some(guest_port) = tries.next() {
             match self.device_add(attachment, access, guest_port).await {
                 Ok(()) => return Ok(Some(guest_port.clone())),
+                Err(error) if is_duplicate(&error) && self.is_deleted(attachment.id).await? => {
+                    debug!(id = %attachment.id, "its id is free now, trying again");
+                    self.device_add(attachment, access, guest_port).await?;
+                    return Ok(Some(guest_port.clone()));
+                }
                 Err(error) if tries.peek().is_some() && is_in_use(&error) => {
                     debug!(%guest_port, "in use, trying the next one");
                 }
@@ -167,7 +216,7 @@ impl Vm {
     async fn device_add(
         &mut self,
         attachment: &Attachment<'_>,
-        access: &Access,
+        access: &Access<'_>,
         guest_port: &GuestPort,
     ) -> Result<(), qmp::Error> {
         let mut arguments = attachment.options.clone();
@@ -177,7 +226,7 @@ impl Vm {
         let fdset_id = self.fdset_id();
         let added = match access {
             Access::Descriptor(descriptor) => {
-                arguments.insert("hostdevice".into(), format!("/dev/fdset/{fdset_id}").into());
+                arguments.insert("hostdevice".into(), format!("{FDSET}{fdset_id}").into());
                 let descriptor = descriptor.try_clone().map_err(|source| {
                     qmp::Error::new(self.session.address(), qmp::ErrorKind::Lost(Some(source)))
                 })?;
@@ -216,6 +265,15 @@ impl Vm {
         attached.map(|_| ())
     }
 
+    /// Waits until a device that was removed is: QEMU before 6.0 frees its id a
+    /// moment later, and then tells. False if it does not come to that.
+    async fn is_deleted(&mut self, id: &DeviceId) -> Result<bool, qmp::Error> {
+        let is_it = |event: &qmp::Event| {
+            event.name == "DEVICE_DELETED" && event.data.get("device") == Some(&id.as_str().into())
+        };
+        self.session.event(is_it, Instant::now() + UNTIL_DELETED).await
+    }
+
     /// Closes what an attach has left that was cut off, when its process was
     /// killed, say. A descriptor in the set claims its device for ever.
     ///
@@ -223,23 +281,40 @@ impl Vm {
     ///
     /// As for [`crate::qemu::qmp::Session::reply`].
     pub async fn drop_descriptors(&mut self) -> Result<(), qmp::Error> {
-        let fdset_id = self.fdset_id();
-        let ticket = self.session.send(&remove_fd { fdset_id, fd: None })?;
+        let emptied = self.ask_to_drop_descriptors()?;
         // QEMU refuses, as there is hardly ever such a set.
-        self.answer(ticket).await.map(|_| ())
+        self.answer(emptied).await.map(|_| ())
+    }
+
+    pub(super) fn ask_to_drop_descriptors(&mut self) -> Result<Ticket<remove_fd>, qmp::Error> {
+        let fdset_id = self.fdset_id();
+        self.session.send(&remove_fd { fdset_id, fd: None })
     }
 
     /// The set that our descriptors go through. QEMU keeps an emptied set for
-    /// ever, so each socket always uses the same one; and QEMU opens any
-    /// descriptor of a set, so two sockets must not share one.
+    /// ever, so each socket always uses the same one, by whatever path; and QEMU
+    /// opens any descriptor of a set, so two sockets must not share one.
     fn fdset_id(&self) -> i64 {
+        let address = self.session.address();
+        let file = address.socket().and_then(|socket| std::fs::metadata(socket).ok());
         // FNV-1a: small, and the same in every build of this tool.
-        let address = self.session.address().to_string();
-        let hash = address
-            .bytes()
-            .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-        i64::from(hash & 0x7fff_ffff)
+        let hash = |bytes: &[u8]| {
+            let step = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+            i64::from(bytes.iter().fold(0x811c_9dc5, step) & 0x7fff_ffff)
+        };
+        match file {
+            Some(file) => hash(&[file.dev().to_le_bytes(), file.ino().to_le_bytes()].concat()),
+            None => hash(address.to_string().as_bytes()),
+        }
     }
+}
+
+/// Whether QEMU said that the id is taken, in the words that it had before 6.0
+/// (QEMU, util/qemu-option.c, `qemu_opts_create`).
+fn is_duplicate(error: &qmp::Error) -> bool {
+    error.refusal().is_some_and(|refusal| {
+        refusal.desc.starts_with("Duplicate ID '") && refusal.desc.ends_with("for device")
+    })
 }
 
 /// Whether QEMU said that the port is taken (QEMU, hw/usb/bus.c,

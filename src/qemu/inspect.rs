@@ -2,10 +2,10 @@
 
 use qapi::qmp::{query_name, query_status};
 
-use super::vm::{ALL, Object, PERIPHERAL, Vm};
+use super::vm::{ALL, Given, Object, PERIPHERAL, Vm};
 use crate::qemu::qmp::{Error, ErrorKind, Version};
 use crate::qemu::{Controller, InfoLine, parse_info_usb};
-use crate::usb::{Address, Speed};
+use crate::usb::Speed;
 
 /// What QEMU's hub says it is (QEMU, hw/usb/dev-hub.c).
 const HUB_PRODUCT: &str = "QEMU USB Hub";
@@ -55,16 +55,8 @@ pub struct GuestDevice {
     pub speed: Option<Speed>,
     /// Its own name. Untrusted.
     pub product: Option<String>,
-    /// Where on the host it is; only for host devices, and only where the VM
-    /// was told.
-    pub address: Option<Address>,
-}
-
-impl GuestDevice {
-    /// Whether it is a device of the host.
-    pub fn is_host_device(&self) -> bool {
-        self.driver == "usb-host"
-    }
+    /// The host's device, if it is one.
+    pub host: Option<Given>,
 }
 
 /// What QOM says of a device.
@@ -72,7 +64,7 @@ struct QomDevice {
     object: Object,
     bus_path: Option<String>,
     asked_port: Option<String>,
-    address: Option<Address>,
+    host: Option<Given>,
 }
 
 impl Vm {
@@ -106,7 +98,7 @@ impl Vm {
             let bus = self.ask(&object.path, "parent_bus")?;
             let port = self.ask(&object.path, "port")?;
             let host = if object.driver == "usb-host" {
-                Some((self.ask_address(&object.path)?, self.ask(&object.path, "hostdevice")?))
+                Some(self.ask_given(&object.path)?)
             } else {
                 None
             };
@@ -123,14 +115,12 @@ impl Vm {
                 || bus.is_some_and(|name| name.starts_with("usb-bus."))
                 || controllers.iter().any(on_usb);
             let asked_port = self.answer_text(port).await?.filter(|port| !port.is_empty());
-            let mut address = None;
-            if let Some((tickets, node)) = host {
-                address = self.answer_address(tickets).await?;
-                let node = self.answer_text(node).await?;
-                address = address.or_else(|| address_of_node(&node?));
-            }
+            let host = match host {
+                Some(tickets) => Some(self.answer_given(tickets).await?.unwrap_or_default()),
+                None => None,
+            };
             if is_usb {
-                facts.push(QomDevice { object, bus_path, asked_port, address });
+                facts.push(QomDevice { object, bus_path, asked_port, host });
             }
         }
         let version = self.session.version();
@@ -138,12 +128,6 @@ impl Vm {
         let status = status.as_ref().and_then(|status| status.as_str()).map(str::to_owned);
         Ok(Inventory { name, version, status, controllers, devices })
     }
-}
-
-/// The address in `/dev/bus/usb/001/037`.
-fn address_of_node(node: &str) -> Option<Address> {
-    let (bus, device) = node.strip_prefix("/dev/bus/usb/")?.split_once('/')?;
-    Address::from_numbers(bus, device).ok()
 }
 
 /// Joins what QOM says with the lines of `info usb`.
@@ -226,7 +210,8 @@ fn by_id<'a>(fact: &QomDevice, lines: &'a [InfoLine]) -> Option<&'a InfoLine> {
 }
 
 fn device(fact: QomDevice, line: Option<&InfoLine>) -> GuestDevice {
-    let QomDevice { object: Object { path, driver, id }, bus_path, asked_port, address } = fact;
+    let QomDevice { object, bus_path, asked_port, host } = fact;
+    let Object { path, driver, id } = object;
     let bus = bus_path.and_then(|path| path.rsplit('/').next().map(str::to_owned));
     let product = line.and_then(|line| line.product(id.as_deref())).map(str::to_owned);
     GuestDevice {
@@ -235,7 +220,7 @@ fn device(fact: QomDevice, line: Option<&InfoLine>) -> GuestDevice {
         port: line.map(|line| line.port.clone()).or(asked_port),
         speed: line.and_then(|line| line.speed),
         product,
-        address,
+        host,
         driver,
         id,
     }

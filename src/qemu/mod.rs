@@ -15,9 +15,9 @@ mod ports;
 pub mod qmp;
 mod vm;
 
-pub use device::{Access, Attachment, Probe};
+pub use device::{Access, Attachment, Probe, Status};
 pub use info_usb::{InfoLine, parse_info_usb};
 pub use inspect::{GuestDevice, Inventory};
 pub use ports::{Controller, ControllerKind, GuestPort, NoGuestPort, Placement, guest_ports};
 pub use qmp::VmAddress;
-pub use vm::Vm;
+pub use vm::{Given, Vm};

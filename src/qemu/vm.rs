@@ -35,6 +35,25 @@ const EHCI_PORTS: u32 = 6;
 /// UHCI controllers have two ports (QEMU, hw/usb/hcd-uhci.h, `UHCI_PORTS`).
 const UHCI_PORTS: u32 = 2;
 
+/// How a set of descriptors is named where QEMU wants a file (QEMU,
+/// qapi/misc.json, `add-fd`).
+pub(super) const FDSET: &str = "/dev/fdset/";
+
+/// A device of the host that a VM was given, as far as the VM knows it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Given {
+    /// Where on the host it is, if the VM was told.
+    pub address: Option<Address>,
+    /// Whether QEMU got it as an open descriptor.
+    pub by_descriptor: bool,
+}
+
+/// What is asked about a device that the VM was given, and not yet answered.
+pub(super) struct GivenTickets {
+    address: [Ticket<qom_get>; 2],
+    node: Ticket<qom_get>,
+}
+
 /// A VM whose monitor answers.
 #[derive(Debug)]
 pub struct Vm {
@@ -118,65 +137,79 @@ impl Vm {
     }
 
     /// Removes the device with this id; false if there is none. For a USB
-    /// device QEMU has done it when it answers.
+    /// device QEMU has done it when it answers. What an attach of it left in the
+    /// set goes with it.
     ///
     /// # Errors
     ///
     /// As for [`Session::reply`].
     pub async fn detach(&mut self, id: &DeviceId) -> Result<bool, Error> {
-        let command = device_del { id: id.to_string() };
-        match self.session.execute(&command).await {
+        let removed = self.session.send(&device_del { id: id.to_string() })?;
+        let emptied = self.ask_to_drop_descriptors()?;
+        let removed = self.session.reply(removed).await;
+        if removed.as_ref().map_or_else(|error| error.refusal().is_some(), |_| true) {
+            self.answer(emptied).await?;
+        }
+        match removed {
             Ok(_) => Ok(true),
             Err(error) if error.refusal().is_some_and(|r| r.is_not_found()) => Ok(false),
             Err(error) => Err(error),
         }
     }
 
-    /// The address of the host device behind an id: `None` if the VM has no
-    /// such id, or it is not a host device.
+    /// The host device behind an id: `None` if the VM has no such id, or it is
+    /// not a host device.
     ///
     /// # Errors
     ///
     /// As for [`Session::reply`].
-    pub async fn address_of(&mut self, id: &DeviceId) -> Result<Option<Address>, Error> {
-        let tickets = self.ask_address(&format!("{PERIPHERAL}/{id}"))?;
-        self.answer_address(tickets).await
+    pub async fn given(&mut self, id: &DeviceId) -> Result<Option<Given>, Error> {
+        let tickets = self.ask_given(&format!("{PERIPHERAL}/{id}"))?;
+        self.answer_given(tickets).await
     }
 
-    pub(super) fn ask_address(&mut self, path: &str) -> Result<[Ticket<qom_get>; 2], Error> {
-        Ok([self.ask(path, "hostbus")?, self.ask(path, "hostaddr")?])
+    pub(super) fn ask_given(&mut self, path: &str) -> Result<GivenTickets, Error> {
+        let address = [self.ask(path, "hostbus")?, self.ask(path, "hostaddr")?];
+        Ok(GivenTickets { address, node: self.ask(path, "hostdevice")? })
     }
 
-    pub(super) async fn answer_address(
+    pub(super) async fn answer_given(
         &mut self,
-        [bus, device]: [Ticket<qom_get>; 2],
-    ) -> Result<Option<Address>, Error> {
-        let bus = self.answer(bus).await?.and_then(|value| u16::try_from(value.as_u64()?).ok());
-        let device = self.answer(device).await?.and_then(|v| u8::try_from(v.as_u64()?).ok());
+        GivenTickets { address: [bus, device], node }: GivenTickets,
+    ) -> Result<Option<Given>, Error> {
+        let bus = self.answer(bus).await?;
+        let device = self.answer(device).await?;
+        let node = self.answer_text(node).await?;
+        if bus.is_none() {
+            return Ok(None);
+        }
+        let bus = bus.and_then(|value| u16::try_from(value.as_u64()?).ok());
+        let device = device.and_then(|value| u8::try_from(value.as_u64()?).ok());
         // Zero is "not given".
         let address = bus.zip(device).filter(|(bus, device)| *bus > 0 && *device > 0);
-        Ok(address.map(|(bus, device)| Address { bus, device }))
+        let address = address.map(|(bus, device)| Address { bus, device });
+        let by_descriptor = node.as_ref().is_some_and(|node| node.starts_with(FDSET));
+        let address = address.or_else(|| address_of_node(&node?));
+        Ok(Some(Given { address, by_descriptor }))
     }
 
-    /// The id of every host device in the VM that has one, and where on the
-    /// host it is, if the VM was told.
+    /// Every host device in the VM that has an id.
     ///
     /// # Errors
     ///
     /// As for [`Session::reply`].
-    pub async fn host_devices(&mut self) -> Result<Vec<(DeviceId, Option<Address>)>, Error> {
+    pub async fn host_devices(&mut self) -> Result<Vec<(DeviceId, Given)>, Error> {
         let objects = self.ask_objects(&[PERIPHERAL])?;
-        let mut devices = Vec::new();
+        let mut asked = Vec::new();
         for object in self.answer_objects(objects).await? {
             let id = object.id.and_then(|id| id.parse().ok());
             if let (Some(id), "usb-host") = (id, object.driver.as_str()) {
-                let tickets = self.ask_address(&object.path)?;
-                devices.push((id, tickets));
+                asked.push((id, self.ask_given(&object.path)?));
             }
         }
         let mut found = Vec::new();
-        for (id, tickets) in devices {
-            found.push((id, self.answer_address(tickets).await?));
+        for (id, tickets) in asked {
+            found.extend(self.answer_given(tickets).await?.map(|given| (id, given)));
         }
         Ok(found)
     }
@@ -325,6 +358,12 @@ impl Vm {
         }
         Ok(controllers)
     }
+}
+
+/// The address in `/dev/bus/usb/001/037`.
+fn address_of_node(node: &str) -> Option<Address> {
+    let (bus, device) = node.strip_prefix("/dev/bus/usb/")?.split_once('/')?;
+    Address::from_numbers(bus, device).ok()
 }
 
 /// The type in QOM's `child<usb-tablet>`.

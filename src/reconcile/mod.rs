@@ -6,9 +6,10 @@
 mod perform;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 
+use crate::host::Life;
 use crate::policy::{HostDevice, Table};
+use crate::presence::Leftover;
 use crate::usb::{Address, Port};
 
 pub use perform::{Done, Vms, look, port};
@@ -52,17 +53,6 @@ pub struct InVm {
     pub life: Life,
 }
 
-/// Whether a VM's device is connected to the device of the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Life {
-    /// QEMU has it open.
-    Alive,
-    /// The device of the host is there, and QEMU has lost it.
-    Dead,
-    /// That cannot be seen.
-    Unknown,
-}
-
 /// What to do at a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -72,27 +62,6 @@ pub enum Step {
     Attach,
     /// Detach what an earlier device left behind.
     Detach(Leftover),
-}
-
-/// Why a VM's device is a leftover.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Leftover {
-    /// Nothing is at its port any more.
-    Gone,
-    /// Another device is at its port.
-    Replaced,
-    /// Its device is there, but QEMU has lost it.
-    Dead,
-}
-
-impl fmt::Display for Leftover {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Leftover::Gone => "its device is gone",
-            Leftover::Replaced => "another device is at its port",
-            Leftover::Dead => "QEMU has lost its device",
-        })
-    }
 }
 
 /// What to do at one port. What is not known leads to nothing.

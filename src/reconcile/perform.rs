@@ -2,15 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use tracing::debug;
-
-use super::{AtPort, InVm, Leftover, Life, Step, decide};
-use crate::attach::{self, Attached, Options};
+use super::{AtPort, InVm, Step, decide};
+use crate::attach::{self, Attached, Detached, Options};
 use crate::error::Error;
-use crate::host::{Host, Look};
+use crate::host::{Host, Life, Look};
 use crate::policy::{Assignment, HostDevice, Policy};
-use crate::qemu::{Placement, Vm};
-use crate::usb::{Address, Device, DeviceId, Port};
+use crate::presence::{Leftover, Presence, presence};
+use crate::qemu::{Given, Placement, Vm};
+use crate::usb::{Device, DeviceId, Port};
 
 /// What is the same for all VMs.
 #[derive(Debug, Clone, Copy)]
@@ -46,16 +45,22 @@ pub async fn look(vms: Vms<'_>, vm: &mut Vm) -> Result<BTreeMap<Port, InVm>, Err
         vm.drop_descriptors().await?;
     }
     let mut found = BTreeMap::new();
-    for (id, address) in vm.host_devices().await? {
+    for (id, given) in vm.host_devices().await? {
         if let Some(port) = id.port() {
-            found.insert(port, in_vm(address));
+            found.insert(port, in_vm(vms.host, vm, &id, &given));
         }
     }
     Ok(found)
 }
 
-fn in_vm(address: Option<Address>) -> InVm {
-    InVm { address, life: Life::Unknown }
+fn in_vm(host: &Host, vm: &Vm, id: &DeviceId, given: &Given) -> InVm {
+    let life = match presence(host, vm.pid(), Some(id), given).0 {
+        Presence::Alive => Life::Alive,
+        Presence::Lost(Leftover::Dead) => Life::Dead,
+        // Where it is not any more, the table tells.
+        Presence::Lost(_) | Presence::Unknown => Life::Unknown,
+    };
+    InVm { address: given.address, life }
 }
 
 /// Makes one port right in the VM of that name: attaches the device that is
@@ -80,27 +85,23 @@ pub async fn port(
         return attach(vms, vm, device, assignment).await;
     }
     let id = DeviceId::for_port(port);
-    let in_vm = vm.address_of(&id).await?.map(|address| in_vm(Some(address)));
+    let given = vm.given(&id).await?;
+    let in_vm = given.map(|given| in_vm(vms.host, vm, &id, &given));
+    // The table may be older than the conversation, and nothing is detached on
+    // that: the host is read again.
+    let leftover = |given: Given| presence(vms.host, vm.pid(), Some(&id), &given).0.leftover();
     match (decide(at_port, in_vm, is_handled), assigned) {
         (Step::Attach, Some((device, assignment))) => attach(vms, vm, device, assignment).await,
-        (Step::Detach(why), _) if is_left_over(vms.host, port, in_vm)? => {
-            let is_done = vms.dry_run || vm.detach(&id).await?;
-            Ok(if is_done { Done::Detached(why) } else { Done::Nothing(None) })
+        (Step::Detach(_), _) if vms.dry_run => {
+            Ok(given.and_then(leftover).map_or(Done::Nothing(in_vm), Done::Detached))
         }
-        (Step::Attach | Step::Detach(_) | Step::Nothing, _) => Ok(Done::Nothing(in_vm)),
+        (Step::Detach(_), _) => match attach::detach_leftover(vms.host, vm, &id, None).await? {
+            Detached::Leftover(why) => Ok(Done::Detached(why)),
+            Detached::NotThere => Ok(Done::Nothing(None)),
+            Detached::Stays => Ok(Done::Nothing(in_vm)),
+        },
+        (Step::Attach | Step::Nothing, _) => Ok(Done::Nothing(in_vm)),
     }
-}
-
-/// Whether a VM's device is a leftover, by what the host shows now: the table
-/// may be older than the conversation, and nothing is detached on that.
-fn is_left_over(host: &Host, port: &Port, in_vm: Option<InVm>) -> Result<bool, Error> {
-    let now = host.device(port)?.map(|device| device.address);
-    let Some(InVm { address, life }) = in_vm else { return Ok(false) };
-    let is_left_over = now != address || life == Life::Dead;
-    if !is_left_over {
-        debug!(%port, "its device is there: nothing is detached");
-    }
-    Ok(is_left_over)
 }
 
 async fn attach(

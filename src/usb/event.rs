@@ -36,6 +36,9 @@ pub struct HotplugEvent {
     pub address: Option<Address>,
     /// The device, by what the event says for sure.
     pub selector: Selector,
+    /// Whether somebody asked the kernel for the event, and nothing happened
+    /// (`udevadm trigger`; Linux, Documentation/ABI/testing/sysfs-uevent).
+    pub is_synthetic: bool,
     id: Option<VendorProduct>,
     class: Option<u8>,
 }
@@ -72,10 +75,8 @@ impl HotplugEvent {
             let (bus, device) = name.strip_prefix("/dev/bus/usb/")?.split_once('/')?;
             Address::from_numbers(bus, device).ok()
         });
-        let address = match (get("BUSNUM"), get("DEVNUM")) {
-            (Some(bus), Some(device)) => Some(Address::from_numbers(&bus, &device)?),
-            _ => node,
-        };
+        let address = Address::from_variables(&get)?.or(node);
+        let is_synthetic = get("SYNTH_UUID").is_some();
         let selector = match (address, &port) {
             (Some(address), _) => Selector::Address(address),
             (None, Some(port)) => Selector::Port(port.clone()),
@@ -83,7 +84,7 @@ impl HotplugEvent {
         };
         let id = get("PRODUCT").map(|product| VendorProduct::from_udev(&product)).transpose()?;
         let class = get("TYPE").map(|kind| class_from_udev(&kind)).transpose()?;
-        Ok(Some(HotplugEvent { action, port, address, selector, id, class }))
+        Ok(Some(HotplugEvent { action, port, address, selector, is_synthetic, id, class }))
     }
 
     /// The device, if the event says all that there is to know of one. An event

@@ -135,6 +135,33 @@ impl Address {
         address().ok_or_else(|| wrong(&format!("{bus}:{device}"), Self::EXPECTED))
     }
 
+    /// The address in the variables of an event, or of a device's `uevent`:
+    /// `None` if they have none. During a reset `DEVNUM` is 0 (Linux,
+    /// drivers/usb/core/hub.c, `hub_port_reset`); the number of the node, which
+    /// is made of the address, stays what it was (`usb_new_device`).
+    ///
+    /// # Errors
+    ///
+    /// When they are no numbers, or out of range.
+    pub fn from_variables(
+        get: impl Fn(&'static str) -> Option<String>,
+    ) -> Result<Option<Self>, ParseError> {
+        let (Some(bus), Some(device)) = (get("BUSNUM"), get("DEVNUM")) else { return Ok(None) };
+        let is_resetting = !device.is_empty() && device.bytes().all(|b| b == b'0');
+        if !is_resetting {
+            return Address::from_numbers(&bus, &device).map(Some);
+        }
+        let minor = get("MINOR").and_then(|minor| minor.parse().ok());
+        Ok(minor.and_then(Address::from_minor))
+    }
+
+    /// The address that a node's minor number is made of.
+    pub fn from_minor(minor: u32) -> Option<Self> {
+        let bus = u16::try_from(minor / 128 + 1).ok().filter(|bus| *bus <= MAX_BUS)?;
+        let device = u8::try_from(minor % 128 + 1).ok().filter(|device| *device <= MAX_DEVICE)?;
+        Some(Address { bus, device })
+    }
+
     /// The device node (Linux, drivers/usb/core/usb.c, `usb_devnode`).
     pub fn node(&self) -> PathBuf {
         PathBuf::from(format!("/dev/bus/usb/{:03}/{:03}", self.bus, self.device))
@@ -197,6 +224,9 @@ mod tests {
         assert_eq!(address, "1:37".parse().unwrap());
         assert_eq!(address.node().to_str(), Some("/dev/bus/usb/001/037"));
         assert_eq!(address.minor(), 36);
+        assert_eq!(Address::from_minor(36), Some(address));
+        assert_eq!(Address::from_minor(127), None);
+        assert_eq!(Address::from_minor(u32::MAX), None);
         for text in ["0:1", "1:0", "1:128", "1:+5", "1:", ":1", "1:0001"] {
             assert!(text.parse::<Address>().is_err(), "{text}");
         }

@@ -144,7 +144,7 @@ impl Entry {
             in_use: if device.is_hub() { Vec::new() } else { uses(host, port) },
             held: !holders.is_empty()
                 || drivers.iter().any(|driver| driver == CLAIMED)
-                || host.is_locked(device.address),
+                || host.is_locked(device.address) == Some(true),
             held_by: holders.into_iter().map(HolderReport::from).collect(),
             rule: rule.map(|(_, rule)| rule.into()),
             drivers,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use super::cmdline::CommandLine;
@@ -63,24 +64,9 @@ impl Host {
         let node = |descriptor: fs::DirEntry| {
             let number = descriptor.file_name().to_str()?.parse().ok()?;
             let file = fs::metadata(descriptor.path()).ok()?;
-            // A node without a name is that of an earlier device.
-            Some((number, address_of(&file).filter(|_| file.nlink() > 0)?))
+            Some((number, address_of(&file)?))
         };
         Some(descriptors.flatten().filter_map(node).collect())
-    }
-
-    /// Whether the node of the device at an address is locked, as far as the
-    /// kernel's list of locks says: so it is while a VM has the device, and
-    /// every user may see that (proc(5), `/proc/locks`).
-    pub fn is_locked(&self, address: Address) -> bool {
-        let locks = read_if_there(&self.path("/proc/locks")).ok().flatten().unwrap_or_default();
-        let Ok(node) = fs::metadata(self.path(address.node())) else { return false };
-        let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
-        let file = format!("{major:02x}:{minor:02x}:{}", node.ino());
-        locks.lines().any(|line| {
-            let mut fields = line.split_whitespace();
-            fields.nth(1) == Some("FLOCK") && fields.nth(3) == Some(file.as_str())
-        })
     }
 
     /// The ids of all processes that this one may see.
@@ -93,18 +79,22 @@ impl Host {
     }
 
     /// Whether a process has the node of the device at an address open;
-    /// `None` if this process may not see that.
+    /// `None` if this process may not see all that it has open: to list its
+    /// descriptors takes another right than to look at them (proc(5),
+    /// `/proc/PID/fd`).
     pub fn holds(&self, pid: i32, address: Address) -> Option<bool> {
-        let descriptors = fs::read_dir(self.path(format!("/proc/{pid}/fd"))).ok()?;
-        let rdev = rustix::fs::makedev(USB_DEVICE_MAJOR, address.minor());
-        // Following the link looks at the open file itself, in whatever mount
-        // namespace it was opened. A node that has no name any more is that of
-        // an earlier device, which had the same address.
-        let found = descriptors
-            .filter_map(|descriptor| fs::metadata(descriptor.ok()?.path()).ok())
-            .filter(|file| file.file_type().is_char_device() && file.nlink() > 0)
-            .any(|file| file.rdev() == rdev);
-        Some(found)
+        let mut sees_all = true;
+        for descriptor in fs::read_dir(self.path(format!("/proc/{pid}/fd"))).ok()? {
+            // Following the link looks at the open file itself, in whatever
+            // mount namespace it was opened.
+            match descriptor.and_then(|descriptor| fs::metadata(descriptor.path())) {
+                Ok(file) if address_of(&file) == Some(address) => return Some(true),
+                // It may have been closed in between.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => sees_all = false,
+                _ => {}
+            }
+        }
+        sees_all.then_some(false)
     }
 
     pub(in crate::host) fn holder(&self, pid: i32) -> Holder {
@@ -117,11 +107,11 @@ impl Host {
     }
 }
 
-/// The address of the device whose node a file is.
+/// The address of the device whose node a file is. A node that has no name any
+/// more is that of an earlier device, which may have had the same address.
 fn address_of(file: &fs::Metadata) -> Option<Address> {
     let (major, minor) = (rustix::fs::major(file.rdev()), rustix::fs::minor(file.rdev()));
-    let is_node = file.file_type().is_char_device() && major == USB_DEVICE_MAJOR;
-    let bus = u16::try_from(minor / 128 + 1).ok()?;
-    let device = u8::try_from(minor % 128 + 1).ok()?;
-    is_node.then_some(Address { bus, device })
+    let is_node =
+        file.file_type().is_char_device() && file.nlink() > 0 && major == USB_DEVICE_MAJOR;
+    if is_node { Address::from_minor(minor) } else { None }
 }

@@ -28,6 +28,9 @@ pub enum Message {
     },
     /// Something happened.
     Event(Event),
+    /// A reply to a command of somebody else: it has no id of the kind that we
+    /// give.
+    Foreign,
     /// An error that belongs to no command: QEMU could not read what was sent.
     Complaint(String),
 }
@@ -149,13 +152,14 @@ fn parse(bytes: &[u8]) -> Result<Message, ErrorKind> {
     match envelope {
         Envelope { greeting: Some(greeting), .. } => Ok(Message::Greeting(greeting.version.qemu)),
         Envelope { event: Some(name), data, .. } => Ok(Message::Event(Event { name, data })),
-        Envelope { result: Some(value), .. } => match id {
-            Some(id) => Ok(Message::Reply { id, reply: Reply::Return(value) }),
-            None => Err(not_qmp(bytes)),
-        },
-        Envelope { error: Some(Refused { class, desc }), .. } => Ok(match id {
-            Some(id) => Message::Reply { id, reply: Reply::Error { class, desc } },
-            None => Message::Complaint(desc),
+        Envelope { result: Some(value), .. } => Ok(match id {
+            Some(id) => Message::Reply { id, reply: Reply::Return(value) },
+            None => Message::Foreign,
+        }),
+        Envelope { error: Some(Refused { class, desc }), id: given, .. } => Ok(match (id, given) {
+            (Some(id), _) => Message::Reply { id, reply: Reply::Error { class, desc } },
+            (None, Some(_)) => Message::Foreign,
+            (None, None) => Message::Complaint(desc),
         }),
         _ => Err(not_qmp(bytes)),
     }
@@ -232,9 +236,7 @@ mod tests {
 
     #[test]
     fn what_is_not_qmp_is_said_at_once() {
-        for bytes in
-            [&b"HTTP/1.1 400"[..], b"{\"a\": 1}", b"[1]", b"{\"return\": 1}", b"}", b"\xff"]
-        {
+        for bytes in [&b"HTTP/1.1 400"[..], b"{\"a\": 1}", b"[1]", b"}", b"\xff"] {
             let error = all(bytes, 3).unwrap_err();
             assert!(matches!(error, ErrorKind::NotQmp { .. }), "{bytes:?}: {error:?}");
         }

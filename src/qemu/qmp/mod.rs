@@ -16,9 +16,11 @@ mod libvirt_error;
 mod rpc;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, IoSlice};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
@@ -30,7 +32,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 pub use address::VmAddress;
 pub use domain::{Domain, NotADomain};
@@ -104,7 +106,9 @@ pub struct Session {
     frames: Frames,
     outbox: Vec<u8>,
     descriptor: Option<OwnedFd>,
-    next_id: u64,
+    /// The ids of this conversation: QEMU may still owe replies to a client
+    /// that has left.
+    ids: Range<u64>,
     negotiation: Option<Ticket<qmp_capabilities>>,
     replies: BTreeMap<u64, Reply>,
     events: Vec<Event>,
@@ -204,7 +208,7 @@ impl Session {
             frames: Frames::default(),
             outbox: Vec::new(),
             descriptor: None,
-            next_id: 0,
+            ids: first_id(),
             negotiation: None,
             replies: BTreeMap::new(),
             events: Vec::new(),
@@ -239,19 +243,32 @@ impl Session {
     ) -> Result<Session, Error> {
         let unknown = Version { major: 0, minor: 0, micro: 0 };
         let mut session = Session::new(Wire::Socket(stream), address, unknown, started, deadline);
-        session.version = match session.message().await {
-            Ok(Message::Greeting(version)) => version,
-            Ok(_) => {
-                let saw = "a message without a greeting before it".to_owned();
-                return Err(session.error(ErrorKind::NotQmp { saw }));
-            }
+        session.version = match session.greeting().await {
             Err(Error { kind: ErrorKind::NoReply { waited }, .. }) => {
                 return Err(session.error(ErrorKind::NoGreeting { waited }));
             }
-            Err(error) => return Err(error),
+            version => version?,
         };
         session.negotiation = Some(session.send(&qmp_capabilities { enable: None })?);
         Ok(session)
+    }
+
+    /// Waits for the greeting. QEMU writes its events from another thread than
+    /// the greeting, so one may come before it (QEMU, monitor/qmp.c,
+    /// `monitor_qmp_event`), and so may a reply to the client before this one.
+    async fn greeting(&mut self) -> Result<Version, Error> {
+        for _ in 0..MAX_EVENTS {
+            match self.message().await? {
+                Message::Greeting(version) => return Ok(version),
+                Message::Event(event) => self.events.push(event),
+                Message::Reply { .. } | Message::Foreign => {}
+                Message::Complaint(desc) => {
+                    return Err(self.broken(ErrorKind::NotQmp { saw: desc }));
+                }
+            }
+        }
+        let saw = format!("{MAX_EVENTS} messages without a greeting");
+        Err(self.broken(ErrorKind::NotQmp { saw }))
     }
 
     /// Where the monitor is.
@@ -292,8 +309,8 @@ impl Session {
         if !self.usable {
             return Err(self.error(ErrorKind::Unusable));
         }
-        let id = self.next_id;
-        self.next_id += 1;
+        let id = self.ids.end;
+        self.ids.end += 1;
         let queued = match &mut self.wire {
             Wire::Socket(_) => {
                 let execute = qapi::Execute::with_id(command, id);
@@ -367,26 +384,7 @@ impl Session {
             if let Some(reply) = self.replies.remove(&ticket.id) {
                 break reply;
             }
-            match self.message().await? {
-                // To a command that was sent.
-                Message::Reply { id, reply } if id < self.next_id => {
-                    self.replies.insert(id, reply);
-                }
-                Message::Event(event) => {
-                    if self.events.len() < MAX_EVENTS {
-                        self.events.push(event);
-                    }
-                }
-                // To a client that left before QEMU had done what it asked.
-                Message::Reply { .. } => {}
-                Message::Greeting(_) => {
-                    let saw = "a second greeting".to_owned();
-                    return Err(self.broken(ErrorKind::NotQmp { saw }));
-                }
-                Message::Complaint(desc) => {
-                    return Err(self.broken(ErrorKind::NotQmp { saw: desc }));
-                }
-            }
+            self.hear().await?;
         };
         let command = C::NAME;
         match reply {
@@ -397,6 +395,56 @@ impl Session {
                 Err(self.error(ErrorKind::Refused(refusal)))
             }
         }
+    }
+
+    /// Waits until an event comes, or has come already; false if it does not
+    /// until then. Where no event can come, it may have come then.
+    ///
+    /// # Errors
+    ///
+    /// An error of the wire, after which the session is unusable.
+    pub async fn event(
+        &mut self,
+        is_it: impl Fn(&Event) -> bool,
+        until: Instant,
+    ) -> Result<bool, Error> {
+        if let Wire::Libvirt(..) = self.wire {
+            // It keeps QEMU's events to itself.
+            sleep_until(until).await;
+            return Ok(true);
+        }
+        while !self.events.iter().any(&is_it) {
+            match timeout_at(until, self.hear()).await {
+                Ok(heard) => heard?,
+                Err(_) => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads one message and keeps what is ours.
+    async fn hear(&mut self) -> Result<(), Error> {
+        match self.message().await? {
+            // To a command that was sent.
+            Message::Reply { id, reply } if self.ids.contains(&id) => {
+                self.replies.insert(id, reply);
+            }
+            Message::Event(event) => {
+                if self.events.len() < MAX_EVENTS {
+                    self.events.push(event);
+                }
+            }
+            // To a client that left before QEMU had done what it asked.
+            Message::Reply { .. } | Message::Foreign => {}
+            Message::Greeting(_) => {
+                let saw = "a second greeting".to_owned();
+                return Err(self.broken(ErrorKind::NotQmp { saw }));
+            }
+            Message::Complaint(desc) => {
+                return Err(self.broken(ErrorKind::NotQmp { saw: desc }));
+            }
+        }
+        Ok(())
     }
 
     /// Sends all that is queued, with the descriptor on its first bytes.
@@ -474,6 +522,15 @@ impl Session {
     fn error(&self, kind: ErrorKind) -> Error {
         Error::new(&self.address, kind)
     }
+}
+
+/// Where the ids of a conversation begin: at random, so that they meet none of
+/// an earlier one; below 2^52, which every reader of JSON keeps whole.
+fn first_id() -> Range<u64> {
+    // The standard library takes the keys of its hashes from the system.
+    let random = RandomState::new().build_hasher().finish();
+    let first = random >> 12;
+    first..first
 }
 
 /// Connects; tries again while the queue of connections is full. A connect

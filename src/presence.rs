@@ -1,0 +1,87 @@
+//! What became of a host device that a VM was given: the one answer to "is it
+//! really there?".
+
+use std::fmt;
+
+use crate::host::{Host, Life, Opened};
+use crate::qemu::Given;
+use crate::usb::{Device, DeviceId};
+
+/// What became of a host device that a VM was given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Presence {
+    /// It is there, and the VM has it.
+    Alive,
+    /// The VM's object is good for nothing, for sure.
+    Lost(Leftover),
+    /// That cannot be known, now or by this process.
+    Unknown,
+}
+
+/// Why a VM's object is a leftover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leftover {
+    /// Nothing is at its port any more.
+    Gone,
+    /// Another device is at its port.
+    Replaced,
+    /// Its device is there, and it is not connected to that any more.
+    Dead,
+}
+
+impl Presence {
+    /// Why the VM's object is a leftover, if it is one for sure.
+    pub fn leftover(self) -> Option<Leftover> {
+        match self {
+            Presence::Lost(leftover) => Some(leftover),
+            Presence::Alive | Presence::Unknown => None,
+        }
+    }
+}
+
+impl fmt::Display for Leftover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Leftover::Gone => "its device is gone",
+            Leftover::Replaced => "another device is at its port",
+            Leftover::Dead => "QEMU has lost its device",
+        })
+    }
+}
+
+/// How QEMU came to a device. Only this tool locks what it passes.
+pub fn opened(id: Option<&DeviceId>, given: &Given) -> Opened {
+    let is_ours = id.is_some_and(|id| id.port().is_some());
+    if is_ours && given.by_descriptor { Opened::ByUs } else { Opened::ByQemu }
+}
+
+/// What became of a device that QEMU, the process `pid`, was given, and the
+/// device that is in its place now. The host is looked at now, without opening
+/// or locking anything.
+pub fn presence(
+    host: &Host,
+    pid: Option<i32>,
+    id: Option<&DeviceId>,
+    given: &Given,
+) -> (Presence, Option<Device>) {
+    // Where the id is not ours, the address is all there is.
+    let found = match (id.and_then(DeviceId::port), given.address) {
+        (Some(port), _) => host.device(&port),
+        (None, Some(address)) => host.device_at(address),
+        (None, None) => return (Presence::Unknown, None),
+    };
+    let Ok(found) = found else { return (Presence::Unknown, None) };
+    let presence = match (&found, given.address) {
+        (None, _) if host.has_usb() => Presence::Lost(Leftover::Gone),
+        (None, _) | (Some(_), None) => Presence::Unknown,
+        (Some(device), Some(address)) if device.address != address => {
+            Presence::Lost(Leftover::Replaced)
+        }
+        (Some(device), _) => match host.life(device, pid, opened(id, given)) {
+            Life::Alive => Presence::Alive,
+            Life::Dead => Presence::Lost(Leftover::Dead),
+            Life::Unknown => Presence::Unknown,
+        },
+    };
+    (presence, found)
+}
