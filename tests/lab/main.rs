@@ -40,6 +40,7 @@ mod by_hand;
 mod by_udev_rule;
 mod claims;
 mod completions;
+mod composite;
 mod controllers;
 mod daemon;
 mod disks;
@@ -142,6 +143,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         leftovers::TESTS,
         usbip::TESTS,
         zoo::TESTS,
+        composite::TESTS,
         sync::TESTS,
         watch::TESTS,
         watch_vms::TESTS,
