@@ -63,6 +63,7 @@ mod remote;
 mod remote_hub;
 mod rule;
 mod sockets;
+mod strings;
 mod sync;
 mod tool;
 mod udev;
@@ -144,6 +145,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         usbip::TESTS,
         zoo::TESTS,
         composite::TESTS,
+        strings::TESTS,
         sync::TESTS,
         watch::TESTS,
         watch_vms::TESTS,
