@@ -71,9 +71,11 @@ pub enum Error {
         /// The device.
         device: Device,
     },
-    /// The kernel still waits for a device that was opened.
+    /// The kernel makes whoever opens or reads a device wait: its drivers have
+    /// not started yet, or it does not answer.
     #[error(
-        "{0} does not answer the host in time; pull it out and plug it in again, or use --timeout"
+        "{0} is not ready: its drivers are still starting, or it does not answer; give it more time \
+         with --timeout, or plug it in again"
     )]
     Silent(Device),
     /// The VM has no place for the device.

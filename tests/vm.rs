@@ -439,7 +439,7 @@ impl Machine {
     /// With a stick at port 1-1.2, whose node nobody may open.
     fn new() -> Self {
         let machine = Machine { root: tempfile::tempdir().unwrap() };
-        machine.uevent("037");
+        machine.stick_at("37");
         machine.write("sys/bus/usb/devices/1-1.2/speed", "480\n");
         let node = machine.write("dev/bus/usb/001/037", "");
         fs::set_permissions(node, fs::Permissions::from_mode(0o000)).unwrap();
@@ -454,9 +454,12 @@ impl Machine {
         path
     }
 
-    fn uevent(&self, address: &str) {
-        let uevent = format!("BUSNUM=001\nDEVNUM={address}\nPRODUCT=152d/2338/100\nTYPE=0/0/0\n");
-        self.write("sys/bus/usb/devices/1-1.2/uevent", &uevent);
+    fn stick_at(&self, address: &str) {
+        let numbers =
+            [("busnum", "1"), ("devnum", address), ("idVendor", "152d"), ("idProduct", "2338")];
+        for (name, value) in numbers.into_iter().chain([("bDeviceClass", "00")]) {
+            self.write(&format!("sys/bus/usb/devices/1-1.2/{name}"), &format!("{value}\n"));
+        }
     }
 
     /// The kernel lists all locks, and they are these.
@@ -570,7 +573,7 @@ const REPLACED: [&str; 3] = ["device_del usb-host-1-1.2", "remove-fd", "device_a
 async fn a_leftover_stays_where_another_device_came_since_it_was_looked_for() {
     let machine = Machine::new();
     let (device, host) = (machine.device(), machine.host());
-    machine.uevent("038");
+    machine.stick_at("38");
     let qemu = Qemu::with_device("usb-host-1-1.2", 1, 38, "1");
     let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
     let error = attach::attach(&host, &mut vm, &device, &Options::default()).await.unwrap_err();
@@ -721,8 +724,7 @@ async fn a_mounted_disk_stays_with_the_host_unless_forced() {
 #[tokio::test]
 async fn a_hub_stays_with_the_host_even_if_forced() {
     let machine = Machine::new();
-    let uevent = "BUSNUM=001\nDEVNUM=037\nPRODUCT=409/55aa/100\nTYPE=9/0/1\n";
-    machine.write("sys/bus/usb/devices/1-1.2/uevent", uevent);
+    machine.write("sys/bus/usb/devices/1-1.2/bDeviceClass", "09\n");
     let options = Options { force: true, ..Options::default() };
     let (attached, qemu) = attach(&machine, Qemu::default(), &options).await;
     let error = attached.unwrap_err();
@@ -817,9 +819,9 @@ async fn what_is_still_there_stays_whatever_is_said_of_it() {
     let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
     let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
     // The kernel resets it: for a moment it has no address.
-    machine.uevent("000");
+    machine.stick_at("0");
     assert_eq!(clear(&machine, &mut vm, Some(address())).await, Detached::Stays);
-    machine.uevent("037");
+    machine.stick_at("37");
     machine.lock();
     assert_eq!(clear(&machine, &mut vm, Some(address())).await, Detached::Stays);
     assert_eq!(clear(&machine, &mut vm, None).await, Detached::Stays);

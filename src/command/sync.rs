@@ -49,7 +49,7 @@ struct ActionReport {
 /// What one VM's sync needs.
 struct Job {
     host: Host,
-    policy: Policy,
+    policy: Arc<Policy>,
     table: Table,
     timeout: std::time::Duration,
     dry_run: bool,
@@ -57,11 +57,15 @@ struct Job {
 
 /// Syncs every VM it can, all at the same time, then reports what failed.
 pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
-    let policy = Policy::new(context.config()?);
+    let policy = Arc::new(Policy::new(context.config()?));
     if let Some(told) = policy.by_number(&context.host).filter(|_| arguments.dry_run) {
         warn!("{}: {told}", escape(&context.config.to_string_lossy()));
     }
-    let table = policy.table(&context.host)?;
+    let what = || "waiting for the drivers of devices that are starting".to_owned();
+    let table = policy.table_within(&context.host, context.timeout);
+    let table = context.during(what, table).await?;
+    let unclear = table.values().filter(|seen| !seen.is_clear);
+    let unclear: Vec<Error> = unclear.map(|seen| Error::Silent(seen.device.clone())).collect();
     let vms = vms(context, &policy, &arguments.vms)?;
     let (host, timeout, dry_run) = (context.host.clone(), context.timeout, arguments.dry_run);
     let job = Arc::new(Job { host, policy, table, timeout, dry_run });
@@ -80,12 +84,13 @@ pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
     };
     let mut done = progress::during(context.quiet, waiting, running.join_all()).await;
     done.sort_by_key(|(order, _)| *order);
-    let (mut reports, mut errors) = (Vec::new(), Vec::new());
+    let (mut reports, mut errors) = (Vec::new(), unclear);
     for (_, (report, failed)) in done {
         reports.push(report);
         errors.extend(failed);
     }
-    let count = reports.iter().map(|report| report.actions.len().max(1)).sum();
+    let actions = reports.iter().map(|report| report.actions.len().max(1));
+    let count = errors.len().max(actions.sum());
     if arguments.json {
         print(&json(&Report { vms: reports })?)?;
     } else if !context.quiet {

@@ -2,6 +2,7 @@
 //! gives each VM's worker its work. Between events it holds no monitor and
 //! does nothing at all.
 
+mod devices;
 mod qemu;
 mod queue;
 mod reconcile;
@@ -12,6 +13,7 @@ mod worker;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -105,6 +107,7 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
                     }
                 }
                 () = shared.changed.notified() => {
+                    watch.placed();
                     watch.look_for_orphans();
                     notify(&[NotifyState::Status(&watch.status())]);
                 }
@@ -181,8 +184,8 @@ impl<'a> Watch<'a> {
         let table = policy.table(&self.shared.host)?;
         let vms: BTreeMap<String, VmAddress> =
             policy.config().vms.iter().map(|vm| (vm.name.clone(), vm.address.clone())).collect();
-        *self.shared.table.borrow_mut() = table;
-        *self.shared.policy.borrow_mut() = Rc::new(policy);
+        *self.shared.policy.borrow_mut() = Arc::new(policy);
+        self.shared.replace_table(table);
         // Here, too.
         let start = |(vm, address): (&String, &VmAddress)| (vm.clone(), address.start());
         self.sockets.watch(vms.iter().map(start).collect());
@@ -227,7 +230,7 @@ impl<'a> Watch<'a> {
         warn!("events of {} got lost; looking at everything", self.events.source);
         match self.shared.policy().table(&self.shared.host) {
             Ok(table) => {
-                *self.shared.table.borrow_mut() = table;
+                self.shared.replace_table(table);
                 self.give_all(&Work::Sync);
             }
             Err(error) => error!("{}", chain(&error)),
@@ -245,9 +248,8 @@ impl<'a> Watch<'a> {
             Action::Remove if event.is_synthetic && self.is_there(port) => return Ok(()),
             Action::Add => {
                 let device = self.shared.host.device_of(event)?;
-                let seen = self.shared.policy().seen(&self.shared.host, device);
-                concerned.extend(seen.assignment.as_ref().map(|assignment| assignment.vm.clone()));
-                self.shared.table.borrow_mut().insert(port.clone(), seen);
+                let seen = self.shared.plugged(device);
+                concerned.extend(seen.assignment.map(|assignment| assignment.vm));
             }
             Action::Remove => {
                 let mut table = self.shared.table.borrow_mut();
@@ -278,6 +280,15 @@ impl<'a> Watch<'a> {
         match self.shared.host.device(port) {
             Ok(now) => now.is_some_and(|now| known.is_none_or(|known| now.address == known)),
             Err(_) => true,
+        }
+    }
+
+    /// Tells the workers of devices of which it is known now where they belong.
+    fn placed(&self) {
+        for port in self.shared.placed.take() {
+            if let Some(assignment) = self.shared.assignment(&port) {
+                self.give(&assignment.vm, Work::Port(port));
+            }
         }
     }
 

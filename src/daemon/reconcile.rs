@@ -148,7 +148,7 @@ impl Worker {
     /// VM in spite of it, a person wanted that.
     fn is_handled(&self, port: &Port) -> bool {
         let table = self.shared.table.borrow();
-        let Some(HostDevice { device, assignment: Some(assignment) }) = table.get(port) else {
+        let Some(HostDevice { device, assignment: Some(assignment), .. }) = table.get(port) else {
             return false;
         };
         let handled = self.qemu.as_ref().and_then(|qemu| qemu.handled.get(port));

@@ -2,11 +2,12 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use super::devices::Asked;
 use crate::host::Host;
 use crate::policy::{Assignment, Policy, Table};
 use crate::usb::{Address, Port};
@@ -30,15 +31,19 @@ pub struct Shared {
     /// The time for one conversation with a VM.
     pub timeout: Duration,
     /// The rules in force.
-    pub policy: RefCell<Rc<Policy>>,
+    pub policy: RefCell<Arc<Policy>>,
     /// The host's devices.
     pub table: RefCell<Table>,
+    /// The devices that a thread reads, because it may have to wait.
+    pub asked: RefCell<Asked>,
+    /// The ports whose devices it has read: it is known now where they belong.
+    pub placed: RefCell<Vec<Port>>,
     /// How the VMs stand.
     pub status: RefCell<BTreeMap<String, Status>>,
     /// Ports of devices that were not in the VM that was to have them: a person
     /// may have moved them to another one.
     pub orphans: RefCell<Vec<Port>>,
-    /// Told at every change of `status` and `orphans`.
+    /// Told at every change of `status`, `asked`, `placed` and `orphans`.
     pub changed: Notify,
 }
 
@@ -50,6 +55,8 @@ impl Shared {
             timeout,
             policy: RefCell::default(),
             table: RefCell::default(),
+            asked: RefCell::default(),
+            placed: RefCell::default(),
             status: RefCell::default(),
             orphans: RefCell::default(),
             changed: Notify::new(),
@@ -57,7 +64,7 @@ impl Shared {
     }
 
     /// The rules in force.
-    pub fn policy(&self) -> Rc<Policy> {
+    pub fn policy(&self) -> Arc<Policy> {
         self.policy.borrow().clone()
     }
 
@@ -90,14 +97,18 @@ impl Shared {
     }
 
     /// The line that `systemctl status` shows: `3 VMs, 2 running, 5 devices
-    /// attached`.
+    /// attached, 1 waiting`.
     pub fn summary(&self) -> String {
         let all = self.status.borrow();
         let running = all.values().filter(|status| status.running).count();
         let attached: usize = all.values().map(|status| status.attached.len()).sum();
+        let waiting = match self.late() {
+            0 => String::new(),
+            count => format!(", {count} waiting"),
+        };
         let plural = |count| if count == 1 { "" } else { "s" };
         format!(
-            "{} VM{}, {running} running, {attached} device{} attached",
+            "{} VM{}, {running} running, {attached} device{} attached{waiting}",
             all.len(),
             plural(all.len()),
             plural(attached)

@@ -65,9 +65,17 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let device = root.path().join("sys/bus/usb/devices/1-1.2");
         fs::create_dir_all(&device).unwrap();
-        let uevent = "BUSNUM=001\nDEVNUM=037\nPRODUCT=152d/2338/100\nTYPE=0/0/0\n";
-        fs::write(device.join("uevent"), uevent).unwrap();
-        fs::write(device.join("serial"), "SN\u{1b}123\n").unwrap();
+        let attributes = [
+            ("busnum", "1"),
+            ("devnum", "37"),
+            ("idVendor", "152d"),
+            ("idProduct", "2338"),
+            ("bDeviceClass", "00"),
+            ("serial", "SN\u{1b}123"),
+        ];
+        for (name, value) in attributes {
+            fs::write(device.join(name), format!("{value}\n")).unwrap();
+        }
         let host = Host::at(root.path());
         let error = |text: &str| host.find(&text.parse().unwrap()).unwrap_err().to_string();
         assert!(error("1-1.3").ends_with("did you mean `1-1.2`?"), "{}", error("1-1.3"));

@@ -3,8 +3,10 @@
 
 use std::io;
 use std::thread;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout_at};
 
 /// Does the work on a thread, which ends with it. Whoever does not want to wait
 /// any more drops the future; the thread goes on. (tokio's own threads end the
@@ -16,12 +18,41 @@ use tokio::sync::oneshot;
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<T> {
+    start(work)?.await.map_err(|_| io::Error::other("its thread panicked"))
+}
+
+/// Does the work for each of these, on a thread each. `None` is the result of
+/// what takes longer than the limit, and of what there was no thread for.
+pub async fn blocking_each<T: Send + 'static, R: Send + 'static>(
+    things: impl IntoIterator<Item = T>,
+    limit: Duration,
+    work: impl Fn(T) -> R + Clone + Send + 'static,
+) -> Vec<Option<R>> {
+    let end = Instant::now() + limit;
+    let begin = |thing| {
+        let work = work.clone();
+        start(move || work(thing)).ok()
+    };
+    let running: Vec<_> = things.into_iter().map(begin).collect();
+    let mut results = Vec::new();
+    for thread in running {
+        results.push(match thread {
+            Some(thread) => timeout_at(end, thread).await.ok().and_then(Result::ok),
+            None => None,
+        });
+    }
+    results
+}
+
+fn start<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<oneshot::Receiver<T>> {
     let (sender, result) = oneshot::channel();
     thread::Builder::new().spawn(move || {
         // Nobody may be waiting any more.
         let _ = sender.send(work());
     })?;
-    result.await.map_err(|_| io::Error::other("its thread panicked"))
+    Ok(result)
 }
 
 #[cfg(test)]
@@ -38,5 +69,19 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_an_error() {
         assert!(blocking(|| panic!("on purpose")).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn one_that_takes_too_long_delays_no_other() {
+        let (_never, forever) = std::sync::mpsc::channel::<()>();
+        let forever = std::sync::Arc::new(std::sync::Mutex::new(forever));
+        let work = move |number: u8| {
+            if number == 2 {
+                let _ = forever.lock().map(|forever| forever.recv());
+            }
+            number
+        };
+        let limit = Duration::from_millis(200);
+        assert_eq!(blocking_each([1, 2, 3], limit, work).await, [Some(1), None, Some(3)]);
     }
 }

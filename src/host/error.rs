@@ -26,14 +26,6 @@ pub enum Error {
         /// What it says.
         source: ParseError,
     },
-    /// A device's description lacks something.
-    #[error("{}: there is no {name}", escape(&.path.to_string_lossy()))]
-    Missing {
-        /// The file.
-        path: PathBuf,
-        /// The name of what is missing.
-        name: &'static str,
-    },
     /// No device is what was asked for.
     #[error("no USB device for {0}")]
     NoDevice(Absent),

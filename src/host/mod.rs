@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 
 pub use absent::Absent;
-pub use blocking::blocking;
+pub use blocking::{blocking, blocking_each};
 pub use bus::Bus;
 pub use disk::{Claims, Use, UsedBy};
 pub use error::Error;
@@ -34,7 +34,7 @@ pub use node::{Claim, Node};
 pub use owner::{CLAIMED, Look, Owner};
 pub use proc::{Holder, Qemu, Reach, UnixSockets};
 
-use crate::usb::{self, Address, Device, HotplugEvent, Port, Selector, Speed, VendorProduct};
+use crate::usb::{self, Address, Device, HotplugEvent, Port, Selector, Speed};
 
 /// Character devices of this major number are USB device nodes (Linux,
 /// include/linux/usb.h, `USB_DEVICE_MAJOR`).
@@ -94,14 +94,44 @@ impl Host {
         self.path(format!("/sys/bus/usb/devices/{port}"))
     }
 
-    /// The device at a port, if there is one.
+    /// The device at a port, if there is one. It is read from attributes that
+    /// never wait. Others do as long as the device's lock is held, and it is
+    /// held while drivers start: `uevent`, the strings, what belongs to the
+    /// configuration (Linux, drivers/usb/core/sysfs.c).
     ///
     /// # Errors
     ///
-    /// When the device's `uevent` cannot be read or understood.
+    /// When an attribute cannot be read or understood.
     pub fn device(&self, port: &Port) -> Result<Option<Device>, Error> {
-        let path = self.directory(port).join("uevent");
-        read_if_there(&path)?.map(|text| device_from_uevent(port, &path, &text)).transpose()
+        let directory = self.directory(port);
+        let mut texts = Vec::new();
+        for name in ["busnum", "devnum", "idVendor", "idProduct", "bDeviceClass"] {
+            match read_if_there(&directory.join(name))? {
+                Some(text) => texts.push(text.trim_end().to_owned()),
+                // It is not there, or is just leaving.
+                None => return Ok(None),
+            }
+        }
+        let [bus, device, vendor, product, class] = texts.as_slice() else { return Ok(None) };
+        let wrong = |source| Error::Attribute { path: directory.clone(), source };
+        let minor = || {
+            let number = self.attribute(port, "dev")?;
+            Some(number.split_once(':')?.1.to_owned())
+        };
+        let address = Address::from_variables(|name| match name {
+            "BUSNUM" => Some(bus.clone()),
+            "DEVNUM" => Some(device.clone()),
+            _ => minor(),
+        });
+        Ok(Some(Device {
+            port: port.clone(),
+            address: match address.map_err(wrong)? {
+                Some(address) => address,
+                None => Address::from_numbers(bus, device).map_err(wrong)?,
+            },
+            id: format!("{vendor}:{product}").parse().map_err(wrong)?,
+            class: usb::class_from_sysfs(class).map_err(wrong)?,
+        }))
     }
 
     /// The device at an address, if there is one.
@@ -169,9 +199,8 @@ impl Host {
             Selector::Sysfs(path) => self.port_of_path(path, selector)?,
             Selector::Product(id) => return self.only(selector, |device| device.id == *id),
             Selector::Serial(serial) => {
-                return self.only(selector, |device| {
-                    self.strings(&device.port).serial.as_ref() == Some(serial)
-                });
+                return self
+                    .only(selector, |device| self.serial(&device.port).as_ref() == Some(serial));
             }
         };
         let device = self.device(&port.ok_or_else(none)?)?;
@@ -241,13 +270,32 @@ impl Host {
         self.attribute(port, "speed")?.parse().ok()
     }
 
-    /// What the device at a port says of itself.
+    /// What the device at a port says of itself. This may wait for its drivers.
     pub fn strings(&self, port: &Port) -> Strings {
         Strings {
             manufacturer: self.attribute(port, "manufacturer"),
             product: self.attribute(port, "product"),
-            serial: self.attribute(port, "serial"),
+            serial: self.serial(port),
         }
+    }
+
+    /// The serial number of the device at a port. This may wait for its
+    /// drivers.
+    pub fn serial(&self, port: &Port) -> Option<String> {
+        self.attribute(port, "serial")
+    }
+
+    /// Whether the device at a port has a serial number. The kernel shows no
+    /// attribute for what a device does not have.
+    pub fn has_serial(&self, port: &Port) -> bool {
+        self.directory(port).join("serial").exists()
+    }
+
+    /// Waits until no driver is starting for the device at a port, or until it
+    /// is gone (Linux, drivers/usb/core/sysfs.c, `usb_actconfig_show`: the
+    /// attribute is read under the lock that a start holds).
+    pub fn wait_for_drivers(&self, port: &Port) {
+        let _ = self.attribute(port, "bConfigurationValue");
     }
 
     /// An attribute of the device at a port, without its newline; `None` if
@@ -277,22 +325,4 @@ fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>, Error> {
         }
         Err(source) => Err(Error::Read { path: path.to_owned(), source }),
     }
-}
-
-/// Reads a device's `uevent` (Linux, drivers/usb/core/driver.c, `usb_uevent`,
-/// and drivers/usb/core/usb.c, `usb_dev_uevent`).
-fn device_from_uevent(port: &Port, path: &Path, text: &str) -> Result<Device, Error> {
-    let value = |name: &'static str| {
-        let find = |line: &'_ str| line.strip_prefix(name)?.strip_prefix('=').map(str::to_owned);
-        text.lines().find_map(find).ok_or(Error::Missing { path: path.to_owned(), name })
-    };
-    let wrong = |source| Error::Attribute { path: path.to_owned(), source };
-    Ok(Device {
-        port: port.clone(),
-        address: Address::from_variables(|name| value(name).ok())
-            .map_err(wrong)?
-            .ok_or(Error::Missing { path: path.to_owned(), name: "BUSNUM or DEVNUM" })?,
-        id: VendorProduct::from_udev(&value("PRODUCT")?).map_err(wrong)?,
-        class: usb::class_from_udev(&value("TYPE")?).map_err(wrong)?,
-    })
 }

@@ -5,14 +5,14 @@ mod by_number;
 pub mod config;
 pub mod rule;
 
-use std::borrow::Cow;
-use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
 
 pub use self::by_number::ByNumber;
 use self::config::Config;
-use self::rule::{Effect, Facts, Needs, Rule, Target};
-use crate::host::{self, Host};
+use self::rule::{Decision, Effect, Fact, Facts, Needs, Rule, Target};
+use crate::host::{self, Host, blocking_each};
 use crate::usb::{Device, Port};
 
 /// A device of the host, and where it belongs.
@@ -22,6 +22,19 @@ pub struct HostDevice {
     pub device: Device,
     /// The VM it belongs to, if it belongs to one.
     pub assignment: Option<Assignment>,
+    /// Whether that is certain. A rule may ask what the device, or udev, does
+    /// not tell yet.
+    pub is_clear: bool,
+}
+
+/// How to read what a rule asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// Only what is there at once.
+    AtOnce,
+    /// All of it. The kernel lets a reader of the serial number or of a
+    /// property wait while drivers start, which may take minutes.
+    Patient,
 }
 
 /// Where a device belongs.
@@ -65,51 +78,83 @@ impl Policy {
         self.needs.properties
     }
 
-    /// The first rule that matches a device, and its place among the rules.
-    /// What no rule asks is not read. None decides about a device that udev is
-    /// to tell of and has not got to yet: its event is still to come.
-    pub fn decision(&self, host: &Host, device: &Device) -> Option<(usize, &Rule)> {
+    /// What the rules say of a device. What no rule asks is not read. None
+    /// decides about a device that udev is to tell of and has not got to yet:
+    /// its event is still to come. A hub stays with the host, whatever a rule
+    /// says: rules for all that is behind a hub match the hubs there, too.
+    pub fn decision(&self, host: &Host, device: &Device, reading: Reading) -> Decision<'_> {
+        if device.is_hub() {
+            return Decision::NoRule;
+        }
         let port = &device.port;
         let twin = host.twin(port);
-        let serial = if self.needs.serial { host.strings(port).serial } else { None };
         let classes = if self.needs.classes { host.classes(port) } else { Vec::new() };
         let path = |port: &Port| if self.needs.paths { host.port_path(port) } else { None };
-        let is_clear = Cell::new(true);
-        let property = |name: &str| {
-            let value = host.property(port, name);
-            if value.is_none() && !host.is_known_to_udev(port) {
-                is_clear.set(false);
-            }
-            value.map(Cow::Owned)
+        let serial = || match reading {
+            _ if !host.has_serial(port) => Fact::Lacking,
+            Reading::AtOnce => Fact::Unknown,
+            Reading::Patient => host.serial(port).into(),
+        };
+        let property = |name: &str| match reading {
+            Reading::AtOnce => Fact::Unknown,
+            Reading::Patient => match host.property(port, name) {
+                None if !host.is_known_to_udev(port) => Fact::Unknown,
+                value => value.into(),
+            },
         };
         let facts = Facts::new(port, twin.as_ref(), device.id)
             .with_paths(path(port).as_ref(), twin.as_ref().and_then(path).as_ref())
-            .with_serial(serial.as_deref())
+            .with_serial(&serial)
             .with_classes(&classes)
             .with_properties(&property);
-        rule::first_match(&self.config.rules, &facts).filter(|_| is_clear.get())
+        rule::first_match(&self.config.rules, &facts)
     }
 
-    /// A device, and where it belongs. A hub belongs to the host, whatever a
-    /// rule says: rules for all that is behind a hub match the hubs there, too.
-    pub fn seen(&self, host: &Host, device: Device) -> HostDevice {
-        let assignment = match self.decision(host, &device) {
-            Some((rule, Rule { effect: Effect::Attach(target), .. })) if !device.is_hub() => {
+    /// A device, and where it belongs.
+    pub fn seen(&self, host: &Host, device: Device, reading: Reading) -> HostDevice {
+        let decision = self.decision(host, &device, reading);
+        let assignment = match decision {
+            Decision::Rule(rule, Rule { effect: Effect::Attach(target), .. }) => {
                 Some(Assignment { vm: target.vm.clone(), rule })
             }
             _ => None,
         };
-        HostDevice { device, assignment }
+        HostDevice { device, assignment, is_clear: decision != Decision::Unknown }
     }
 
-    /// All devices of the host, and where they belong.
+    /// All devices of the host, and where they belong. What is not known at
+    /// once is read on threads; where that takes longer than the limit, the
+    /// device's place stays unclear.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Host::devices`].
+    pub async fn table_within(
+        self: &Arc<Self>,
+        host: &Host,
+        limit: Duration,
+    ) -> Result<Table, host::Error> {
+        let mut table = self.table(host)?;
+        let unclear: Vec<Device> =
+            table.values().filter(|seen| !seen.is_clear).map(|seen| seen.device.clone()).collect();
+        let (policy, host) = (self.clone(), host.clone());
+        let read = move |device| policy.seen(&host, device, Reading::Patient);
+        for seen in blocking_each(unclear, limit, read).await.into_iter().flatten() {
+            table.insert(seen.device.port.clone(), seen);
+        }
+        Ok(table)
+    }
+
+    /// All devices of the host, and where they belong as far as that is known
+    /// at once.
     ///
     /// # Errors
     ///
     /// As for [`Host::devices`].
     pub fn table(&self, host: &Host) -> Result<Table, host::Error> {
         let devices = host.devices()?.into_iter();
-        Ok(devices.map(|device| (device.port.clone(), self.seen(host, device))).collect())
+        let seen = |device| self.seen(host, device, Reading::AtOnce);
+        Ok(devices.map(|device| (device.port.clone(), seen(device))).collect())
     }
 
     /// The VM that a device goes to by its rule, and how it is attached there.

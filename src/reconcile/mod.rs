@@ -28,8 +28,8 @@ pub enum AtPort {
     Ours(Address),
     /// A device that does not belong to the VM.
     Other(Address),
-    /// A device whose address, or whose owner, is not known yet.
-    Unclear,
+    /// A device of which nobody can say yet where it belongs.
+    Unclear(Address),
 }
 
 impl AtPort {
@@ -38,6 +38,7 @@ impl AtPort {
         let Some(seen) = seen else { return AtPort::Empty };
         match &seen.assignment {
             Some(assignment) if assignment.vm == vm => AtPort::Ours(seen.device.address),
+            None if !seen.is_clear => AtPort::Unclear(seen.device.address),
             _ => AtPort::Other(seen.device.address),
         }
     }
@@ -76,11 +77,11 @@ pub fn decide(at_port: AtPort, in_vm: Option<InVm>, is_handled: bool) -> Step {
         }
         (AtPort::Ours(_), _) => Step::Attach,
         (AtPort::Empty, Some(_)) => Step::Detach(Leftover::Gone),
-        (AtPort::Other(there), Some(address)) if there != address => {
+        (AtPort::Other(there) | AtPort::Unclear(there), Some(address)) if there != address => {
             Step::Detach(Leftover::Replaced)
         }
         (AtPort::Other(_), Some(_)) if life == Life::Dead => Step::Detach(Leftover::Dead),
-        (AtPort::Other(_) | AtPort::Unclear, _) | (AtPort::Empty, None) => Step::Nothing,
+        (AtPort::Other(_) | AtPort::Unclear(_) | AtPort::Empty, _) => Step::Nothing,
     }
 }
 
@@ -133,11 +134,12 @@ mod tests {
             (alive, [Detach(Gone), Nothing, Nothing, Nothing]),
             (unknown, [Detach(Gone), Nothing, Nothing, Nothing]),
             (dead, [Detach(Gone), Attach, Detach(Dead), Nothing]),
-            (earlier, [Detach(Gone), Attach, Detach(Replaced), Nothing]),
+            (earlier, [Detach(Gone), Attach, Detach(Replaced), Detach(Replaced)]),
             (foreign, [Nothing, Attach, Nothing, Nothing]),
         ];
         for (in_vm, expected) in cases {
-            let steps = [Empty, Ours(new), Other(new), Unclear].map(|at| decide(at, in_vm, false));
+            let steps =
+                [Empty, Ours(new), Other(new), Unclear(new)].map(|at| decide(at, in_vm, false));
             assert_eq!(steps, expected, "{in_vm:?}");
             // What was handled is not attached a second time, but is replaced.
             let handled = decide(Ours(new), in_vm, true);
@@ -155,7 +157,7 @@ mod tests {
                 class: 0,
             };
             let assignment = vm.map(|vm| Assignment { vm: vm.into(), rule: 0 });
-            (port, HostDevice { device, assignment })
+            (port, HostDevice { device, assignment, is_clear: true })
         };
         devices.iter().map(seen).collect()
     }

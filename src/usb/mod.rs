@@ -92,7 +92,7 @@ impl FromStr for VendorProduct {
     }
 }
 
-/// A device of the host, as the kernel's `uevent` describes it.
+/// A device of the host, as its attributes or its `uevent` describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
     /// Where it is plugged in.
@@ -130,6 +130,13 @@ pub fn class_from_udev(kind: &str) -> Result<u8, ParseError> {
     }
 }
 
+/// The class code in `bDeviceClass`, two hexadecimal digits (Linux,
+/// drivers/usb/core/sysfs.c, `usb_descriptor_attr`).
+pub fn class_from_sysfs(class: &str) -> Result<u8, ParseError> {
+    let code = hex(class).and_then(|code| u8::try_from(code).ok());
+    code.ok_or_else(|| wrong(class, "a class code like `09`"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,6 +156,8 @@ mod tests {
         assert_eq!(class_from_udev("9/0/1"), Ok(9));
         assert_eq!(class_from_udev("0/0/0"), Ok(0));
         assert!(class_from_udev("9").is_err());
+        assert_eq!([class_from_sysfs("09"), class_from_sysfs("ef")], [Ok(9), Ok(0xef)]);
+        assert!(class_from_sysfs("100").is_err());
         assert!(class_from_udev("256/0/0").is_err());
     }
 

@@ -5,8 +5,8 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::host::{Bus, CLAIMED, Holder, Host, Strings};
-use crate::policy::Policy;
 use crate::policy::rule::{self, Effect};
+use crate::policy::{Policy, Reading};
 use crate::text::escape;
 use crate::usb::{Address, BusPath, Device, Port, PortPath, Speed};
 
@@ -126,8 +126,7 @@ impl Entry {
         // (hwdb(7), usb.ids).
         let name = |text, property| own(text).or_else(|| own(host.property(port, property)));
         let drivers = host.drivers(port);
-        // A hub stays with the host, whatever a rule says.
-        let rule = if device.is_hub() { None } else { policy.decision(host, device) };
+        let rule = policy.decision(host, device, Reading::Patient).rule();
         Entry {
             port: port.clone(),
             path: host.port_path(port),

@@ -9,11 +9,12 @@ use std::path::Path;
 fn host() -> (tempfile::TempDir, Host) {
     let root = tempfile::tempdir().unwrap();
     let devices = root.path().join("sys/bus/usb/devices");
-    let device = |port: &str, uevent: &str, attributes: &[(&str, &str)]| {
+    let device = |port: &str, numbers: [&str; 4], attributes: &[(&str, &str)]| {
         let directory = devices.join(port);
         fs::create_dir_all(&directory).unwrap();
-        fs::write(directory.join("uevent"), uevent).unwrap();
-        for (name, value) in attributes {
+        let names = ["devnum", "idVendor", "idProduct", "bDeviceClass"];
+        let numbers = names.into_iter().zip(numbers).chain([("busnum", "1")]);
+        for (name, value) in numbers.chain(attributes.iter().copied()) {
             fs::write(directory.join(name), format!("{value}\n")).unwrap();
         }
     };
@@ -34,16 +35,16 @@ fn host() -> (tempfile::TempDir, Host) {
     symlink("/sys/bus/pci", controller.join("subsystem")).unwrap();
     fs::create_dir_all(&devices).unwrap();
     symlink(controller.join("usb1"), devices.join("usb1")).unwrap();
-    device("usb1", "", &bus);
+    device("usb1", ["1", "1d6b", "0002", "09"], &bus);
     device(
         "1-1",
-        "BUSNUM=001\nDEVNUM=002\nPRODUCT=409/55aa/1\nTYPE=9/0/1\n",
+        ["2", "0409", "55aa", "09"],
         &[("speed", "480"), ("product", "Hub"), ("serial", "H1")],
     );
     driver("1-1/1-1:1.0", "hub");
     device(
         "1-1.2",
-        "BUSNUM=001\nDEVNUM=003\nPRODUCT=152d/2338/100\nTYPE=0/0/0\n",
+        ["3", "152d", "2338", "00"],
         &[
             ("speed", "480"),
             ("manufacturer", "日本製"),
@@ -57,7 +58,7 @@ fn host() -> (tempfile::TempDir, Host) {
     fs::write(devices.join(block).join("dev"), "8:16\n").unwrap();
     device(
         "1-10",
-        "BUSNUM=001\nDEVNUM=009\nPRODUCT=1/2/3\nTYPE=3/0/0\n",
+        ["9", "0001", "0002", "03"],
         &[("speed", "1.5"), ("product", "\u{1b}[2Jx\u{202e}"), ("serial", " ")],
     );
     fs::create_dir_all(root.path().join("proc/self")).unwrap();

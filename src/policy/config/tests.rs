@@ -78,7 +78,7 @@ fn the_example_is_right_and_does_what_it_says() {
         let port = "7-7".parse().unwrap();
         let path = format!("pci-0000:00:14.0-{path}").parse().unwrap();
         let facts = Facts::new(&port, None, id.parse().unwrap()).with_paths(Some(&path), None);
-        match &first_match(&config.rules, &facts)?.1.effect {
+        match &first_match(&config.rules, &facts).rule()?.1.effect {
             Effect::Deny => Some("the host"),
             Effect::Attach(target) => Some(target.vm.as_str()),
         }

@@ -69,13 +69,72 @@ pub struct Facts<'a> {
     path: Option<String>,
     twin_path: Option<String>,
     id: VendorProduct,
-    serial: Option<&'a str>,
+    serial: &'a dyn Fn() -> Fact<'a>,
     classes: &'a [u8],
     property: Property<'a>,
 }
 
+/// What is known of a device's serial number, or of a property.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fact<'a> {
+    /// It is this.
+    Is(Cow<'a, str>),
+    /// The device has none.
+    Lacking,
+    /// Nobody can say yet.
+    Unknown,
+}
+
+impl<'a, T: Into<Cow<'a, str>>> From<Option<T>> for Fact<'a> {
+    fn from(text: Option<T>) -> Self {
+        text.map_or(Fact::Lacking, |text| Fact::Is(text.into()))
+    }
+}
+
+impl Fact<'_> {
+    fn fits(&self, glob: &Glob) -> Match {
+        match self {
+            Fact::Is(text) if glob.matches(text) => Match::Yes,
+            Fact::Is(_) | Fact::Lacking => Match::No,
+            Fact::Unknown => Match::Unknown,
+        }
+    }
+}
+
+/// Whether a rule matches a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Match {
+    /// All its keys do.
+    Yes,
+    /// A key does not.
+    No,
+    /// All its keys may, and of one nobody can say yet.
+    Unknown,
+}
+
+/// What the rules say of a device.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Decision<'r> {
+    /// This rule decides; its place among the rules, from 0.
+    Rule(usize, &'r Rule),
+    /// No rule matches.
+    NoRule,
+    /// That depends on what nobody can say yet.
+    Unknown,
+}
+
+impl<'r> Decision<'r> {
+    /// The rule that decides, if it is clear that there is one.
+    pub fn rule(self) -> Option<(usize, &'r Rule)> {
+        match self {
+            Decision::Rule(place, rule) => Some((place, rule)),
+            Decision::NoRule | Decision::Unknown => None,
+        }
+    }
+}
+
 /// Looks up a udev property by its name.
-type Property<'a> = &'a dyn Fn(&str) -> Option<Cow<'a, str>>;
+type Property<'a> = &'a dyn Fn(&str) -> Fact<'a>;
 
 impl<'a> Facts<'a> {
     /// What is known of every device. `twin` is the other half of the physical
@@ -88,9 +147,9 @@ impl<'a> Facts<'a> {
             path: None,
             twin_path: None,
             id,
-            serial: None,
+            serial: &|| Fact::Lacking,
             classes: &[],
-            property: &|_| None,
+            property: &|_| Fact::Lacking,
         }
     }
 
@@ -100,8 +159,9 @@ impl<'a> Facts<'a> {
         Facts { path, twin_path, ..self }
     }
 
-    /// With the serial number, for a device that has one.
-    pub fn with_serial(self, serial: Option<&'a str>) -> Self {
+    /// With a way to ask for the serial number. It is asked only for a rule
+    /// that names one and matches in all that is known at once.
+    pub fn with_serial(self, serial: &'a dyn Fn() -> Fact<'a>) -> Self {
         Facts { serial, ..self }
     }
 
@@ -124,8 +184,6 @@ impl<'a> Facts<'a> {
 pub struct Needs {
     /// The names of ports that stay.
     pub paths: bool,
-    /// The serial number.
-    pub serial: bool,
     /// The class codes of device and interfaces.
     pub classes: bool,
     /// Properties of udev.
@@ -137,7 +195,6 @@ impl Needs {
     pub fn of(rules: &[Rule]) -> Self {
         rules.iter().fold(Needs::default(), |all, rule| Needs {
             paths: all.paths || (rule.port.is_some() && rule.bus_number().is_none()),
-            serial: all.serial || rule.serial.is_some(),
             classes: all.classes || rule.class.is_some(),
             properties: all.properties || !rule.properties.is_empty(),
         })
@@ -146,16 +203,27 @@ impl Needs {
 
 impl Rule {
     /// Whether all keys of the rule match.
-    pub fn matches(&self, facts: &Facts) -> bool {
+    pub fn matches(&self, facts: &Facts) -> Match {
         // The cheapest first.
-        self.vendor.is_none_or(|vendor| vendor == facts.id.vendor)
+        let may = self.vendor.is_none_or(|vendor| vendor == facts.id.vendor)
             && self.product.is_none_or(|product| product == facts.id.product)
             && self.class.is_none_or(|class| facts.classes.contains(&class))
-            && self.port.as_ref().is_none_or(|port| self.fits_socket(port, facts))
-            && self.serial.as_ref().is_none_or(|glob| facts.serial.is_some_and(|s| glob.matches(s)))
-            && self.properties.iter().all(|(name, glob)| {
-                (facts.property)(name).is_some_and(|value| glob.matches(&value))
-            })
+            && self.port.as_ref().is_none_or(|port| self.fits_socket(port, facts));
+        if !may {
+            return Match::No;
+        }
+        let serial = self.serial.iter().map(|glob| (facts.serial)().fits(glob));
+        let properties = self.properties.iter();
+        let properties = properties.map(|(name, glob)| (facts.property)(name).fits(glob));
+        let mut matches = Match::Yes;
+        for fits in serial.chain(properties) {
+            match fits {
+                Match::Yes => {}
+                Match::No => return Match::No,
+                Match::Unknown => matches = Match::Unknown,
+            }
+        }
+        matches
     }
 
     fn fits_socket(&self, port: &Glob, facts: &Facts) -> bool {
@@ -206,10 +274,16 @@ impl fmt::Display for Rule {
     }
 }
 
-/// The first rule that matches, and its place among the rules, from 0: the one
-/// that decides.
-pub fn first_match<'r>(rules: &'r [Rule], facts: &Facts) -> Option<(usize, &'r Rule)> {
-    rules.iter().enumerate().find(|(_, rule)| rule.matches(facts))
+/// The first rule that matches is the one that decides.
+pub fn first_match<'r>(rules: &'r [Rule], facts: &Facts) -> Decision<'r> {
+    for (place, rule) in rules.iter().enumerate() {
+        match rule.matches(facts) {
+            Match::Yes => return Decision::Rule(place, rule),
+            Match::No => {}
+            Match::Unknown => return Decision::Unknown,
+        }
+    }
+    Decision::NoRule
 }
 
 /// For a property of `usb-host` that this tool sets itself, or that cannot be

@@ -37,9 +37,13 @@ fn stick<'a>() -> Facts<'a> {
     let twin_path = "pci-0000:00:14.0-usbv2-0:1.2".parse().unwrap();
     Facts::new(&port, Some(&twin), "152d:2338".parse().unwrap())
         .with_paths(Some(&path), Some(&twin_path))
-        .with_serial(Some("0123456789"))
+        .with_serial(&|| Some("0123456789").into())
         .with_classes(&[0x00, 0x08, 0x03])
-        .with_properties(&|name| (name == "ID_PATH").then_some("pci-0000:00:1a.0-usb-0:1.2".into()))
+        .with_properties(&|name| (name == "ID_PATH").then_some("pci-0000:00:1a.0-usb-0:1.2").into())
+}
+
+fn is_match(rule: &Rule, facts: &Facts) -> bool {
+    rule.matches(facts) == Match::Yes
 }
 
 #[test]
@@ -77,26 +81,53 @@ fn each_key_matches_what_it_names() {
         ("all", Rule { vendor: Some(0x152d), class: Some(8), ..on("2-1.2") }, true),
     ];
     for (name, rule, matches) in cases {
-        assert_eq!(rule.matches(&stick()), matches, "{name}");
+        assert_eq!(is_match(&rule, &stick()), matches, "{name}");
     }
 }
 
 #[test]
 fn what_a_device_lacks_does_not_match() {
     let bare = Facts::new(&"1-1".parse().unwrap(), None, "152d:2338".parse().unwrap());
-    assert!(on("1-1").matches(&bare));
-    assert!(!on("1-1.*").matches(&bare), "below is not at");
-    assert!(!Rule { serial: glob("*"), ..rule() }.matches(&bare));
-    assert!(!Rule { class: Some(0), ..rule() }.matches(&bare));
-    assert!(!property("ID_PATH", "*").matches(&bare));
+    assert!(is_match(&on("1-1"), &bare));
+    assert!(!is_match(&on("1-1.*"), &bare), "below is not at");
+    assert!(!is_match(&Rule { serial: glob("*"), ..rule() }, &bare));
+    assert!(!is_match(&Rule { class: Some(0), ..rule() }, &bare));
+    assert!(!is_match(&property("ID_PATH", "*"), &bare));
+}
+
+#[test]
+fn what_nobody_can_say_yet_decides_nothing() {
+    let facts = Facts::new(&"1-1".parse().unwrap(), None, "152d:2338".parse().unwrap())
+        .with_serial(&|| Fact::Unknown)
+        .with_properties(&|_| Fact::Unknown);
+    let serial = Rule { serial: glob("S*"), ..on("1-1") };
+    let elsewhere = Rule { serial: glob("S*"), ..on("1-2") };
+    let rules = [on("1-1"), serial.clone(), elsewhere.clone(), property("A", "*")];
+    let [decided, asked, other, of_udev] = &rules;
+    let decision = |rules: &[&Rule]| {
+        let rules: Vec<Rule> = rules.iter().map(|rule| (*rule).clone()).collect();
+        match first_match(&rules, &facts) {
+            Decision::Rule(place, _) => Ok(Some(place)),
+            Decision::NoRule => Ok(None),
+            Decision::Unknown => Err(()),
+        }
+    };
+    assert_eq!(decision(&[decided, asked]), Ok(Some(0)), "a rule before it decides");
+    assert_eq!(decision(&[asked, decided]), Err(()), "a rule after it does not");
+    assert_eq!(decision(&[other, decided]), Ok(Some(1)), "it cannot match anyway");
+    assert_eq!(decision(&[of_udev]), Err(()));
+    let both = Rule { serial: glob("S*"), ..property("A", "*") };
+    let lacking = Facts::new(&"1-1".parse().unwrap(), None, "152d:2338".parse().unwrap())
+        .with_serial(&|| Fact::Unknown);
+    assert_eq!(both.matches(&lacking), Match::No, "one key is known not to match");
 }
 
 #[test]
 fn the_first_rule_that_matches_decides() {
     let rules = [on("9-9"), Rule { line: 7, ..on("1-1.*") }, rule()];
-    let (place, rule) = first_match(&rules, &stick()).unwrap();
+    let (place, rule) = first_match(&rules, &stick()).rule().unwrap();
     assert_eq!((place, rule.to_string()), (1, "rule at line 7".into()));
-    assert_eq!(first_match(&rules[..1], &stick()), None);
+    assert_eq!(first_match(&rules[..1], &stick()), Decision::NoRule);
 }
 
 #[test]
@@ -104,7 +135,7 @@ fn properties_are_asked_for_last_and_only_if_a_rule_does() {
     let asked = Cell::new(0);
     let count = |_: &str| {
         asked.set(asked.get() + 1);
-        None
+        Fact::Lacking
     };
     let id = "152d:2338".parse().unwrap();
     let facts = Facts::new(&"1-1".parse().unwrap(), None, id).with_properties(&count);
@@ -118,8 +149,7 @@ fn properties_are_asked_for_last_and_only_if_a_rule_does() {
 fn rules_say_what_they_need() {
     assert_eq!(Needs::of(&[on("1-1")]), Needs::default());
     let rules = [Rule { serial: glob("1"), ..rule() }, Rule { class: Some(8), ..rule() }];
-    let needs = Needs { serial: true, classes: true, ..Needs::default() };
-    assert_eq!(Needs::of(&rules), needs);
+    assert_eq!(Needs::of(&rules), Needs { classes: true, ..Needs::default() });
     for port in ["pci-*", "*", "?-1"] {
         assert!(Needs::of(&[on(port)]).paths, "{port}");
     }
@@ -185,15 +215,16 @@ proptest! {
         tag in prop::option::of("[ab]"),
     ) {
         let twin = ports.1.map(|twin| twin.parse().unwrap());
-        let property = |_: &str| tag.as_deref().map(Cow::Borrowed);
+        let property = |_: &str| tag.as_deref().into();
+        let serial = || serial.as_deref().into();
         let classes = [class];
         let id = VendorProduct { vendor, product: 1 };
         let facts = Facts::new(&ports.0.parse().unwrap(), twin.as_ref(), id)
-            .with_serial(serial.as_deref())
+            .with_serial(&serial)
             .with_classes(&classes)
             .with_properties(&property);
-        if earlier.covers(&later) && later.matches(&facts) {
-            prop_assert!(earlier.matches(&facts), "{:?} {:?}", earlier, later);
+        if earlier.covers(&later) && is_match(&later, &facts) {
+            prop_assert!(is_match(&earlier, &facts), "{:?} {:?}", earlier, later);
         }
     }
 }
