@@ -70,6 +70,27 @@ fn hidden(c: char) -> bool {
             | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
+/// How much of a text from outside is shown in a message or a line of the log,
+/// in characters.
+const MOST_WORDS: usize = 500;
+
+/// The beginning of a text, with `…` for the rest if there is one: what a peer
+/// says goes into messages and the log, and must not fill them.
+///
+/// # Examples
+///
+/// ```
+/// use usb_qmp_hotplug::text::words;
+/// assert_eq!(words("Duplicate device ID 'tab0'"), "Duplicate device ID 'tab0'");
+/// assert_eq!(words(&"x".repeat(1000)).chars().count(), 501);
+/// ```
+pub fn words(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(MOST_WORDS) {
+        Some((end, _)) => Cow::Owned(format!("{}…", text.get(..end).unwrap_or_default())),
+        None => Cow::Borrowed(text),
+    }
+}
+
 /// The text, or what of its beginning fits so many columns of a terminal, with
 /// `…` for the rest.
 ///
@@ -82,24 +103,24 @@ fn hidden(c: char) -> bool {
 /// assert_eq!(fit("日本語", 4), "日…");
 /// ```
 pub fn fit(text: &str, columns: usize) -> Cow<'_, str> {
-    // No character is so wide, and none so long, that this takes from what fits.
-    let bounded = text.char_indices().nth(columns.saturating_mul(4) + 64);
-    if bounded.is_none() && text.width() <= columns {
+    // No name needs more marks on its characters than this. Many more take a
+    // terminal long, too.
+    let most = columns.saturating_mul(4).saturating_add(64);
+    let is_bounded = text.char_indices().nth(most).is_none();
+    if is_bounded && text.width() <= columns {
         return Cow::Borrowed(text);
     }
     if columns == 0 {
         return Cow::Borrowed("");
     }
-    let mut end = 0;
-    for (start, c) in text.char_indices() {
-        let next = start + c.len_utf8();
-        // The width of a text is not the sum of its characters': some join.
-        match text.get(..next) {
-            Some(beginning) if beginning.width() < columns => end = next,
-            _ => break,
-        }
-    }
-    Cow::Owned(format!("{}…", text.get(..end).unwrap_or_default()))
+    // The width of a text is not the sum of its characters': some join. It is
+    // measured some twenty times, and not once for each character.
+    let ends: Vec<usize> =
+        text.char_indices().take(most).map(|(start, c)| start + c.len_utf8()).collect();
+    let beginning = |end: &usize| text.get(..*end).unwrap_or_default();
+    let fitting = ends.partition_point(|end| beginning(end).width() < columns);
+    let end = fitting.checked_sub(1).and_then(|last| ends.get(last)).unwrap_or(&0);
+    Cow::Owned(format!("{}…", beginning(end)))
 }
 
 /// An error with its causes, on one line: `what: why: why that`.
@@ -193,6 +214,20 @@ mod tests {
         ] {
             assert_eq!(fit(text, columns), shown, "{text} in {columns}");
         }
+    }
+
+    #[test]
+    fn a_text_that_is_never_wide_is_cut_all_the_same() {
+        let marks = "\u{301}".repeat(60_000);
+        let shown = fit(&marks, 10);
+        assert_eq!(shown.chars().count(), 10 * 4 + 64 + 1, "the work is bounded by it");
+        assert_eq!(fit(&"x".repeat(9_000_000), usize::MAX).len(), 9_000_000);
+    }
+
+    #[test]
+    fn what_a_peer_says_is_cut() {
+        assert_eq!(words(&"ä".repeat(500)), "ä".repeat(500));
+        assert_eq!(words(&"ä".repeat(501)), "ä".repeat(500) + "…");
     }
 
     proptest! {

@@ -54,8 +54,8 @@ impl Vm {
         let objects = self.answer_objects(objects).await?;
         let Some(id) = free_id(&objects) else { return Ok(Err(lacks)) };
         if !dry_run {
-            if let Err(words) = self.add_xhci(&id, &objects).await? {
-                return Ok(Err(NoGuestPort::NoSlot { lacks: Box::new(lacks), words }));
+            if let Err(said) = self.add_xhci(&id, &objects).await? {
+                return Ok(Err(NoGuestPort::NoSlot { lacks: Box::new(lacks), said }));
             }
             info!("added USB controller {id} to {}", escape(&self.name()));
         }
@@ -77,7 +77,7 @@ impl Vm {
         id: &str,
         objects: &[Object],
     ) -> Result<Result<(), String>, qmp::Error> {
-        let mut words = String::new();
+        let mut said = String::new();
         let mut missing = BTreeSet::new();
         for (bus, slot) in slots(objects) {
             if bus.as_ref().is_some_and(|bus| missing.contains(bus)) {
@@ -94,14 +94,14 @@ impl Vm {
             let Err(error) = self.session.execute(&command).await else { return Ok(Ok(())) };
             let Some(refusal) = error.refusal() else { return Err(error) };
             debug!(?bus, ?slot, "no slot for a controller: {}", escape(&refusal.desc));
-            words.clone_from(&refusal.desc);
+            said.clone_from(&refusal.desc);
             // Of a bus that is there, only the slot is taken (QEMU,
             // hw/pci/pci.c, `do_pci_register_device`).
             if !refusal.desc.starts_with("PCI: slot") {
                 missing.extend(bus);
             }
         }
-        Ok(Err(words))
+        Ok(Err(said))
     }
 }
 

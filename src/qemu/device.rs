@@ -1,6 +1,6 @@
 //! A host device into the VM.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -25,6 +25,15 @@ const MAX_TRIES: usize = 64;
 /// How long an id may be taken by a device that was removed. It took QEMU 5.2
 /// some 50 ms.
 const UNTIL_DELETED: Duration = Duration::from_secs(1);
+
+/// The event of a device that is gone from the VM.
+pub(super) const DELETED: &str = "DEVICE_DELETED";
+
+/// What it tells (QEMU, qapi/qdev.json).
+#[derive(serde::Deserialize)]
+struct Deleted {
+    device: Option<String>,
+}
 
 /// How QEMU gets at the device.
 #[derive(Debug)]
@@ -122,10 +131,11 @@ impl Vm {
         };
         let controllers = self.ask_controllers(&objects)?;
         // The text numbers the buses; one device of each bus tells its name.
+        let with_id: HashMap<&str, &Object> =
+            objects.iter().filter_map(|object| Some((object.id.as_deref()?, object))).collect();
         let mut buses = BTreeMap::new();
         for line in &lines {
-            let known = |id: &Option<String>| id.is_some() && line.product(id.as_deref()).is_some();
-            let object = objects.iter().find(|object| known(&object.id));
+            let object = line.id().and_then(|id| with_id.get(id));
             if let (Some(object), false) = (object, buses.contains_key(&line.bus)) {
                 buses.insert(line.bus, self.ask(&object.path, "parent_bus")?);
             }
@@ -136,11 +146,12 @@ impl Vm {
             None => None,
         };
         let controllers = self.answer_controllers(controllers).await?;
+        let by_path: HashMap<&str, &str> =
+            controllers.iter().map(|c| (c.bus_path.as_str(), c.bus.as_str())).collect();
         let mut names = BTreeMap::new();
         for (number, ticket) in buses {
             if let Some(path) = self.answer_text(ticket).await? {
-                let controller = controllers.iter().find(|c| c.bus_path == path);
-                names.extend(controller.map(|c| (number, c.bus.clone())));
+                names.extend(by_path.get(path.as_str()).map(|bus| (number, (*bus).to_owned())));
             }
         }
         // What else there is, is on the only bus, unless that has a number.
@@ -268,9 +279,8 @@ impl Vm {
     /// Waits until a device that was removed is: QEMU before 6.0 frees its id a
     /// moment later, and then tells. False if it does not come to that.
     async fn is_deleted(&mut self, id: &DeviceId) -> Result<bool, qmp::Error> {
-        let is_it = |event: &qmp::Event| {
-            event.name == "DEVICE_DELETED" && event.data.get("device") == Some(&id.as_str().into())
-        };
+        self.session.want_events(DELETED);
+        let is_it = |deleted: &Deleted| deleted.device.as_deref() == Some(id.as_str());
         self.session.event(is_it, Instant::now() + UNTIL_DELETED).await
     }
 

@@ -2,6 +2,9 @@
 
 use crate::usb::Speed;
 
+/// What comes between a product and an id.
+const ID: &str = ", ID: ";
+
 /// A line of `info usb`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InfoLine {
@@ -16,12 +19,18 @@ pub struct InfoLine {
 }
 
 impl InfoLine {
+    /// The id that the line ends with, if it does. A product's name may have
+    /// one, too.
+    pub fn id(&self) -> Option<&str> {
+        self.rest.rsplit_once(ID).map(|(_, id)| id)
+    }
+
     /// The product's name, if the line is that of the device with this id (or
     /// with none). The name is the device's own string and may hold anything,
     /// so it is believed only as far as it fits what is known otherwise.
     pub fn product(&self, id: Option<&str>) -> Option<&str> {
         match id {
-            Some(id) => self.rest.strip_suffix(id)?.strip_suffix(", ID: "),
+            Some(id) => self.rest.strip_suffix(id)?.strip_suffix(ID),
             None => Some(&self.rest),
         }
     }
@@ -75,6 +84,7 @@ mod tests {
         let lines = parse_info_usb(forged);
         assert_eq!(lines[0].product(Some("tab0")), None);
         assert_eq!(lines[0].product(Some("real")), Some("x, ID: tab0"));
+        assert_eq!(lines[0].id(), Some("real"));
     }
 
     proptest! {

@@ -1,5 +1,7 @@
 //! What a VM really has.
 
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
 use qapi::qmp::{query_name, query_status};
 
 use super::vm::{ALL, Given, Object, PERIPHERAL, Vm};
@@ -105,15 +107,15 @@ impl Vm {
             asked.push((object, bus, port, host));
         }
         let controllers = self.answer_controllers(controllers).await?;
+        let bus_paths: HashSet<&str> = controllers.iter().map(|c| c.bus_path.as_str()).collect();
         let mut facts = Vec::new();
         for (object, bus, port, host) in asked {
             let bus_path = self.answer_text(bus).await?;
-            let on_usb = |c: &Controller| Some(&c.bus_path) == bus_path.as_ref();
             // A board may have a controller where nobody looked for it.
             let bus = bus_path.as_deref().and_then(|path| path.rsplit('/').next());
             let is_usb = object.driver == "usb-host"
                 || bus.is_some_and(|name| name.starts_with("usb-bus."))
-                || controllers.iter().any(on_usb);
+                || bus_path.as_deref().is_some_and(|path| bus_paths.contains(path));
             let asked_port = self.answer_text(port).await?.filter(|port| !port.is_empty());
             let host = match host {
                 Some(tickets) => Some(self.answer_given(tickets).await?.unwrap_or_default()),
@@ -138,54 +140,61 @@ fn join(mut facts: Vec<QomDevice>, lines: &[InfoLine]) -> Vec<GuestDevice> {
     facts.sort_by_cached_key(|fact| {
         (fact.object.path.starts_with(PERIPHERAL), natural(&fact.object.path))
     });
-    let mut line_of: Vec<Option<&InfoLine>> = facts.iter().map(|fact| by_id(fact, lines)).collect();
+    let mut with_id: HashMap<&str, Vec<usize>> = HashMap::new();
+    for (number, line) in lines.iter().enumerate() {
+        if let Some(id) = line.id() {
+            with_id.entry(id).or_default().push(number);
+        }
+    }
+    let mut line_of: Vec<Option<usize>> =
+        facts.iter().map(|fact| by_id(fact, lines, &with_id)).collect();
 
-    // The devices without id, bus by bus: where as many are left as lines,
-    // they are the same in the same order.
-    let mut left: Vec<&InfoLine> = lines.iter().collect();
-    left.retain(|line| !line_of.iter().flatten().any(|known| std::ptr::eq(*known, *line)));
-    let numbers = |path: &Option<String>| -> Vec<u32> {
-        let on_bus = facts.iter().zip(&line_of).filter(|(fact, _)| fact.bus_path == *path);
-        on_bus.filter_map(|(_, line)| Some((*line)?.bus)).collect()
-    };
-    let mut paths: Vec<Option<String>> = facts.iter().map(|fact| fact.bus_path.clone()).collect();
-    paths.sort();
-    paths.dedup();
-    let known: Vec<(Option<String>, Option<u32>)> =
-        paths.iter().map(|path| (path.clone(), numbers(path).first().copied())).collect();
-    let taken: Vec<u32> = known.iter().filter_map(|(_, number)| *number).collect();
-    let unknown = known.iter().filter(|(_, number)| number.is_none()).count();
-    for (path, number) in known {
-        let on_this_bus = |line: &&&InfoLine| match number {
-            Some(number) => line.bus == number,
-            None => unknown == 1 && !taken.contains(&line.bus),
-        };
-        // Hubs apart from the rest: QEMU adds one wherever it runs out of ports.
-        for hubs in [true, false] {
-            let is_hub = |line: &&&InfoLine| (line.product(None) == Some(HUB_PRODUCT)) == hubs;
-            let its_lines = left.iter().filter(on_this_bus).filter(is_hub).copied();
-            let without = facts.iter().enumerate().zip(&line_of).filter(|((_, fact), line)| {
-                let is_hub = fact.object.driver == "usb-hub";
-                fact.bus_path == path
-                    && fact.object.id.is_none()
-                    && line.is_none()
-                    && is_hub == hubs
-            });
-            let without: Vec<(usize, &QomDevice)> = without.map(|(fact, _)| fact).collect();
-            let its_lines: Vec<&InfoLine> = its_lines.collect();
-            let asked_elsewhere = without.iter().zip(&its_lines).any(|((_, fact), line)| {
-                fact.asked_port.as_ref().is_some_and(|port| *port != line.port)
-            });
-            if its_lines.len() != without.len() || asked_elsewhere {
+    // The devices without id, bus by bus, hubs apart from the rest: QEMU adds a
+    // hub wherever it runs out of ports. Where as many are left as lines, they
+    // are the same in the same order.
+    let mut buses: BTreeMap<Option<&str>, Bus> = BTreeMap::new();
+    for (i, (fact, line)) in facts.iter().zip(&line_of).enumerate() {
+        let bus = buses.entry(fact.bus_path.as_deref()).or_default();
+        match line.and_then(|number| lines.get(number)) {
+            Some(line) => {
+                bus.number.get_or_insert(line.bus);
+            }
+            None if fact.object.id.is_some() => {}
+            None if fact.object.driver == "usb-hub" => bus.hubs.push(i),
+            None => bus.others.push(i),
+        }
+    }
+    let known: BTreeSet<u32> = buses.values().filter_map(|bus| bus.number).collect();
+    let used: BTreeSet<usize> = line_of.iter().flatten().copied().collect();
+    // By the number of the bus, or together where that tells nothing.
+    let mut left: BTreeMap<(Option<u32>, bool), Vec<usize>> = BTreeMap::new();
+    for (number, line) in lines.iter().enumerate().filter(|(number, _)| !used.contains(number)) {
+        let bus = Some(line.bus).filter(|bus| known.contains(bus));
+        let is_hub = line.product(None) == Some(HUB_PRODUCT);
+        left.entry((bus, is_hub)).or_default().push(number);
+    }
+    let unknown = buses.values().filter(|bus| bus.number.is_none()).count();
+    for bus in buses.values().filter(|bus| bus.number.is_some() || unknown == 1) {
+        for (is_hub, devices) in [(true, &bus.hubs), (false, &bus.others)] {
+            let its_lines = left.get(&(bus.number, is_hub)).map_or(&[][..], Vec::as_slice);
+            if its_lines.len() != devices.len() {
                 continue;
             }
-            for ((i, _), line) in without.into_iter().zip(its_lines) {
-                if let Some(slot) = line_of.get_mut(i) {
-                    *slot = Some(line);
+            let asked_elsewhere = devices.iter().zip(its_lines).any(|(device, line)| {
+                let asked = facts.get(*device).and_then(|fact| fact.asked_port.as_ref());
+                asked.is_some() && asked != lines.get(*line).map(|line| &line.port)
+            });
+            if asked_elsewhere {
+                continue;
+            }
+            for (device, line) in devices.iter().zip(its_lines) {
+                if let Some(slot) = line_of.get_mut(*device) {
+                    *slot = Some(*line);
                 }
             }
         }
     }
+    let line_of = line_of.into_iter().map(|number| lines.get(number?));
     let mut devices: Vec<GuestDevice> =
         facts.into_iter().zip(line_of).map(|(fact, line)| device(fact, line)).collect();
     devices.sort_by_cached_key(|device| {
@@ -194,19 +203,33 @@ fn join(mut facts: Vec<QomDevice>, lines: &[InfoLine]) -> Vec<GuestDevice> {
     devices
 }
 
+/// A bus, in the join of its devices with the text's lines.
+#[derive(Default)]
+struct Bus {
+    /// Its number in the text, if a device with an id tells.
+    number: Option<u32>,
+    /// Its hubs that have no line yet.
+    hubs: Vec<usize>,
+    /// Its other devices that have none.
+    others: Vec<usize>,
+}
+
 /// The line of a device with an id. Where a product's name forges a second
 /// one, the port that was asked for decides, or nothing does.
-fn by_id<'a>(fact: &QomDevice, lines: &'a [InfoLine]) -> Option<&'a InfoLine> {
-    let id = fact.object.id.as_deref()?;
-    let found: Vec<&InfoLine> = lines.iter().filter(|l| l.product(Some(id)).is_some()).collect();
-    match found.as_slice() {
-        [only] => Some(only),
-        several => {
-            let mut at_port = several.iter().filter(|l| Some(&l.port) == fact.asked_port.as_ref());
-            let first = at_port.next()?;
-            at_port.next().is_none().then_some(*first)
-        }
+fn by_id(
+    fact: &QomDevice,
+    lines: &[InfoLine],
+    with_id: &HashMap<&str, Vec<usize>>,
+) -> Option<usize> {
+    let several = with_id.get(fact.object.id.as_deref()?)?;
+    if let [only] = several.as_slice() {
+        return Some(*only);
     }
+    let asked =
+        |number: &&usize| lines.get(**number).map(|line| &line.port) == fact.asked_port.as_ref();
+    let mut at_port = several.iter().filter(asked);
+    let first = at_port.next()?;
+    at_port.next().is_none().then_some(*first)
 }
 
 fn device(fact: QomDevice, line: Option<&InfoLine>) -> GuestDevice {

@@ -13,6 +13,7 @@ mod info_usb;
 mod inspect;
 mod ports;
 pub mod qmp;
+mod qom;
 mod vm;
 
 pub use device::{Access, Attachment, Probe, Status};

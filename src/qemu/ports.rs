@@ -1,9 +1,9 @@
 //! A VM's USB controllers, and the choice of a free port. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 
-use crate::text::escape;
+use crate::text::{escape, fit, words};
 use crate::usb::Speed;
 
 /// The kinds of USB controllers that QEMU has, by the interface they give to
@@ -93,6 +93,11 @@ impl Controller {
     }
 }
 
+/// The most buses that a message names, and how much of each, in columns: a
+/// peer may have many, with long names.
+const MOST_NAMES: usize = 8;
+const WIDEST_NAME: usize = 40;
+
 /// A place for a device: a bus and a port on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestPort {
@@ -104,7 +109,12 @@ pub struct GuestPort {
 
 impl fmt::Display for GuestPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} port {}", escape(&self.bus), escape(&self.port))
+        write!(
+            f,
+            "{} port {}",
+            escape(&fit(&self.bus, WIDEST_NAME)),
+            escape(&fit(&self.port, WIDEST_NAME))
+        )
     }
 }
 
@@ -138,7 +148,7 @@ pub enum NoGuestPort {
         /// Why one was to be added.
         lacks: Box<NoGuestPort>,
         /// QEMU's words.
-        words: String,
+        said: String,
     },
 }
 
@@ -166,9 +176,9 @@ impl NoGuestPort {
                 buses.join(", ")
             ),
             NoGuestPort::Full(buses) => write!(f, "no free port on {}", buses.join(", ")),
-            NoGuestPort::NoSlot { lacks, words } => {
+            NoGuestPort::NoSlot { lacks, said } => {
                 lacks.matter(f)?;
-                write!(f, ", and no slot for a controller more ({})", escape(words))
+                write!(f, ", and no slot for a controller more ({})", escape(&words(said)))
             }
         }
     }
@@ -214,8 +224,10 @@ pub fn guest_ports(
         return Ok(vec![GuestPort { bus: bus.clone(), port: port.clone() }]);
     }
     let names = |of: &[&Controller]| -> Vec<String> {
-        of.iter().map(|c| escape(&c.bus).into_owned()).collect()
+        of.iter().take(MOST_NAMES).map(|c| escape(&fit(&c.bus, WIDEST_NAME)).into_owned()).collect()
     };
+    let taken: HashSet<(&str, &str)> =
+        taken.iter().map(|taken| (taken.bus.as_str(), taken.port.as_str())).collect();
     let all: Vec<&Controller> = controllers.iter().collect();
     if all.is_empty() {
         return Err(NoGuestPort::NoController);
@@ -242,8 +254,8 @@ pub fn guest_ports(
     if let (true, Some(speed)) = (fitting.is_empty(), speed) {
         return Err(NoGuestPort::NoneFits { speed, buses: names(&wanted) });
     }
-    let free: Vec<GuestPort> =
-        fitting.into_iter().filter(|guest_port| !taken.contains(guest_port)).collect();
+    let is_free = |place: &GuestPort| !taken.contains(&(place.bus.as_str(), place.port.as_str()));
+    let free: Vec<GuestPort> = fitting.into_iter().filter(is_free).collect();
     if free.is_empty() { Err(NoGuestPort::Full(names(&wanted))) } else { Ok(free) }
 }
 

@@ -4,13 +4,14 @@
 //! docs/devel/qom.rst); only a device's real port and its speed stand nowhere
 //! but in the text of `info usb`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Duration;
 
-use qapi::qmp::{device_del, human_monitor_command, qom_get, qom_list};
-use serde_json::Value;
+use qapi::qmp::{device_del, human_monitor_command};
 
-use super::qmp::{Error, Session, Ticket, VmAddress};
+use super::device::DELETED;
+use super::qmp::{Error, ErrorKind, Session, Ticket, VmAddress};
+use super::qom::{Property, QomGet, QomList};
 use super::{Controller, ControllerKind};
 use crate::usb::{Address, DeviceId};
 
@@ -50,9 +51,23 @@ pub struct Given {
 
 /// What is asked about a device that the VM was given, and not yet answered.
 pub(super) struct GivenTickets {
-    address: [Ticket<qom_get>; 2],
-    node: Ticket<qom_get>,
+    address: [Ticket<QomGet>; 2],
+    node: Ticket<QomGet>,
 }
+/// The most objects that are looked at in one conversation. A VM with 512
+/// processors has a thousand.
+const MAX_OBJECTS: usize = 4096;
+
+/// The longest name of an object, in bytes. Managers of VMs give ids of some
+/// ten.
+const MAX_NAME: usize = 256;
+
+/// The most controllers that are looked at; a PCI bus has 32 slots.
+const MAX_CONTROLLERS: usize = 256;
+
+/// Controllers whose ports are a property have no more (QEMU,
+/// hw/usb/hcd-xhci.h, `XHCI_MAXPORTS_2`; hw/usb/hcd-ohci.h, `OHCI_MAX_PORTS`).
+const MAX_PORTS: u32 = 15;
 
 /// A VM whose monitor answers.
 #[derive(Debug)]
@@ -74,9 +89,9 @@ pub(super) struct ControllerTickets {
     kind: ControllerKind,
     path: String,
     bus: BusName,
-    counts: [Option<Ticket<qom_get>>; 2],
+    counts: [Option<Ticket<QomGet>>; 2],
     /// For a companion: whose, and from which of its ports on.
-    master: Option<[Ticket<qom_get>; 2]>,
+    master: Option<[Ticket<QomGet>; 2]>,
 }
 
 /// The name of a controller's bus.
@@ -86,7 +101,7 @@ enum BusName {
     Known(String),
     /// The controller's children tell, if it has a bus of its own: a companion
     /// has none.
-    Asked(Ticket<qom_list>),
+    Asked(Ticket<QomList>),
 }
 
 impl Vm {
@@ -144,6 +159,7 @@ impl Vm {
     ///
     /// As for [`Session::reply`].
     pub async fn detach(&mut self, id: &DeviceId) -> Result<bool, Error> {
+        self.session.want_events(DELETED);
         let removed = self.session.send(&device_del { id: id.to_string() })?;
         let emptied = self.ask_to_drop_descriptors()?;
         let removed = self.session.reply(removed).await;
@@ -183,8 +199,8 @@ impl Vm {
         if bus.is_none() {
             return Ok(None);
         }
-        let bus = bus.and_then(|value| u16::try_from(value.as_u64()?).ok());
-        let device = device.and_then(|value| u8::try_from(value.as_u64()?).ok());
+        let bus = bus.and_then(|value| u16::try_from(value.number()?).ok());
+        let device = device.and_then(|value| u8::try_from(value.number()?).ok());
         // Zero is "not given".
         let address = bus.zip(device).filter(|(bus, device)| *bus > 0 && *device > 0);
         let address = address.map(|(bus, device)| Address { bus, device });
@@ -214,8 +230,12 @@ impl Vm {
         Ok(found)
     }
 
-    pub(super) fn ask(&mut self, path: &str, property: &str) -> Result<Ticket<qom_get>, Error> {
-        self.session.send(&qom_get { path: path.to_owned(), property: property.to_owned() })
+    fn too_much(&self, what: &'static str) -> Error {
+        Error::new(self.session.address(), ErrorKind::TooMuch(what))
+    }
+
+    pub(super) fn ask(&mut self, path: &str, property: &str) -> Result<Ticket<QomGet>, Error> {
+        self.session.send(&QomGet { path: path.to_owned(), property: property.to_owned() })
     }
 
     /// The reply to a question that QEMU may refuse, because the object or the
@@ -233,30 +253,39 @@ impl Vm {
 
     pub(super) async fn answer_text(
         &mut self,
-        ticket: Ticket<qom_get>,
+        ticket: Ticket<QomGet>,
     ) -> Result<Option<String>, Error> {
-        let value = self.answer(ticket).await?;
-        Ok(value.as_ref().and_then(Value::as_str).map(str::to_owned))
+        Ok(self.answer(ticket).await?.and_then(Property::text))
     }
 
     pub(super) fn ask_objects(
         &mut self,
         containers: &[&'static str],
-    ) -> Result<Vec<(&'static str, Ticket<qom_list>)>, Error> {
-        let ask = |path: &'static str| {
-            Ok((path, self.session.send(&qom_list { path: path.to_owned() })?))
-        };
+    ) -> Result<Vec<(&'static str, Ticket<QomList>)>, Error> {
+        let ask =
+            |path: &'static str| Ok((path, self.session.send(&QomList { path: path.to_owned() })?));
         containers.iter().copied().map(ask).collect()
     }
 
     pub(super) async fn answer_objects(
         &mut self,
-        tickets: Vec<(&'static str, Ticket<qom_list>)>,
+        tickets: Vec<(&'static str, Ticket<QomList>)>,
     ) -> Result<Vec<Object>, Error> {
         let mut objects = Vec::new();
         for (container, ticket) in tickets {
-            for property in self.answer(ticket).await?.unwrap_or_default() {
-                let Some(driver) = child_type(&property.type_) else { continue };
+            let mut names = HashSet::new();
+            for property in &self.answer(ticket).await?.unwrap_or_default() {
+                let Some(driver) = property.child_type() else { continue };
+                // QEMU names each once.
+                if !names.insert(property.name.as_str()) {
+                    continue;
+                }
+                if property.name.len() > MAX_NAME {
+                    return Err(self.too_much("a name longer than 256 bytes"));
+                }
+                if objects.len() >= MAX_OBJECTS {
+                    return Err(self.too_much("a list of more than 4096 objects"));
+                }
                 let id = (container == PERIPHERAL).then(|| property.name.clone());
                 let path = format!("{container}/{}", property.name);
                 if SOUTH_BRIDGES.contains(&driver) {
@@ -284,6 +313,9 @@ impl Vm {
         let mut asked = Vec::new();
         for Object { path, driver, id } in objects {
             let Some(kind) = ControllerKind::of_driver(driver) else { continue };
+            if asked.len() >= MAX_CONTROLLERS {
+                return Err(self.too_much("a list of more than 256 USB controllers"));
+            }
             let counts = match kind {
                 ControllerKind::Xhci => [Some(self.ask(path, "p2")?), Some(self.ask(path, "p3")?)],
                 ControllerKind::Ohci => [Some(self.ask(path, "num-ports")?), None],
@@ -297,7 +329,7 @@ impl Vm {
             };
             let bus = match id {
                 Some(id) if kind == ControllerKind::Xhci => BusName::Known(format!("{id}.0")),
-                _ => BusName::Asked(self.session.send(&qom_list { path: path.clone() })?),
+                _ => BusName::Asked(self.session.send(&QomList { path: path.clone() })?),
             };
             asked.push(ControllerTickets { kind, path: path.clone(), bus, counts, master });
         }
@@ -314,8 +346,9 @@ impl Vm {
             let mut numbers = [0; 2];
             for (number, ticket) in numbers.iter_mut().zip(counts) {
                 let Some(ticket) = ticket else { continue };
-                let value = self.answer(ticket).await?.and_then(|value| value.as_u64());
-                *number = value.and_then(|value| u32::try_from(value).ok()).unwrap_or(0).min(255);
+                let value = self.answer(ticket).await?.and_then(|value| value.number());
+                *number =
+                    value.and_then(|value| u32::try_from(value).ok()).unwrap_or(0).min(MAX_PORTS);
             }
             let (usb2_ports, usb3_ports) = match (kind, numbers) {
                 (ControllerKind::Ehci, _) => (EHCI_PORTS, 0),
@@ -324,10 +357,11 @@ impl Vm {
             };
             if let Some([master, first]) = master {
                 let master = self.answer_text(master).await?;
-                let first = self.answer(first).await?.and_then(|value| value.as_u64());
+                let first = self.answer(first).await?.and_then(|value| value.number());
                 // `firstport` counts from 0 (QEMU, hw/usb/hcd-ehci.c,
                 // `ehci_register_companion`).
-                let first = first.and_then(|first| u32::try_from(first).ok()).unwrap_or(0).min(255);
+                let first =
+                    first.and_then(|first| u32::try_from(first).ok()).unwrap_or(0).min(EHCI_PORTS);
                 if let Some(master) = master {
                     companion_ports
                         .entry(master)
@@ -335,15 +369,15 @@ impl Vm {
                         .extend(first + 1..=first + usb2_ports);
                 }
             }
-            let buses: Vec<String> = match bus {
-                BusName::Known(bus) => vec![bus],
+            let bus = match bus {
+                BusName::Known(bus) => Some(bus),
                 BusName::Asked(children) => {
-                    let children = self.answer(children).await?.unwrap_or_default().into_iter();
-                    let buses = children.filter(|c| child_type(&c.type_) == Some("usb-bus"));
-                    buses.map(|child| child.name).collect()
+                    let mut children = self.answer(children).await?.unwrap_or_default().into_iter();
+                    let bus = children.find(|child| child.child_type() == Some("usb-bus"));
+                    bus.map(|child| child.name).filter(|name| name.len() <= MAX_NAME)
                 }
             };
-            controllers.extend(buses.into_iter().map(|bus| Controller {
+            controllers.extend(bus.map(|bus| Controller {
                 bus_path: format!("{path}/{bus}"),
                 bus,
                 kind,
@@ -364,9 +398,4 @@ impl Vm {
 fn address_of_node(node: &str) -> Option<Address> {
     let (bus, device) = node.strip_prefix("/dev/bus/usb/")?.split_once('/')?;
     Address::from_numbers(bus, device).ok()
-}
-
-/// The type in QOM's `child<usb-tablet>`.
-fn child_type(kind: &str) -> Option<&str> {
-    kind.strip_prefix("child<")?.strip_suffix('>')
 }

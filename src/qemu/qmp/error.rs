@@ -64,8 +64,8 @@ pub enum ErrorKind {
         /// What came instead.
         saw: String,
     },
-    /// A message longer than 4 MiB.
-    TooLong,
+    /// The peer says more than is read of one conversation: so.
+    TooMuch(&'static str),
     /// The connection broke; without a source, at an end of file.
     Lost(Option<io::Error>),
     /// No reply before the deadline.
@@ -168,10 +168,10 @@ impl fmt::Display for Error {
                  socket",
                 escape(saw)
             ),
-            ErrorKind::TooLong => write!(
+            ErrorKind::TooMuch(what) => write!(
                 f,
-                "VM {vm}: a message longer than {} MiB; check that the path is that of a `-qmp` socket",
-                super::frame::MAX_MESSAGE >> 20
+                "VM {vm}: the peer sends {what}, which no QEMU does; check what listens there, and \
+                 whether it can still be trusted"
             ),
             ErrorKind::Lost(_) => {
                 write!(f, "VM {vm}: the connection was lost; check whether QEMU has ended")

@@ -2,14 +2,27 @@
 //! a line, or with `pretty=on` one over many lines; where an object ends is
 //! found by its braces, so both are read alike.
 
-use serde::Deserialize;
-use serde_json::Value;
+use std::borrow::Cow;
 
-use super::{ErrorKind, Event, Version};
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+
+use super::{ErrorKind, Version};
+use crate::text::words;
 
 /// The longest message that is read, in bytes. QEMU's longest replies here
 /// are some ten KiB.
-pub const MAX_MESSAGE: usize = 4 << 20;
+pub const MAX_MESSAGE: usize = 256 << 10;
+
+/// The most bytes that are read in one conversation.
+pub const MAX_BYTES: usize = 2 << 20;
+
+/// The most messages that are read in one conversation: two replies for each
+/// of the thousands of objects in the largest VMs, and as many events.
+pub const MAX_MESSAGES: usize = 16 << 10;
+
+/// How deep a message may be nested. QEMU's own here are a handful deep.
+const MAX_DEPTH: usize = 64;
 
 /// How many bytes a read has room for, at least.
 const ROOM: usize = 1024;
@@ -27,7 +40,12 @@ pub enum Message {
         reply: Reply,
     },
     /// Something happened.
-    Event(Event),
+    Event {
+        /// What, `DEVICE_DELETED`.
+        name: String,
+        /// More about it, as JSON, or `null`.
+        data: String,
+    },
     /// A reply to a command of somebody else: it has no id of the kind that we
     /// give.
     Foreign,
@@ -38,8 +56,9 @@ pub enum Message {
 /// What came of a command.
 #[derive(Debug, PartialEq)]
 pub enum Reply {
-    /// Its result.
-    Return(Value),
+    /// Its result, as JSON. It is kept as it came: as a value of any shape it
+    /// would take up to a hundred times the memory.
+    Return(String),
     /// QEMU's refusal.
     Error {
         /// The error's class.
@@ -49,33 +68,68 @@ pub enum Reply {
     },
 }
 
-/// Bytes on their way to becoming messages.
+/// Bytes on their way to becoming messages, no more of them than one
+/// conversation may have.
 #[derive(Debug, Default)]
 pub struct Frames {
     bytes: Vec<u8>,
+    /// Where in `bytes` the next message begins.
+    start: usize,
     /// How far `bytes` was looked at.
     scanned: usize,
     depth: usize,
     in_string: bool,
     escaped: bool,
+    bounds: Bounds,
+}
+
+/// What one conversation has read.
+#[derive(Debug, Default)]
+pub struct Bounds {
+    bytes: usize,
+    messages: usize,
+}
+
+impl Bounds {
+    /// Adds a message of so many bytes, or says that it is too much.
+    pub fn add(&mut self, bytes: usize) -> Result<(), ErrorKind> {
+        self.bytes += bytes;
+        self.messages += 1;
+        if self.bytes > MAX_BYTES {
+            return Err(ErrorKind::TooMuch("more than 2 MiB in one conversation"));
+        }
+        if self.messages > MAX_MESSAGES {
+            return Err(ErrorKind::TooMuch("more than 16384 messages in one conversation"));
+        }
+        Ok(())
+    }
 }
 
 impl Frames {
     /// Where the next bytes go: to the end of this, which has room for some,
     /// and not for many: whoever fills it has not been looked at yet.
     pub fn space(&mut self) -> &mut Vec<u8> {
-        self.bytes.reserve_exact(ROOM);
+        // What was read is dropped here, and not message by message: the rest
+        // moves once for each read.
+        self.bytes.drain(..self.start);
+        self.scanned -= self.start;
+        self.start = 0;
+        self.bytes.reserve(ROOM);
         &mut self.bytes
     }
 
     /// The next whole message, if there is one.
     pub fn next(&mut self) -> Result<Option<Message>, ErrorKind> {
-        let Some(end) = self.scan()? else {
-            return if self.bytes.len() > MAX_MESSAGE { Err(ErrorKind::TooLong) } else { Ok(None) };
-        };
-        let message = parse(self.bytes.get(..end).unwrap_or_default());
-        self.bytes.drain(..end);
-        self.scanned = 0;
+        let end = self.scan()?;
+        let begun = end.unwrap_or(self.bytes.len()) - self.start;
+        if begun > MAX_MESSAGE {
+            return Err(ErrorKind::TooMuch("a message longer than 256 KiB"));
+        }
+        let Some(end) = end else { return Ok(None) };
+        self.bounds.add(begun)?;
+        let message = parse(self.bytes.get(self.start..end).unwrap_or_default());
+        self.start = end;
+        self.scanned = end;
         message.map(Some)
     }
 
@@ -92,6 +146,9 @@ impl Frames {
                 continue;
             }
             match byte {
+                b'{' | b'[' if self.depth == MAX_DEPTH => {
+                    return Err(ErrorKind::TooMuch("a message nested deeper than 64"));
+                }
                 b'{' | b'[' => self.depth += 1,
                 b'}' | b']' if self.depth > 1 => self.depth -= 1,
                 b'}' | b']' if self.depth == 1 => {
@@ -113,17 +170,20 @@ impl Frames {
 
 /// What stands between two braces, whatever it is.
 #[derive(Deserialize)]
-struct Envelope {
+struct Envelope<'a> {
     #[serde(rename = "QMP")]
     greeting: Option<Greeting>,
-    id: Option<Value>,
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
     // A command may well return null.
-    #[serde(rename = "return", default, deserialize_with = "some")]
-    result: Option<Value>,
-    error: Option<Refused>,
-    event: Option<String>,
-    #[serde(default)]
-    data: Value,
+    #[serde(borrow, rename = "return", default, deserialize_with = "some")]
+    result: Option<&'a RawValue>,
+    #[serde(borrow)]
+    error: Option<Refused<'a>>,
+    #[serde(borrow)]
+    event: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -131,46 +191,58 @@ struct Greeting {
     version: VersionInfo,
 }
 
+/// What `query-version` gives, and the greeting has (QEMU, qapi/control.json).
 #[derive(Deserialize)]
-struct VersionInfo {
-    qemu: Version,
+pub struct VersionInfo {
+    /// QEMU's version.
+    pub qemu: Version,
 }
 
 #[derive(Deserialize)]
-struct Refused {
-    class: String,
-    desc: String,
+struct Refused<'a> {
+    #[serde(borrow)]
+    class: Cow<'a, str>,
+    #[serde(borrow)]
+    desc: Cow<'a, str>,
 }
 
-fn some<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
-    Value::deserialize(deserializer).map(Some)
+fn some<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 fn parse(bytes: &[u8]) -> Result<Message, ErrorKind> {
     let envelope: Envelope = serde_json::from_slice(bytes).map_err(|_| not_qmp(bytes))?;
-    let id = envelope.id.as_ref().and_then(Value::as_u64);
+    let id = envelope.id.and_then(|id| id.get().parse().ok());
     match envelope {
         Envelope { greeting: Some(greeting), .. } => Ok(Message::Greeting(greeting.version.qemu)),
-        Envelope { event: Some(name), data, .. } => Ok(Message::Event(Event { name, data })),
+        Envelope { event: Some(name), data, .. } => {
+            let data = data.map_or("null", RawValue::get).to_owned();
+            Ok(Message::Event { name: name.into_owned(), data })
+        }
         Envelope { result: Some(value), .. } => Ok(match id {
-            Some(id) => Message::Reply { id, reply: Reply::Return(value) },
+            Some(id) => Message::Reply { id, reply: Reply::Return(value.get().to_owned()) },
             None => Message::Foreign,
         }),
         Envelope { error: Some(Refused { class, desc }), id: given, .. } => Ok(match (id, given) {
-            (Some(id), _) => Message::Reply { id, reply: Reply::Error { class, desc } },
+            (Some(id), _) => Message::Reply { id, reply: refusal(&class, &desc) },
             (None, Some(_)) => Message::Foreign,
-            (None, None) => Message::Complaint(desc),
+            (None, None) => Message::Complaint(words(&desc).into_owned()),
         }),
         _ => Err(not_qmp(bytes)),
     }
+}
+
+/// A refusal in QEMU's words, as far as anybody wants to read them.
+fn refusal(class: &str, desc: &str) -> Reply {
+    Reply::Error { class: words(class).into_owned(), desc: words(desc).into_owned() }
 }
 
 /// Reads the reply to a command, whatever its id.
 pub fn reply(bytes: &[u8]) -> Result<Reply, ErrorKind> {
     let envelope: Envelope = serde_json::from_slice(bytes).map_err(|_| not_qmp(bytes))?;
     match envelope {
-        Envelope { result: Some(value), .. } => Ok(Reply::Return(value)),
-        Envelope { error: Some(Refused { class, desc }), .. } => Ok(Reply::Error { class, desc }),
+        Envelope { result: Some(value), .. } => Ok(Reply::Return(value.get().to_owned())),
+        Envelope { error: Some(Refused { class, desc }), .. } => Ok(refusal(&class, &desc)),
         _ => Err(not_qmp(bytes)),
     }
 }
@@ -194,7 +266,13 @@ mod tests {
         for piece in bytes.chunks(pieces) {
             frames.space().extend_from_slice(piece);
             while let Some(message) = frames.next()? {
-                messages.push(message);
+                messages.push(match message {
+                    Message::Reply { id, reply: Reply::Return(json) } => {
+                        let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+                        Message::Reply { id, reply: Reply::Return(value.to_string()) }
+                    }
+                    other => other,
+                });
             }
         }
         Ok(messages)
@@ -205,7 +283,7 @@ mod tests {
         let compact = format!(
             "{GREETING}\r\n{}\r\n{}\r\n{}\r\n",
             r#"{"return": {"a": "\"}{\\"}, "id": 3}"#,
-            r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "FUTURE", "data": [1]}"#,
+            r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "FUTURE", "data": 1}"#,
             r#"{"id": 4, "error": {"class": "NewClass", "desc": "no"}}"#,
         );
         let want = all(compact.as_bytes(), usize::MAX).unwrap();
@@ -215,7 +293,7 @@ mod tests {
         let pretty: String = compact
             .lines()
             .map(|line| {
-                let value: Value = serde_json::from_str(line).unwrap();
+                let value: serde_json::Value = serde_json::from_str(line).unwrap();
                 serde_json::to_string_pretty(&value).unwrap() + "\r\n"
             })
             .collect();
@@ -225,7 +303,7 @@ mod tests {
     #[test]
     fn a_null_result_is_a_result() {
         let messages = all(br#"{"return": null, "id": 1}"#, 100).unwrap();
-        assert_eq!(messages, [Message::Reply { id: 1, reply: Reply::Return(Value::Null) }]);
+        assert_eq!(messages, [Message::Reply { id: 1, reply: Reply::Return("null".into()) }]);
     }
 
     #[test]
@@ -242,6 +320,23 @@ mod tests {
         }
     }
 
+    /// What is wrong with a peer that says this again and again.
+    fn at_last(text: &str) -> String {
+        let mut frames = Frames::default();
+        for _ in 0..=MAX_BYTES / text.len().min(100) {
+            frames.space().extend_from_slice(text.as_bytes());
+            loop {
+                match frames.next() {
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(ErrorKind::TooMuch(what)) => return what.to_owned(),
+                    Err(other) => panic!("{other:?}"),
+                }
+            }
+        }
+        panic!("it may go on")
+    }
+
     #[test]
     fn a_message_without_end_is_bounded() {
         let mut frames = Frames::default();
@@ -250,7 +345,44 @@ mod tests {
             assert!(frames.next().unwrap().is_none());
             frames.space().extend_from_slice(&[b'x'; 8192]);
         }
-        assert!(matches!(frames.next(), Err(ErrorKind::TooLong)));
+        assert!(matches!(frames.next(), Err(ErrorKind::TooMuch(_))));
+    }
+
+    #[test]
+    fn a_conversation_is_bounded_in_bytes_and_messages_and_depth() {
+        let long = format!("{{\"event\": \"{}\"}}\n", "x".repeat(200_000));
+        assert!(at_last(&long).contains("2 MiB"));
+        assert!(at_last("{\"event\": \"x\"}").contains("16384 messages"));
+        assert!(at_last("                    ").contains("256 KiB"));
+        assert!(at_last(&format!("{{\"id\": {}", "[".repeat(100))).contains("deeper than 64"));
+    }
+
+    #[test]
+    fn what_a_conversation_may_have_costs_a_bounded_amount_of_memory() {
+        // One read may bring many messages; what is read of them is not kept.
+        let mut frames = Frames::default();
+        let many = "{\"event\":\"x\"}".repeat(MAX_MESSAGES);
+        let mut messages = 0;
+        for piece in many.as_bytes().chunks(MAX_MESSAGE) {
+            frames.space().extend_from_slice(piece);
+            while frames.next().unwrap().is_some() {
+                messages += 1;
+            }
+            assert!(frames.bytes.capacity() <= 2 * MAX_MESSAGE + ROOM);
+        }
+        assert_eq!(messages, MAX_MESSAGES);
+    }
+
+    #[test]
+    fn a_refusal_has_so_many_words() {
+        let desc = "y".repeat(10_000);
+        let line = format!("{{\"id\": 1, \"error\": {{\"class\": \"A\", \"desc\": \"{desc}\"}}}}");
+        let [Message::Reply { reply: Reply::Error { desc, .. }, .. }] =
+            &all(line.as_bytes(), 1000).unwrap()[..]
+        else {
+            panic!("no refusal")
+        };
+        assert_eq!(desc.chars().count(), 501);
     }
 
     proptest! {

@@ -17,7 +17,7 @@ use tokio::time::sleep;
 
 use super::domain::Domain;
 use super::error::{ErrorKind, LibvirtError};
-use super::frame::{self, Reply};
+use super::frame::{self, Bounds, Reply};
 use super::rpc::{self, Call, Outcome, Program, Reader, Xdr};
 use super::{Version, connect_when_possible, send_bytes};
 
@@ -55,6 +55,7 @@ pub struct Libvirt {
     serial: u32,
     /// Whether every call was answered.
     is_idle: bool,
+    bounds: Bounds,
 }
 
 impl Libvirt {
@@ -90,6 +91,7 @@ impl Libvirt {
             pid: None,
             serial: 0,
             is_idle: true,
+            bounds: Bounds::default(),
         };
         libvirt.log_in().await?;
         libvirt.open().await?;
@@ -120,6 +122,7 @@ impl Libvirt {
         let call = Call { program: Program::Qemu, procedure, arguments };
         let given = self.call(&call, descriptor).await?;
         let answer = Reader(&given).string().ok_or_else(|| not_libvirt("a reply without text"))?;
+        self.bounds.add(answer.len())?;
         frame::reply(answer)
     }
 
@@ -162,10 +165,10 @@ impl Libvirt {
         loop {
             match self.command(r#"{"execute":"query-version"}"#, None).await {
                 Err(ErrorKind::Libvirt(LibvirtError::Busy)) => sleep(PAUSE).await,
-                Ok(Reply::Return(mut version)) => {
-                    let version = version.get_mut("qemu").map(serde_json::Value::take);
-                    return serde_json::from_value(version.unwrap_or_default())
-                        .map_err(|_| not_libvirt("no version of QEMU"));
+                Ok(Reply::Return(json)) => {
+                    let info: frame::VersionInfo = serde_json::from_str(&json)
+                        .map_err(|_| not_libvirt("no version of QEMU"))?;
+                    return Ok(info.qemu);
                 }
                 Ok(Reply::Error { desc, .. }) => return Err(not_libvirt(&desc)),
                 Err(error) => return Err(error),

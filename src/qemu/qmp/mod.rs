@@ -29,20 +29,28 @@ use qapi::qmp::{QmpCommand, qmp_capabilities};
 use rustix::buffer::spare_capacity;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::Deserialize;
-use serde_json::Value;
+use serde::de::{DeserializeOwned, Error as _};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
+use crate::text::words;
 pub use address::VmAddress;
 pub use domain::{Domain, NotADomain};
 pub use error::{Error, ErrorKind, LibvirtError, Refusal};
 use frame::{Frames, Message, Reply};
 use libvirt::Libvirt;
 
-/// The most events that are kept for [`Session::take_events`]; later ones are
-/// dropped.
-const MAX_EVENTS: usize = 1024;
+/// The most events that are kept of those that somebody wants; later ones are
+/// dropped, and so are all others.
+const MAX_EVENTS: usize = 256;
+
+/// The most messages that may come before the greeting.
+const MAX_BEFORE_GREETING: usize = 256;
+
+/// The most bytes that are sent in one conversation: what is asked follows from
+/// what a peer says it has.
+const MAX_SENT: usize = 2 << 20;
 
 /// How long to wait before connecting again while the socket's queue is full,
 /// at first and at most. There is no event to wait for instead.
@@ -66,15 +74,6 @@ impl std::fmt::Display for Version {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
     }
-}
-
-/// An event as QEMU sent it; any name, known or not.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Event {
-    /// The event's name, `DEVICE_DELETED`.
-    pub name: String,
-    /// The event's data, or null.
-    pub data: Value,
 }
 
 /// A promise of a command's reply. Each ticket is redeemed once.
@@ -111,7 +110,11 @@ pub struct Session {
     ids: Range<u64>,
     negotiation: Option<Ticket<qmp_capabilities>>,
     replies: BTreeMap<u64, Reply>,
-    events: Vec<Event>,
+    /// The name of the events that are kept.
+    wanted: Option<&'static str>,
+    /// Their data, as JSON.
+    events: VecDeque<String>,
+    sent: usize,
     usable: bool,
 }
 
@@ -211,7 +214,9 @@ impl Session {
             ids: first_id(),
             negotiation: None,
             replies: BTreeMap::new(),
-            events: Vec::new(),
+            wanted: None,
+            events: VecDeque::new(),
+            sent: 0,
             usable: true,
         }
     }
@@ -257,17 +262,16 @@ impl Session {
     /// the greeting, so one may come before it (QEMU, monitor/qmp.c,
     /// `monitor_qmp_event`), and so may a reply to the client before this one.
     async fn greeting(&mut self) -> Result<Version, Error> {
-        for _ in 0..MAX_EVENTS {
+        for _ in 0..MAX_BEFORE_GREETING {
             match self.message().await? {
                 Message::Greeting(version) => return Ok(version),
-                Message::Event(event) => self.events.push(event),
-                Message::Reply { .. } | Message::Foreign => {}
+                Message::Event { .. } | Message::Reply { .. } | Message::Foreign => {}
                 Message::Complaint(desc) => {
                     return Err(self.broken(ErrorKind::NotQmp { saw: desc }));
                 }
             }
         }
-        let saw = format!("{MAX_EVENTS} messages without a greeting");
+        let saw = format!("{MAX_BEFORE_GREETING} messages without a greeting");
         Err(self.broken(ErrorKind::NotQmp { saw }))
     }
 
@@ -295,9 +299,10 @@ impl Session {
         }
     }
 
-    /// Takes the events that came so far.
-    pub fn take_events(&mut self) -> Vec<Event> {
-        std::mem::take(&mut self.events)
+    /// Has the events of this name kept that come from now on, for
+    /// [`Session::event`]. No others are.
+    pub fn want_events(&mut self, name: &'static str) {
+        self.wanted = Some(name);
     }
 
     /// Queues a command.
@@ -314,18 +319,28 @@ impl Session {
         let queued = match &mut self.wire {
             Wire::Socket(_) => {
                 let execute = qapi::Execute::with_id(command, id);
+                let before = self.outbox.len();
                 let written = serde_json::to_writer(&mut self.outbox, &execute);
                 self.outbox.extend_from_slice(b"\n");
-                written
+                written.map(|()| self.outbox.len() - before)
             }
             Wire::Libvirt(_, queue) => {
-                serde_json::to_string(&qapi::Execute::<_, u64>::new(command, None))
-                    .map(|text| queue.push_back((id, text, None)))
+                serde_json::to_string(&qapi::Execute::<_, u64>::new(command, None)).map(|text| {
+                    let bytes = text.len();
+                    queue.push_back((id, text, None));
+                    bytes
+                })
             }
         };
-        if let Err(source) = queued {
-            let command = C::NAME;
-            return Err(self.error(ErrorKind::Unexpected { command, source }));
+        match queued {
+            Ok(bytes) => self.sent += bytes,
+            Err(source) => {
+                let command = C::NAME;
+                return Err(self.error(ErrorKind::Unexpected { command, source }));
+            }
+        }
+        if self.sent > MAX_SENT {
+            return Err(self.broken(ErrorKind::TooMuch("so much that asking about it takes 2 MiB")));
         }
         Ok(Ticket { id, command: PhantomData })
     }
@@ -388,8 +403,11 @@ impl Session {
         };
         let command = C::NAME;
         match reply {
-            Reply::Return(value) => serde_json::from_value(value)
-                .map_err(|source| self.error(ErrorKind::Unexpected { command, source })),
+            Reply::Return(json) => serde_json::from_str(&json).map_err(|source| {
+                // It may name all that it did not expect.
+                let source = serde_json::Error::custom(words(&source.to_string()));
+                self.error(ErrorKind::Unexpected { command, source })
+            }),
             Reply::Error { class, desc } => {
                 let refusal = Refusal { command, class, desc };
                 Err(self.error(ErrorKind::Refused(refusal)))
@@ -397,15 +415,16 @@ impl Session {
         }
     }
 
-    /// Waits until an event comes, or has come already; false if it does not
-    /// until then. Where no event can come, it may have come then.
+    /// Waits until one of the wanted events comes whose data is it, or has come
+    /// already; false if it does not until then. Those before it are dropped.
+    /// Where no event can come, it may have come then.
     ///
     /// # Errors
     ///
     /// An error of the wire, after which the session is unusable.
-    pub async fn event(
+    pub async fn event<T: DeserializeOwned>(
         &mut self,
-        is_it: impl Fn(&Event) -> bool,
+        is_it: impl Fn(&T) -> bool,
         until: Instant,
     ) -> Result<bool, Error> {
         if let Wire::Libvirt(..) = self.wire {
@@ -413,13 +432,17 @@ impl Session {
             sleep_until(until).await;
             return Ok(true);
         }
-        while !self.events.iter().any(&is_it) {
+        loop {
+            while let Some(data) = self.events.pop_front() {
+                if serde_json::from_str(&data).is_ok_and(|data| is_it(&data)) {
+                    return Ok(true);
+                }
+            }
             match timeout_at(until, self.hear()).await {
                 Ok(heard) => heard?,
                 Err(_) => return Ok(false),
             }
         }
-        Ok(true)
     }
 
     /// Reads one message and keeps what is ours.
@@ -429,9 +452,9 @@ impl Session {
             Message::Reply { id, reply } if self.ids.contains(&id) => {
                 self.replies.insert(id, reply);
             }
-            Message::Event(event) => {
-                if self.events.len() < MAX_EVENTS {
-                    self.events.push(event);
+            Message::Event { name, data } => {
+                if self.wanted == Some(name.as_str()) && self.events.len() < MAX_EVENTS {
+                    self.events.push_back(data);
                 }
             }
             // To a client that left before QEMU had done what it asked.
