@@ -13,7 +13,7 @@ const UNITS: [&str; 2] = ["usb-qmp-hotplug.service", "user/usb-qmp-hotplug.servi
 /// A test, its name, and the program that it needs.
 type Test = (&'static str, &'static str, fn());
 
-const TESTS: [Test; 3] = [
+const TESTS: [Test; 4] = [
     (
         "systemd_understands_every_line_of_the_units",
         "systemd-analyze",
@@ -25,13 +25,31 @@ const TESTS: [Test; 3] = [
         the_service_is_exposed_by_two_of_ten_at_most,
     ),
     ("man_has_nothing_to_complain_about", "man", man_has_nothing_to_complain_about),
+    (
+        "udev_understands_every_line_of_the_example_rules",
+        "udevadm",
+        udev_understands_every_line_of_the_example_rules,
+    ),
 ];
+
+/// What keeps a test from running.
+fn missing(program: &str) -> Option<String> {
+    match Command::new(program).arg("--version").output() {
+        Err(error) => Some(format!("cannot run {program}: {error}")),
+        Ok(output) if program == "udevadm" => {
+            let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+            let verifies = version.parse().is_ok_and(|version: u32| version >= 254);
+            (!verifies).then(|| format!("udevadm {version} checks no rules, 254 does"))
+        }
+        Ok(_) => None,
+    }
+}
 
 fn main() -> ExitCode {
     let trial = |(name, program, test): Test| {
-        let missing = Command::new(program).arg("--version").output().err();
-        if let Some(error) = &missing {
-            eprintln!("shipped: {name} is ignored: cannot run {program}: {error}");
+        let missing = missing(program);
+        if let Some(missing) = &missing {
+            eprintln!("shipped: {name} is ignored: {missing}");
         }
         let run = move || {
             test();
@@ -112,4 +130,20 @@ fn man_has_nothing_to_complain_about() {
         assert!(complaints.is_empty(), "{}: {complaints}", page.display());
         assert!(output.status.success(), "{}", page.display());
     }
+}
+
+fn udev_understands_every_line_of_the_example_rules() {
+    let example = include_str!("../contrib/udev/90-usb-qmp-hotplug.rules");
+    let rule = |line: &&str| line.starts_with("#SUBSYSTEM") || line.starts_with("#    ");
+    let rules: String = example
+        .lines()
+        .filter(rule)
+        .map(|line| line.trim_start_matches('#').to_owned() + "\n")
+        .collect();
+    assert!(rules.matches("RUN+=").count() > 3, "{rules}");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("90-example.rules");
+    fs::write(&file, rules).unwrap();
+    let verified = Command::new("udevadm").arg("verify").arg(&file).output().unwrap();
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
 }
