@@ -23,7 +23,8 @@ const TURN: Duration = Duration::from_secs(60);
 pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
     let variable = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
     let start = Instant::now();
-    let Some(event) = HotplugEvent::from_variables(variable)? else {
+    let event = HotplugEvent::from_variables(variable)?;
+    let Some(event) = event.filter(|event| event.action != Action::Bind) else {
         debug!("not an event of ours");
         return Ok(());
     };
@@ -50,6 +51,7 @@ async fn act(
             add(context, &address, &context.host.device_of(event)?, &options, start).await
         }
         Action::Remove => remove(context, &address, event, start).await,
+        Action::Bind => Ok(()),
     }
 }
 

@@ -26,7 +26,7 @@ use tracing::{debug, error, info, warn};
 use crate::error::Error;
 use crate::host::Host;
 use crate::host::events::{Batch, Events, Source};
-use crate::policy::Policy;
+use crate::policy::{self, HostDevice, Policy};
 use crate::policy::config::Config;
 use crate::qemu::VmAddress;
 use crate::text::{chain, escape};
@@ -251,6 +251,10 @@ impl<'a> Watch<'a> {
                 let seen = self.shared.plugged(device);
                 concerned.extend(seen.assignment.map(|assignment| assignment.vm));
             }
+            Action::Bind => {
+                self.look_behind(port);
+                return Ok(());
+            }
             Action::Remove => {
                 let mut table = self.shared.table.borrow_mut();
                 let seen = table.get(port).map(|seen| &seen.device);
@@ -288,6 +292,21 @@ impl<'a> Watch<'a> {
         for port in self.shared.placed.take() {
             if let Some(assignment) = self.shared.assignment(&port) {
                 self.give(&assignment.vm, Work::Port(port));
+            }
+        }
+    }
+
+    /// Looks again at what is behind either half of a hub whose driver is done
+    /// with it: only now the kernel links the ports of the two halves (Linux,
+    /// drivers/usb/core/port.c, `find_and_link_peer`).
+    fn look_behind(&self, hub: &Port) {
+        let behind = policy::behind(&self.shared.host, hub, &self.shared.table.borrow());
+        for HostDevice { device, assignment, .. } in behind {
+            let port = device.port.clone();
+            let now = self.shared.plugged(device).assignment;
+            if now != assignment {
+                let vms = [assignment, now].into_iter().flatten().map(|assignment| assignment.vm);
+                vms.for_each(|vm| self.give(&vm, Work::Port(port.clone())));
             }
         }
     }

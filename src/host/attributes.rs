@@ -40,12 +40,16 @@ impl Host {
         }
     }
 
-    /// The class codes of the device at a port and of its interfaces. They are
-    /// read from its descriptors, which are there before its interfaces are
-    /// (Linux, drivers/usb/core/sysfs.c, `descriptors_read`).
+    /// The class codes of the device at a port and of its interfaces.
     pub fn classes(&self, port: &Port) -> Vec<u8> {
+        usb::classes(&self.descriptors(port))
+    }
+
+    /// The descriptors of the device at a port, which are there before its
+    /// interfaces are (Linux, drivers/usb/core/sysfs.c, `descriptors_read`).
+    pub(super) fn descriptors(&self, port: &Port) -> Vec<u8> {
         let descriptors = read_bytes(&self.directory(port).join("descriptors"));
-        usb::classes(&descriptors.ok().flatten().unwrap_or_default())
+        descriptors.ok().flatten().unwrap_or_default()
     }
 
     /// The drivers that the interfaces of the device at a port have, each once;

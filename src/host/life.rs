@@ -167,7 +167,7 @@ mod tests {
                 port: "1-1".parse().unwrap(),
                 address: "1:2".parse().unwrap(),
                 id: "152d:2338".parse().unwrap(),
-                class: 0,
+                hub: false,
             };
             Host::at(self.0.path()).life(&device, Some(QEMU), opened)
         }

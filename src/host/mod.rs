@@ -34,7 +34,7 @@ pub use node::{Claim, Node};
 pub use owner::{CLAIMED, Look, Owner};
 pub use proc::{Holder, Qemu, Reach, UnixSockets};
 
-use crate::usb::{self, Address, Device, HotplugEvent, Port, Selector, Speed};
+use crate::usb::{self, Address, CLASS_HUB, Device, HotplugEvent, Port, Selector, Speed};
 
 /// Character devices of this major number are USB device nodes (Linux,
 /// include/linux/usb.h, `USB_DEVICE_MAJOR`).
@@ -123,15 +123,15 @@ impl Host {
             "DEVNUM" => Some(device.clone()),
             _ => minor(),
         });
-        Ok(Some(Device {
+        Ok(Some(self.with_interfaces(Device {
             port: port.clone(),
             address: match address.map_err(wrong)? {
                 Some(address) => address,
                 None => Address::from_numbers(bus, device).map_err(wrong)?,
             },
             id: format!("{vendor}:{product}").parse().map_err(wrong)?,
-            class: usb::class_from_sysfs(class).map_err(wrong)?,
-        }))
+            hub: usb::class_from_sysfs(class).map_err(wrong)? == CLASS_HUB,
+        })))
     }
 
     /// The device at an address, if there is one.
@@ -215,9 +215,14 @@ impl Host {
     /// As for [`Host::find`].
     pub fn device_of(&self, event: &HotplugEvent) -> Result<Device, Error> {
         match event.device() {
-            Some(device) => Ok(device),
+            Some(device) => Ok(self.with_interfaces(device)),
             None => self.find(&event.selector),
         }
+    }
+
+    /// The device, with what its interfaces say it is.
+    fn with_interfaces(&self, device: Device) -> Device {
+        Device { hub: device.hub || usb::is_hub(&self.descriptors(&device.port)), ..device }
     }
 
     fn only(&self, selector: &Selector, fits: impl Fn(&Device) -> bool) -> Result<Device, Error> {

@@ -170,3 +170,45 @@ impl Policy {
         self.config.rules.get(assignment.rule).map_or(0, |rule| rule.line)
     }
 }
+
+/// What is behind either half of a hub, and where it belongs as far as was known
+/// when that was looked at.
+pub fn behind(host: &Host, hub: &Port, table: &Table) -> Vec<HostDevice> {
+    if !table.get(hub).is_some_and(|seen| seen.device.is_hub()) {
+        return Vec::new();
+    }
+    let twin = host.twin(hub);
+    let is_behind =
+        |port: &Port| port.is_behind(hub) || twin.as_ref().is_some_and(|twin| port.is_behind(twin));
+    table.iter().filter(|(port, _)| is_behind(port)).map(|(_, seen)| seen.clone()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn what_is_behind_a_hub_is_behind_both_of_its_halves() {
+        let root = tempfile::tempdir().unwrap();
+        let ports = root.path().join("sys/bus/usb/devices/usb1/1-0:1.0/usb1-port1");
+        fs::create_dir_all(&ports).unwrap();
+        symlink("../../../usb2/2-0:1.0/usb2-port1", ports.join("peer")).unwrap();
+        let device = |(port, hub): (&str, bool)| {
+            let (port, address): (Port, _) = (port.parse().unwrap(), "2:3".parse().unwrap());
+            let id = "0001:0002".parse().unwrap();
+            let device = Device { port: port.clone(), address, id, hub };
+            (port, HostDevice { device, assignment: None, is_clear: true })
+        };
+        let all = [("1-1", true), ("1-1.2", false), ("1-2", false), ("2-1.3.1", false), ("2-3", true)];
+        let table: Table = all.into_iter().map(device).collect();
+        let behind = |hub: &str| {
+            let behind = behind(&Host::at(root.path()), &hub.parse().unwrap(), &table);
+            behind.iter().map(|seen| seen.device.port.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(behind("1-1"), ["1-1.2", "2-1.3.1"]);
+        assert_eq!(behind("2-3"), [""; 0]);
+        assert_eq!(behind("1-2"), [""; 0], "no hub");
+    }
+}

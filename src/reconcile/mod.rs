@@ -154,7 +154,7 @@ mod tests {
                 port: port.clone(),
                 address: at(address),
                 id: "152d:2338".parse().unwrap(),
-                class: 0,
+                hub: false,
             };
             let assignment = vm.map(|vm| Assignment { vm: vm.into(), rule: 0 });
             (port, HostDevice { device, assignment, is_clear: true })

@@ -1,5 +1,7 @@
 //! A device's own description of itself, byte by byte.
 
+use super::CLASS_HUB;
+
 /// The type of a device descriptor, and of an interface descriptor (USB 2.0
 /// specification, table 9-5).
 const DEVICE: u8 = 1;
@@ -30,6 +32,13 @@ pub fn classes(descriptors: &[u8]) -> Vec<u8> {
     classes
 }
 
+/// Whether these are the descriptors of a hub: by its own class or by that of an
+/// interface, which is enough for the kernel (Linux, drivers/usb/core/hub.c,
+/// `hub_id_table`).
+pub fn is_hub(descriptors: &[u8]) -> bool {
+    classes(descriptors).contains(&CLASS_HUB)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,6 +65,12 @@ mod tests {
             &interface(8),
         ];
         assert_eq!(classes(&all.concat()), [0, 8, 0xff]);
+    }
+
+    #[test]
+    fn a_hub_may_say_so_in_an_interface_only() {
+        assert!(is_hub(&[&DEVICE_OF_CLASS_0[..], &interface(9)].concat()));
+        assert!(!is_hub(&[&DEVICE_OF_CLASS_0[..], &interface(8)].concat()));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! A udev event: what happened to which device (udev(7)).
 
-use super::{Address, Device, ParseError, Port, Selector, VendorProduct, class_from_udev};
+use super::{
+    Address, CLASS_HUB, Device, ParseError, Port, Selector, VendorProduct, class_from_udev,
+};
 
 /// Why variables are no event.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -23,6 +25,9 @@ pub enum Action {
     Add,
     /// It was pulled out.
     Remove,
+    /// Its driver is done with it: the ports of a hub are there now, and have
+    /// their links to their other halves.
+    Bind,
 }
 
 /// An event of a whole USB device.
@@ -45,8 +50,9 @@ pub struct HotplugEvent {
 
 impl HotplugEvent {
     /// Reads the event from variables; `None` if it is of no concern. Only
-    /// `add` and `remove` of whole devices are: an attach itself causes
-    /// `change` and `unbind`, and to act on those would never end.
+    /// `add`, `remove` and `bind` of whole devices are: an attach itself causes
+    /// `change`, and `bind` and `unbind` of interfaces, and to act on those
+    /// would never end.
     ///
     /// # Errors
     ///
@@ -58,6 +64,7 @@ impl HotplugEvent {
         let action = match get("ACTION").as_deref() {
             Some("add") => Action::Add,
             Some("remove") => Action::Remove,
+            Some("bind") => Action::Bind,
             Some(_) => return Ok(None),
             None => return Err(EventError::Missing),
         };
@@ -87,14 +94,14 @@ impl HotplugEvent {
         Ok(Some(HotplugEvent { action, port, address, selector, is_synthetic, id, class }))
     }
 
-    /// The device, if the event says all that there is to know of one. An event
-    /// that was typed by hand says less.
+    /// The device, as far as an event can say: it does not say the classes of
+    /// its interfaces. An event that was typed by hand says less.
     pub fn device(&self) -> Option<Device> {
         Some(Device {
             port: self.port.clone()?,
             address: self.address?,
             id: self.id?,
-            class: self.class?,
+            hub: self.class? == CLASS_HUB,
         })
     }
 }
@@ -149,7 +156,7 @@ mod tests {
             }
             event(&variables).unwrap()
         };
-        assert_eq!(with("ACTION", "bind"), None);
+        assert_eq!(with("ACTION", "unbind"), None);
         assert_eq!(with("ACTION", "change"), None);
         assert_eq!(with("DEVTYPE", "usb_interface"), None);
         assert_eq!(with("SUBSYSTEM", "block"), None);

@@ -11,7 +11,7 @@ mod speed;
 use std::fmt;
 use std::str::FromStr;
 
-pub use descriptors::classes;
+pub use descriptors::{classes, is_hub};
 pub use event::{Action, EventError, HotplugEvent};
 pub use name::{DeviceId, Selector};
 pub use path::{BusPath, NO_REVISION, PortPath};
@@ -101,15 +101,16 @@ pub struct Device {
     pub address: Address,
     /// Who made it and what it is.
     pub id: VendorProduct,
-    /// The device's class code (`bDeviceClass`); 0 leaves it to the interfaces.
-    pub class: u8,
+    /// Whether it is a hub: by its own class or by that of an interface, as the
+    /// kernel tells them (Linux, drivers/usb/core/hub.c, `hub_id_table`).
+    pub hub: bool,
 }
 
 impl Device {
     /// Whether it is a hub. Hubs stay with the host: everything behind one
     /// would leave with it.
     pub fn is_hub(&self) -> bool {
-        self.class == CLASS_HUB
+        self.hub
     }
 }
 

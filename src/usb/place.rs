@@ -75,6 +75,12 @@ impl Port {
         self.chain.0.last().copied().unwrap_or_default()
     }
 
+    /// Whether the way to this port leads through the hub at another one.
+    pub fn is_behind(&self, hub: &Port) -> bool {
+        let (way, to_hub) = (&self.chain.0, &hub.chain.0);
+        self.bus == hub.bus && way.len() > to_hub.len() && way.starts_with(to_hub)
+    }
+
     /// The port of the hub this port is on; `None` on a root hub.
     pub fn hub(&self) -> Option<Port> {
         let (_, hub) = self.chain.0.split_last()?;
@@ -216,6 +222,9 @@ mod tests {
         let port: Port = "1-1.2".parse().unwrap();
         assert_eq!(port.hub().unwrap().to_string(), "1-1");
         assert_eq!(port.hub().unwrap().hub(), None);
+        let is_behind = |hub: &str| port.is_behind(&hub.parse().unwrap());
+        assert!(is_behind("1-1"));
+        assert!(["1-1.2", "1-2", "2-1", "1-1.2.3"].iter().all(|hub| !is_behind(hub)));
     }
 
     #[test]

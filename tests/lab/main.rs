@@ -47,6 +47,7 @@ mod disks;
 mod gadget;
 mod hardware;
 mod host;
+mod hubs;
 mod inside;
 mod inspect;
 mod journal;
@@ -139,6 +140,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         vms::TESTS,
         rule::TESTS,
         port_names::TESTS,
+        hubs::TESTS,
         inspect::TESTS,
         man::TESTS,
         leftovers::TESTS,

@@ -113,6 +113,7 @@ impl Follower<'_> {
                 }
             },
             Action::Remove => self.pulled(port),
+            Action::Bind => Ok(true),
         }
     }
 
