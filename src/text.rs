@@ -6,8 +6,8 @@ use std::borrow::Cow;
 use unicode_width::UnicodeWidthStr;
 
 /// The text with everything that is not plainly visible written as an escape:
-/// control characters, line and paragraph separators, and the invisible marks
-/// that reorder text.
+/// control characters, line and paragraph separators, the invisible marks that
+/// reorder text, and blanks that are not the usual one.
 ///
 /// # Examples
 ///
@@ -60,11 +60,14 @@ pub fn escape_json(json: String) -> String {
     shown
 }
 
-/// Control characters, and those of Unicode's format characters that change
-/// how the text around them looks (Unicode Standard Annex #9, section 2;
-/// zero-width characters, separators and the byte order mark).
+/// Control characters, blanks but the usual one, letters without a shape, and
+/// those of Unicode's format characters that change how the text around them
+/// looks (Unicode Standard Annex #9, section 2; zero-width characters,
+/// separators and the byte order mark).
 fn hidden(c: char) -> bool {
     c.is_control()
+        || (c.is_whitespace() && c != ' ')
+        || matches!(c, '\u{115f}' | '\u{1160}' | '\u{2800}' | '\u{3164}' | '\u{ffa0}')
         || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}'
             | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
             | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
@@ -178,6 +181,7 @@ mod tests {
         assert_eq!(escape("x\u{202e}y\u{200b}"), "x\\u{202e}y\\u{200b}");
         assert_eq!(escape("\u{9b}31m"), "\\u{9b}31m");
         assert_eq!(escape("Größe 日本"), "Größe 日本");
+        assert_eq!(escape("SN\u{a0}1\u{3000}\u{2800}"), "SN\\u{a0}1\\u{3000}\\u{2800}");
     }
 
     #[test]

@@ -34,6 +34,7 @@ pub use node::{Claim, Node};
 pub use owner::{CLAIMED, Look, Owner};
 pub use proc::{Holder, Qemu, Reach, UnixSockets};
 
+use crate::text::escape;
 use crate::usb::{self, Address, CLASS_HUB, Device, HotplugEvent, Port, Selector, Speed};
 
 /// Character devices of this major number are USB device nodes (Linux,
@@ -44,7 +45,8 @@ pub const USB_DEVICE_MAJOR: u32 = 189;
 /// attribute of sysfs has a page at most; mount tables can be long.
 const MAX_FILE: u64 = 4 << 20;
 
-/// What a device says of itself. Untrusted: escape it before it is shown.
+/// What a device says of itself, without the blanks around it; what is nothing
+/// but blanks is not there. Untrusted: escape it before it is shown.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Strings {
     /// The maker's name.
@@ -199,8 +201,11 @@ impl Host {
             Selector::Sysfs(path) => self.port_of_path(path, selector)?,
             Selector::Product(id) => return self.only(selector, |device| device.id == *id),
             Selector::Serial(serial) => {
-                return self
-                    .only(selector, |device| self.serial(&device.port).as_ref() == Some(serial));
+                return self.only(selector, |device| {
+                    let its = self.serial(&device.port);
+                    // As it is, or as it is shown.
+                    its.is_some_and(|its| its == *serial || escape(&its) == *serial)
+                });
             }
         };
         let device = self.device(&port.ok_or_else(none)?)?;
@@ -278,16 +283,27 @@ impl Host {
     /// What the device at a port says of itself. This may wait for its drivers.
     pub fn strings(&self, port: &Port) -> Strings {
         Strings {
-            manufacturer: self.attribute(port, "manufacturer"),
-            product: self.attribute(port, "product"),
+            manufacturer: self.string(port, "manufacturer"),
+            product: self.string(port, "product"),
             serial: self.serial(port),
         }
     }
 
-    /// The serial number of the device at a port. This may wait for its
-    /// drivers.
+    /// The serial number of the device at a port, without the blanks around it.
+    /// This may wait for its drivers.
     pub fn serial(&self, port: &Port) -> Option<String> {
+        self.string(port, "serial")
+    }
+
+    /// The serial number with the blanks around it: so does udev compare it.
+    /// This may wait for the device's drivers.
+    pub fn serial_with_blanks(&self, port: &Port) -> Option<String> {
         self.attribute(port, "serial")
+    }
+
+    fn string(&self, port: &Port, name: &str) -> Option<String> {
+        let text = self.attribute(port, name)?.trim().to_owned();
+        (!text.is_empty()).then_some(text)
     }
 
     /// Whether the device at a port has a serial number. The kernel shows no

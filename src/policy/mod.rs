@@ -201,7 +201,8 @@ mod tests {
             let device = Device { port: port.clone(), address, id, hub };
             (port, HostDevice { device, assignment: None, is_clear: true })
         };
-        let all = [("1-1", true), ("1-1.2", false), ("1-2", false), ("2-1.3.1", false), ("2-3", true)];
+        let all =
+            [("1-1", true), ("1-1.2", false), ("1-2", false), ("2-1.3.1", false), ("2-3", true)];
         let table: Table = all.into_iter().map(device).collect();
         let behind = |hub: &str| {
             let behind = behind(&Host::at(root.path()), &hub.parse().unwrap(), &table);

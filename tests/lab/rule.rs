@@ -1,5 +1,6 @@
 //! `rule`: what it prints, installed as it is, attaches and detaches.
 
+use crate::daemon::{CONFIG, configure, rule};
 use crate::hardware::{Device, Hardware, Plugged, Stick, ehci, xhci};
 use crate::tool::{self, PROGRAM};
 use crate::udev;
@@ -15,6 +16,9 @@ crate::tests![
     a_serial_rule_attaches_one_of_two_alike_and_detaches_it,
     a_hub_rule_attaches_and_detaches_what_is_behind_it,
     hostile_serials_and_sockets_are_taken_literally,
+    a_serial_of_symbols_means_itself_or_is_refused,
+    what_is_shown_of_a_serial_number_can_be_typed,
+    who_goes_by_a_serial_that_others_have_is_told,
     an_installed_rule_works_at_once_and_says_how_to_undo_it,
     learn_takes_what_is_plugged_in_next,
     the_configuration_it_prints_is_one,
@@ -116,6 +120,58 @@ fn hostile_serials_and_sockets_are_taken_literally() {
         comes_and_goes(&mut hardware, &vm, &stick);
         hardware.pull(&near);
     }
+}
+
+fn a_serial_of_symbols_means_itself_or_is_refused() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("!{~}"), xhci(2));
+    let rule = printed([&stick.port, "--by", "serial", "--vm", &vm.socket()]);
+    assert!(rule.contains(r#"ATTR{serial}=="!{~}""#), "{rule}");
+    hardware.pull(&stick);
+    let other = hardware.plug(Stick::new("!{!}"), xhci(8));
+    let stick = hardware.plug(Stick::new("!{~}"), xhci(6));
+    comes_and_goes(&mut hardware, &vm, &stick);
+    hardware.pull(&other);
+    let stick = hardware.plug(Stick::new("\"$\""), xhci(2));
+    let refused = tool::run(["rule", &stick.port, "--by", "serial", "--vm", &vm.socket()]);
+    assert!(refused.exits(2).stderr.contains("--by port"));
+    hardware.pull(&stick);
+}
+
+fn what_is_shown_of_a_serial_number_can_be_typed() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new(" S\u{1b}N\u{a0}1 "), xhci(2));
+    let flat = tool::run(["list", "--flat"]).succeeds().stdout;
+    let line = flat.lines().find(|line| line.starts_with(&stick.port)).unwrap();
+    let serial = line.split('\t').nth(6).unwrap();
+    assert_eq!(serial, r"S\u{1b}N\u{a0}1");
+    tool::run(["attach", &vm.socket(), &format!("serial={serial}")]).succeeds();
+    let inspected = tool::run(["inspect", &vm.socket(), "--json"]).succeeds().stdout;
+    assert!(inspected.contains(r#""serial": "S\u001bN\u00a01""#), "{inspected}");
+    tool::run(["detach", &vm.socket(), &format!("serial={serial}")]).succeeds();
+    configure(&["a"], &rule("a", &format!("serial = '{serial}'")));
+    tool::run(["--config", CONFIG, "sync"]).succeeds();
+    vm.gets(&[&stick]);
+}
+
+fn who_goes_by_a_serial_that_others_have_is_told() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let told = |port: &str| {
+        let told = tool::run(["rule", port, "--by", "serial", "--vm", &vm.socket()]);
+        told.succeeds().stderr
+    };
+    let stick = hardware.plug(Stick::new("SN1"), xhci(2));
+    assert_eq!(told(&stick.port), "");
+    let alike = hardware.plug(Stick::new("SN1"), xhci(3));
+    let both = told(&stick.port);
+    assert!(both.contains("2 devices 46f4:0001 have the serial number SN1, at 2-2, 2-3"), "{both}");
+    hardware.pull_all(&[stick, alike]);
+    let stick = hardware.plug(Stick::new("0123456789ABCDEF"), xhci(2));
+    let shared = told(&stick.port);
+    assert!(shared.contains("many devices have the serial number 0123456789ABCDEF"), "{shared}");
 }
 
 fn an_installed_rule_works_at_once_and_says_how_to_undo_it() {

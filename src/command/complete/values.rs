@@ -5,6 +5,7 @@ use crate::command::Context;
 use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Reach, Strings};
 use crate::qemu::Vm;
+use crate::text::escape;
 use crate::usb::Device;
 
 /// The VMs of the configuration, by name; and the monitors of the QEMUs that
@@ -50,7 +51,7 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
             candidates.push(Candidate::new(device.id.to_string(), name.as_str()));
         }
         if let Some(serial) = context.host.strings(&device.port).serial {
-            candidates.push(Candidate::new(format!("serial={serial}"), name));
+            candidates.push(Candidate::new(format!("serial={}", escape(&serial)), name));
         }
     }
     candidates

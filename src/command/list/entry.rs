@@ -118,13 +118,9 @@ impl Entry {
     pub fn of(host: &Host, policy: &Policy, device: &Device, holders: Vec<Holder>) -> Self {
         let port = &device.port;
         let strings = host.strings(port);
-        let own = |text: Option<String>| {
-            let text = text?.trim().to_owned();
-            (!text.is_empty()).then_some(text)
-        };
         // The hardware database knows many that say nothing of themselves
         // (hwdb(7), usb.ids).
-        let name = |text, property| own(text).or_else(|| own(host.property(port, property)));
+        let name = |text: Option<String>, property| text.or_else(|| host.property(port, property));
         let drivers = host.drivers(port);
         let rule = policy.decision(host, device, Reading::Patient).rule();
         Entry {
@@ -138,7 +134,7 @@ impl Entry {
             product: format!("{:04x}", device.id.product),
             vendor_name: name(strings.manufacturer, "ID_VENDOR_FROM_DATABASE"),
             product_name: name(strings.product, "ID_MODEL_FROM_DATABASE"),
-            serial: own(strings.serial),
+            serial: strings.serial,
             speed_mbps: host.speed(port),
             in_use: if device.is_hub() { Vec::new() } else { uses(host, port) },
             held: !holders.is_empty()

@@ -3,6 +3,7 @@
 
 mod install;
 mod learn;
+mod serial;
 mod socket;
 mod toml;
 mod udev;

@@ -4,6 +4,7 @@ use std::fmt;
 
 use tracing::warn;
 
+use super::serial;
 use super::socket::Socket;
 use crate::cli::By;
 use crate::error::Error;
@@ -20,7 +21,8 @@ pub enum What {
     Below(Socket),
     /// Every device with these ids.
     Product(VendorProduct),
-    /// The device with these ids and this serial number.
+    /// The device with these ids and this serial number, which has the blanks
+    /// around it that the device gives it.
     Serial(VendorProduct, String),
 }
 
@@ -67,11 +69,12 @@ impl What {
             _ if device.is_hub() => Err(Error::Hub(device.clone())),
             By::Product => Ok(What::Product(device.id)),
             By::Serial => {
-                let serial = host.strings(&device.port).serial.unwrap_or_default();
+                let serial = host.serial_with_blanks(&device.port).unwrap_or_default();
                 if serial.trim().is_empty() {
                     let help = "use --by product, or --by port";
                     return Err(Error::Usage(format!("{device} has no serial number; {help}")));
                 }
+                serial::warn_of_others(host, device, serial.trim());
                 Ok(What::Serial(device.id, serial))
             }
         }
@@ -104,7 +107,7 @@ impl What {
             What::Below(socket) => format!("below-{}", socket.name()).chars().map(plain).collect(),
             What::Product(id) => id.to_string().replace(':', "-"),
             What::Serial(id, serial) => {
-                let serial: String = serial.chars().take(64).map(plain).collect();
+                let serial: String = serial.trim().chars().take(64).map(plain).collect();
                 format!("{:04x}-{:04x}-{serial}", id.vendor, id.product)
             }
         }
@@ -137,7 +140,8 @@ impl fmt::Display for What {
             What::Below(socket) => write!(f, "whatever is behind the hub at port {socket}"),
             What::Product(id) => write!(f, "every device {id}"),
             What::Serial(id, serial) => {
-                write!(f, "the device {id} with the serial number \"{}\"", escape(serial))
+                let serial = escape(serial.trim());
+                write!(f, "the device {id} with the serial number \"{serial}\"")
             }
         }
     }

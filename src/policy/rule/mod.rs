@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 pub use self::glob::{Glob, GlobError, MAX_GLOB};
+use crate::text::escape;
 use crate::usb::{Port, PortPath, VendorProduct};
 
 /// One rule: what a device must be, and what then happens to it. A key that is
@@ -24,7 +25,8 @@ pub struct Rule {
     pub vendor: Option<u16>,
     /// Is the product id.
     pub product: Option<u16>,
-    /// Fits the serial number; a device without one does not match.
+    /// Fits the serial number, without the blanks around it, as it is or with
+    /// the escapes that show it; a device without one does not match.
     pub serial: Option<Glob>,
     /// Is the class code of the device or of any of its interfaces.
     pub class: Option<u8>,
@@ -97,6 +99,14 @@ impl Fact<'_> {
             Fact::Is(text) if glob.matches(text) => Match::Yes,
             Fact::Is(_) | Fact::Lacking => Match::No,
             Fact::Unknown => Match::Unknown,
+        }
+    }
+
+    /// Whether it fits as it is or with the escapes that show it.
+    fn fits_as_shown(&self, glob: &Glob) -> Match {
+        match self {
+            Fact::Is(text) if glob.matches(&escape(text)) => Match::Yes,
+            _ => self.fits(glob),
         }
     }
 }
@@ -212,7 +222,7 @@ impl Rule {
         if !may {
             return Match::No;
         }
-        let serial = self.serial.iter().map(|glob| (facts.serial)().fits(glob));
+        let serial = self.serial.iter().map(|glob| (facts.serial)().fits_as_shown(glob));
         let properties = self.properties.iter();
         let properties = properties.map(|(name, glob)| (facts.property)(name).fits(glob));
         let mut matches = Match::Yes;

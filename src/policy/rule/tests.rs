@@ -123,6 +123,21 @@ fn what_nobody_can_say_yet_decides_nothing() {
 }
 
 #[test]
+fn a_serial_number_can_be_written_as_it_is_shown() {
+    let (port, serial) = ("1-1".parse().unwrap(), || Fact::Is("A\u{1b}1".into()));
+    let facts = Facts::new(&port, None, "152d:2338".parse().unwrap()).with_serial(&serial);
+    for (written, matches) in
+        [("A\u{1b}1", true), (r"A\u{1b}1", true), (r"A\u{1b}*", true), (r"A\u{1c}1", false)]
+    {
+        assert_eq!(
+            is_match(&Rule { serial: glob(written), ..rule() }, &facts),
+            matches,
+            "{written}"
+        );
+    }
+}
+
+#[test]
 fn the_first_rule_that_matches_decides() {
     let rules = [on("9-9"), Rule { line: 7, ..on("1-1.*") }, rule()];
     let (place, rule) = first_match(&rules, &stick()).rule().unwrap();
