@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::Context;
 use crate::cli::Inspect;
 use crate::error::Error;
-use crate::host::Host;
+use crate::host::{Host, Strings};
 use crate::presence::{Leftover, Presence, presence};
 use crate::qemu::{Given, GuestDevice, Inventory};
 use crate::text::escape;
@@ -113,9 +113,19 @@ fn report(host: &Host, pid: Option<i32>, socket: String, inventory: Inventory) -
 }
 
 fn device_report(host: &Host, pid: Option<i32>, device: GuestDevice) -> DeviceReport {
+    let (mut product, mut speed_mbps) = (device.product, device.speed);
     let host = device.host.map(|given| {
         let id = device.id.as_deref().and_then(|id| id.parse::<DeviceId>().ok());
-        host_report(host, pid, id.as_ref(), &given)
+        let (report, own) = host_report(host, pid, id.as_ref(), &given);
+        // QEMU's text of a product has 31 characters at most, `?` for all that
+        // are not ASCII, and with a line break in it neither name nor speed can
+        // be read (QEMU, include/hw/usb.h, `product_desc`; hw/usb/host-libusb.c,
+        // `usb_host_open`).
+        if let Some(own) = own {
+            product = own.product.or(product.take());
+            speed_mbps = speed_mbps.or(own.speed);
+        }
+        report
     });
     DeviceReport {
         id: device.id,
@@ -123,13 +133,24 @@ fn device_report(host: &Host, pid: Option<i32>, device: GuestDevice) -> DeviceRe
         driver: device.driver,
         guest_bus: device.bus,
         guest_port: device.port,
-        speed_mbps: device.speed,
-        product: device.product,
+        speed_mbps,
+        product,
         host,
     }
 }
 
-fn host_report(host: &Host, pid: Option<i32>, id: Option<&DeviceId>, given: &Given) -> HostReport {
+/// What the host itself knows of a device that a VM has.
+struct Own {
+    product: Option<String>,
+    speed: Option<Speed>,
+}
+
+fn host_report(
+    host: &Host,
+    pid: Option<i32>,
+    id: Option<&DeviceId>,
+    given: &Given,
+) -> (HostReport, Option<Own>) {
     let (presence, found) = presence(host, pid, id, given);
     let mut report = HostReport {
         bus: given.address.map(|address| address.bus),
@@ -144,16 +165,21 @@ fn host_report(host: &Host, pid: Option<i32>, id: Option<&DeviceId>, given: &Giv
         },
         ..HostReport::default()
     };
+    let mut own = None;
     if let Some(found) = found {
         if given.address == Some(found.address) {
             report.vendor = Some(format!("{:04x}", found.id.vendor));
             report.product = Some(format!("{:04x}", found.id.product));
-            report.serial = host.strings(&found.port).serial;
+            let Strings { product, serial, .. } = host.strings(&found.port);
+            report.serial = serial;
+            if report.state == State::Present {
+                own = Some(Own { product, speed: host.speed(&found.port) });
+            }
         }
         report.port = Some(found.port);
     }
     report.path = report.port.as_ref().and_then(|port| host.port_path(port));
-    report
+    (report, own)
 }
 
 fn shown(report: &Report, has_controller: bool, columns: Option<usize>) -> String {

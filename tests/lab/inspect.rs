@@ -1,6 +1,7 @@
 //! `inspect`, against what is known to be in the VM.
 
 use crate::hardware::{Device, Hardware, Stick, xhci};
+use crate::remote::{self, Remotes, VENDOR};
 use crate::tool::run;
 use crate::vm::Vm;
 use serde_json::{Value, json};
@@ -12,6 +13,7 @@ crate::tests![
     hardware_that_is_gone_or_was_replaced_is_shown_as_such,
     a_look_has_qemu_load_nothing,
     a_vm_without_devices_says_so,
+    the_hosts_own_name_and_speed_are_shown_where_qemu_cuts_them,
 ];
 
 fn every_device_is_shown_where_it_is() {
@@ -143,4 +145,23 @@ fn summary(device: &Value) -> [String; 6] {
             other => other.to_string(),
         }
     })
+}
+
+fn the_hosts_own_name_and_speed_are_shown_where_qemu_cuts_them() {
+    let _hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let mut remotes = Remotes::load();
+    let units = |text: &str| text.encode_utf16().collect::<Vec<_>>();
+    let names = ["A name of more than 31 characters, all of them", "日本語 Größe", "two\nlines"];
+    for (port, name) in (1..).zip(names) {
+        let device = remote::Device::new(0x1209, 0x0001).interface(&VENDOR);
+        let device = device.strings(&units("Lab"), &units(name), &units("SN"));
+        let device = remotes.plug(device, port);
+        run(["attach", &vm.socket(), &device.port]).succeeds();
+        let report = inspect(&vm);
+        let shown = &report["devices"][0];
+        assert_eq!((&shown["product"], &shown["speed_mbps"]), (&json!(name), &json!(480)));
+        run(["detach", &vm.socket(), &device.port]).succeeds();
+        remotes.pull(&device);
+    }
 }

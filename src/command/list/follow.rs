@@ -164,8 +164,15 @@ impl Follower<'_> {
             })?;
             return print_more(&(escape_json(line) + "\n"));
         }
-        print_more(&line(report).shown(Screen::of_stdout()))
+        print_more(&line(report).shown(screen()))
     }
+}
+
+/// What is not read on a terminal is whole.
+fn screen() -> Screen {
+    let screen = Screen::of_stdout();
+    let columns = if std::io::stdout().is_terminal() { screen.columns } else { usize::MAX };
+    Screen { columns, ..screen }
 }
 
 /// `plugged  1-1.2     1:37   152d:2338  480 Mb/s   USB Bridge, serial 0123`

@@ -95,6 +95,21 @@ bus 1  pci-0000:00:14.0-usbv2-0:  480 Mb/s, 4 ports, xHCI Host Controll…
 }
 
 #[test]
+fn a_long_driver_is_cut_before_its_column_goes() {
+    let (_root, host) = host();
+    let mut report = report(&host, &policy()).unwrap();
+    report.devices[1].drivers = vec!["uvcvideo".into(), "snd-usb-audio".into(), "usbhid".into()];
+    let line = |columns: usize| {
+        let shown = tree::shown(&report, Screen { columns, colour: false });
+        shown.lines().find(|line| line.contains("152d:2338")).unwrap().to_owned()
+    };
+    assert!(line(90).contains("  uvcvideo,snd-usb-audio,usbhid  "), "{}", line(90));
+    assert!(line(80).contains("  uvcvideo,snd-usb-audio,us…  日本製 "), "{}", line(80));
+    assert!(line(66).contains("  uvcvideo,sn…  "), "{}", line(66));
+    assert!(!line(64).contains("uvc"), "{}", line(64));
+}
+
+#[test]
 fn every_width_is_kept_and_no_colour_changes_the_text() {
     use unicode_width::UnicodeWidthStr;
     let (_root, host) = host();

@@ -4,12 +4,15 @@ use unicode_width::UnicodeWidthStr;
 
 use super::Report;
 use super::entry::{BusReport, Entry};
-use crate::text::escape;
+use crate::text::{escape, fit};
 use crate::ui::screen::{Line, Screen, Style};
 use crate::usb::Port;
 
 /// The least that must be left for names; else other columns are left out.
 const LEAST_FOR_NAMES: usize = 16;
+
+/// The least that is left of a driver's name, where it is cut.
+const LEAST_FOR_DRIVERS: usize = 12;
 
 /// Blanks between two columns.
 const GAP: usize = 2;
@@ -24,6 +27,12 @@ struct Column {
 impl Column {
     fn new(title: &'static str, style: Style, cells: impl Iterator<Item = String>) -> Self {
         Column { title, style, cells: cells.collect() }
+    }
+
+    fn cut(&mut self, columns: usize) {
+        for cell in &mut self.cells {
+            *cell = fit(cell, columns).into_owned();
+        }
     }
 
     fn is_empty(&self) -> bool {
@@ -86,8 +95,8 @@ fn width(port: &Port) -> usize {
     port.to_string().width()
 }
 
-/// The columns that leave room for names: the twin's goes first, then the
-/// driver's and the speed's.
+/// The columns that leave room for names. Drivers are cut first; then the
+/// twin's column goes, then the driver's and the speed's.
 fn columns(entries: &[Entry], ports: usize, screen: usize) -> Vec<Column> {
     let cells = entries.iter();
     let optional = |port: &Option<Port>| port.as_ref().map(ToString::to_string).unwrap_or_default();
@@ -105,8 +114,14 @@ fn columns(entries: &[Entry], ports: usize, screen: usize) -> Vec<Column> {
     columns.retain(|column| !column.is_empty());
     for title in ["TWIN", "DRIVER", "Mb/s"] {
         let taken: usize = columns.iter().map(|column| column.width() + GAP).sum();
-        if ports + GAP + taken + LEAST_FOR_NAMES > screen {
-            columns.retain(|column| column.title != title);
+        let too_much = (ports + GAP + taken + LEAST_FOR_NAMES).saturating_sub(screen);
+        if too_much == 0 {
+            break;
+        }
+        let drivers = columns.iter_mut().find(|column| column.title == "DRIVER");
+        match drivers.map(|drivers| (drivers.width().saturating_sub(too_much), drivers)) {
+            Some((room, drivers)) if room >= LEAST_FOR_DRIVERS => drivers.cut(room),
+            _ => columns.retain(|column| column.title != title),
         }
     }
     columns
