@@ -142,14 +142,14 @@ fn a_serial_of_symbols_means_itself_or_is_refused() {
 fn what_is_shown_of_a_serial_number_can_be_typed() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    let stick = hardware.plug(Stick::new(" S\u{1b}N\u{a0}1 "), xhci(2));
+    let stick = hardware.plug(Stick::new(" S\u{1b}N1 "), xhci(2));
     let flat = tool::run(["list", "--flat"]).succeeds().stdout;
     let line = flat.lines().find(|line| line.starts_with(&stick.port)).unwrap();
     let serial = line.split('\t').nth(6).unwrap();
-    assert_eq!(serial, r"S\u{1b}N\u{a0}1");
+    assert_eq!(serial, r"S\u{1b}N1");
     tool::run(["attach", &vm.socket(), &format!("serial={serial}")]).succeeds();
     let inspected = tool::run(["inspect", &vm.socket(), "--json"]).succeeds().stdout;
-    assert!(inspected.contains(r#""serial": "S\u001bN\u00a01""#), "{inspected}");
+    assert!(inspected.contains(r#""serial": "S\u001bN1""#), "{inspected}");
     tool::run(["detach", &vm.socket(), &format!("serial={serial}")]).succeeds();
     configure(&["a"], &rule("a", &format!("serial = '{serial}'")));
     tool::run(["--config", CONFIG, "sync"]).succeeds();
