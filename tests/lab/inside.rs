@@ -2,7 +2,7 @@
 
 use crate::hardware::Hardware;
 use crate::wait::wait_at_most;
-use crate::{Kind, Test, all_tests, daemon, gadget, journal, remote, udev, vm};
+use crate::{Kind, Test, all_tests, daemon, gadget, journal, libvirtd, remote, udev, vm};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::Write;
@@ -85,6 +85,7 @@ pub fn run_one(name: &str) -> ExitCode {
         eprintln!("no such test: {name}");
         return ExitCode::FAILURE;
     };
+    libvirtd::clear();
     vm::clear();
     udev::forget_rules();
     journal::forget();

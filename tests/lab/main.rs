@@ -52,6 +52,8 @@ mod inside;
 mod inspect;
 mod journal;
 mod leftovers;
+mod libvirt;
+mod libvirtd;
 mod list;
 mod machine;
 mod man;
@@ -95,6 +97,8 @@ enum Kind {
     Usual,
     /// Those of every QEMU version: the test depends on how QEMU behaves, not only on what the program does.
     EveryQemu,
+    /// The one with QEMU 7.2: the test is about another program, and that goes with this QEMU.
+    Qemu7,
     /// None: the test takes many minutes.
     Long,
 }
@@ -117,6 +121,9 @@ macro_rules! kind {
     };
     (every_qemu) => {
         crate::Kind::EveryQemu
+    };
+    (qemu_7) => {
+        crate::Kind::Qemu7
     };
     (long) => {
         crate::Kind::Long
@@ -145,6 +152,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         man::TESTS,
         leftovers::TESTS,
         usbip::TESTS,
+        libvirt::TESTS,
         zoo::TESTS,
         composite::TESTS,
         strings::TESTS,

@@ -64,6 +64,7 @@ fn runs_on(test: &Test, version: &str) -> bool {
         || match test.kind {
             Kind::Usual => is_end,
             Kind::EveryQemu => true,
+            Kind::Qemu7 => version == "7.2",
             Kind::Long => false,
         }
 }

@@ -29,7 +29,8 @@ pub struct Builder {
 pub struct Vm {
     name: String,
     pid: Pid,
-    child: Child,
+    /// Who started it, where that is the test.
+    child: Option<Child>,
     qmp: RefCell<Qmp<UnixStream>>,
 }
 
@@ -102,9 +103,7 @@ impl Builder {
         if self.boots {
             words.push("-S".to_owned());
         } else {
-            let firmware = file("firmware");
-            fs::write(&firmware, halting_firmware()).unwrap();
-            words.extend(["-bios".to_owned(), firmware]);
+            words.extend(["-bios".to_owned(), firmware(&self.name)]);
         }
         words.extend(self.arguments);
         let mut child = Command::new(&words[0])
@@ -119,11 +118,25 @@ impl Builder {
             UnixStream::connect(&check).ok()
         });
         let pid = socket_peercred(&stream).expect("QEMU's process").pid;
-        Vm { name: self.name, pid, child, qmp: RefCell::new(Qmp::new(stream)) }
+        Vm { name: self.name, pid, child: Some(child), qmp: RefCell::new(Qmp::new(stream)) }
     }
 }
 
 impl Vm {
+    /// One that somebody else has started, with its monitor for the tests.
+    pub fn attach_to(name: &str) -> Vm {
+        let check = format!("{DIRECTORY}/{name}.check");
+        let stream = wait_for(&format!("{name} listens"), || UnixStream::connect(&check).ok());
+        let qmp = RefCell::new(Qmp::new(stream));
+        // The socket's own process may be another one.
+        let pid = fs::read_dir("/proc").unwrap().flatten().find_map(|process| {
+            let line = fs::read_to_string(process.path().join("cmdline")).ok()?;
+            line.contains(&check).then(|| process.file_name().to_str()?.parse().ok())?
+        });
+        let pid = pid.and_then(Pid::from_raw).expect("its process");
+        Vm { name: name.to_owned(), pid, child: None, qmp }
+    }
+
     /// The monitor for the program under test.
     pub fn socket(&self) -> String {
         format!("{DIRECTORY}/{}.qmp", self.name)
@@ -254,8 +267,10 @@ impl Vm {
 
     fn end(&mut self) {
         let _ = kill_process(self.pid, Signal::KILL);
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
@@ -263,6 +278,18 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Where the VMs' files are.
+pub fn directory() -> &'static str {
+    DIRECTORY
+}
+
+/// The file with the firmware that a VM of this name has.
+pub fn firmware(name: &str) -> String {
+    let file = format!("{DIRECTORY}/{name}.firmware");
+    fs::write(&file, halting_firmware()).unwrap();
+    file
 }
 
 /// Firmware that does nothing, and costs no time under emulation.

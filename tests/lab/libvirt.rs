@@ -1,0 +1,131 @@
+//! Domains of a real libvirtd, which nobody has changed for this tool.
+
+use crate::daemon::{CONFIG, Daemon, rule};
+use crate::hardware::{Hardware, Stick, xhci};
+use crate::libvirtd::{Libvirtd, PERSON, Whose};
+use crate::tool::{PROGRAM, SECONDS, run, run_hastily};
+use crate::udev;
+use crate::wait::wait_until;
+use rustix::process::Signal;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
+crate::tests![
+    a_domain_gets_a_device_by_hand: qemu_7,
+    a_domain_gets_and_loses_a_device_by_rule_five_times: qemu_7,
+    a_domain_that_watch_keeps_may_come_and_go_and_libvirtd_too: qemu_7,
+    a_domain_of_a_users_own_gets_a_device_from_that_user_and_from_root: qemu_7,
+];
+
+fn a_domain_gets_a_device_by_hand() {
+    let mut hardware = Hardware::open();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let there_is_none = run(["inspect", "libvirt:test 1"]).exits(4).stderr;
+    assert!(there_is_none.contains("start virtqemud or libvirtd"), "{there_is_none}");
+
+    let libvirtd = Libvirtd::start(Whose::System);
+    let unknown = run(["inspect", "libvirt:test 1"]).exits(4).stderr;
+    assert!(unknown.contains("no such domain"), "{unknown}");
+    libvirtd.define("test 1", "");
+    let off = run(["attach", "libvirt:test 1", &stick.port]).exits(4).stderr;
+    assert!(off.contains("the domain is not running"), "{off}");
+
+    let vm = libvirtd.start_domain("test 1");
+    let said = run(["attach", "libvirt:test 1", &stick.port]).succeeds().stdout;
+    assert!(said.contains(&format!("to libvirt:test 1 as {}", stick.id_in_vm())), "{said}");
+    vm.must_have(&stick);
+    vm.must_have_no_spare_descriptors();
+    let again = run(["attach", "libvirt:test 1", &stick.port]).succeeds().stdout;
+    assert!(again.contains("already"), "{again}");
+    let shown = run(["inspect", "libvirt:test 1"]).succeeds().stdout;
+    assert!(shown.contains(&format!("{} 46f4:0001 present", stick.address)), "{shown}");
+
+    libvirtd.signal(Signal::STOP);
+    let start = Instant::now();
+    let late = run_hastily(["detach", "libvirt:test 1", &stick.port]).exits(5).stderr;
+    assert!(late.contains("libvirt is stopped"), "{late}");
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    libvirtd.signal(Signal::CONT);
+
+    run(["detach", "libvirt:test 1", &stick.port]).succeeds();
+    vm.loses_all();
+    wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
+}
+
+fn a_domain_gets_and_loses_a_device_by_rule_five_times() {
+    let mut hardware = Hardware::open();
+    let libvirtd = Libvirtd::start(Whose::System);
+    let vm = libvirtd.domain("test-1");
+    udev::rules(&format!(
+        "SUBSYSTEM==\"usb\", ENV{{DEVTYPE}}==\"usb_device\", ACTION==\"add|remove\", DEVPATH==\"*/2-3\", \
+         RUN+=\"'{PROGRAM}' --timeout {SECONDS} udev libvirt:test-1\"\n"
+    ));
+    for round in 1..=5 {
+        let stick = hardware.plug(Stick::new(&format!("SN{round}")), xhci(3));
+        vm.gets(&[&stick]);
+        hardware.pull(&stick);
+        vm.loses_all();
+    }
+}
+
+fn a_domain_that_watch_keeps_may_come_and_go_and_libvirtd_too() {
+    let mut hardware = Hardware::open();
+    let libvirtd = Libvirtd::start(Whose::System);
+    libvirtd.define("test-1", "");
+    fs::write(CONFIG, "[vm.a]\nlibvirt = \"test-1\"\n".to_owned() + &rule("a", "port = \"2-3\""))
+        .unwrap();
+    let daemon = Daemon::start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    for _ in 0..2 {
+        let vm = libvirtd.start_domain("test-1");
+        vm.gets(&[&stick]);
+        libvirtd.virsh(&["destroy", "test-1"]);
+        wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
+        daemon.wait_for_status("1 VM, 0 running, 0 devices attached");
+    }
+
+    // While libvirtd is away, a device leaves and another one comes.
+    let vm = libvirtd.start_domain("test-1");
+    vm.gets(&[&stick]);
+    libvirtd.stop();
+    hardware.pull(&stick);
+    let next = hardware.plug(Stick::new("SN2"), xhci(3));
+    daemon.wait_for_log(&["a: ", "start virtqemud or libvirtd"]);
+    assert_eq!(vm.ids(), [stick.id_in_vm()]);
+    let libvirtd = Libvirtd::start(Whose::System);
+    wait_until("the next one is there", || vm.open_nodes() == [next.node()]);
+
+    // And while it hangs.
+    libvirtd.signal(Signal::STOP);
+    hardware.pull(&next);
+    let last = hardware.plug(Stick::new("SN3"), xhci(3));
+    libvirtd.signal(Signal::CONT);
+    wait_until("the last one is there", || vm.open_nodes() == [last.node()]);
+    vm.must_have(&last);
+}
+
+fn a_domain_of_a_users_own_gets_a_device_from_that_user_and_from_root() {
+    let mut hardware = Hardware::open();
+    let libvirtd = Libvirtd::start(Whose::Persons);
+    let vm = libvirtd.domain("own");
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let copy = "/run/usb-qmp-hotplug";
+    fs::copy(PROGRAM, copy).unwrap();
+    let own = |words: &[&str]| {
+        let mut command = Whose::Persons.command(&[copy, "--timeout", SECONDS]);
+        let status = command.args(words).status().unwrap();
+        assert!(status.success(), "{words:?}: {status}");
+    };
+    for domain in ["libvirt:person@session/own", &format!("libvirt:{PERSON}@session/own")] {
+        run(["attach", domain, &stick.port]).succeeds();
+        vm.gets(&[&stick]);
+        run(["detach", domain, &stick.port]).succeeds();
+        vm.loses_all();
+    }
+    fs::set_permissions(stick.node(), fs::Permissions::from_mode(0o666)).unwrap();
+    own(&["attach", "libvirt:session/own", &stick.port]);
+    vm.gets(&[&stick]);
+    own(&["detach", "libvirt:session/own", &stick.port]);
+    vm.loses_all();
+}
