@@ -109,8 +109,8 @@ pub async fn attach(
         debug!(%id, "detaching what an earlier device left behind");
         vm.detach(&id).await?;
     }
-    let name = vm.name();
-    let no_guest_port = |source| Error::NoGuestPort { vm: name.clone(), source };
+    let address = vm.session().address().clone();
+    let no_guest_port = |why| Error::NoGuestPort { vm: address.clone(), why };
     let guest_ports = match probe.guest_ports {
         Err(lacks) if may_add(options) => {
             vm.add_controller(lacks, speed, &options.placement, false).await?
@@ -199,8 +199,8 @@ async fn rehearse(
         return Err(held(host, device));
     }
     refuse_owned(host, device, options)?;
-    let name = vm.name();
-    let no_guest_port = |source| Error::NoGuestPort { vm: name.clone(), source };
+    let address = vm.session().address().clone();
+    let no_guest_port = |why| Error::NoGuestPort { vm: address.clone(), why };
     let guest_ports = match probe.guest_ports {
         Err(lacks) if may_add(options) => {
             let speed = host.speed(&device.port);

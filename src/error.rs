@@ -2,7 +2,7 @@
 
 use crate::host;
 use crate::policy::config;
-use crate::qemu::{NoGuestPort, qmp};
+use crate::qemu::{NoGuestPort, VmAddress, qmp};
 use crate::text::escape;
 use crate::usb::{Device, EventError, ParseError};
 
@@ -79,12 +79,12 @@ pub enum Error {
     )]
     Silent(Device),
     /// The VM has no place for the device.
-    #[error("VM {}", escape(.vm))]
+    #[error("VM {}: {}", escape(&.vm.to_string()), why_no_port(.vm, .why))]
     NoGuestPort {
-        /// The VM's socket.
-        vm: String,
+        /// The VM.
+        vm: VmAddress,
         /// Why.
-        source: NoGuestPort,
+        why: NoGuestPort,
     },
     /// The VM has no such device.
     #[error("VM {} has no device for {what}; `usb-qmp-hotplug inspect` shows what it has", escape(.vm))]
@@ -140,6 +140,14 @@ pub enum Until {
     LetGo,
     /// The kernel is told that it may be used: its interfaces are added then.
     Authorized,
+}
+
+/// Why a VM has no place, in the words of whoever starts it.
+fn why_no_port(vm: &VmAddress, why: &NoGuestPort) -> String {
+    match vm {
+        VmAddress::Socket(_) => why.to_string(),
+        VmAddress::Libvirt(_) => why.for_libvirt().to_string(),
+    }
 }
 
 impl Error {

@@ -19,6 +19,8 @@ mod vm;
 pub use device::{Access, Attachment, Probe, Status};
 pub use info_usb::{InfoLine, parse_info_usb};
 pub use inspect::{GuestDevice, Inventory};
-pub use ports::{Controller, ControllerKind, GuestPort, NoGuestPort, Placement, guest_ports};
+pub use ports::{
+    CONTROLLER_XML, Controller, ControllerKind, GuestPort, NoGuestPort, Placement, guest_ports,
+};
 pub use qmp::VmAddress;
 pub use vm::{Given, Vm};

@@ -163,6 +163,26 @@ impl NoGuestPort {
         }
     }
 
+    /// The words for who has libvirt start QEMU.
+    pub fn for_libvirt(&self) -> impl fmt::Display {
+        ForLibvirt(self)
+    }
+
+    fn with_advice(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        add: impl Fn(&[String]) -> String,
+    ) -> fmt::Result {
+        self.matter(f)?;
+        let Some(buses) = self.buses() else { return Ok(()) };
+        let or = if matches!(self, NoGuestPort::Full(_)) { "detach something, or " } else { "" };
+        write!(f, "; {or}{}", add(buses))?;
+        match self {
+            NoGuestPort::NoSlot { .. } => Ok(()),
+            _ => f.write_str(", or use --add-controller (in a rule: `add_controller = true`)"),
+        }
+    }
+
     /// What is the matter, without advice.
     fn matter(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -184,20 +204,28 @@ impl NoGuestPort {
     }
 }
 
+/// The words for who starts QEMU; [`NoGuestPort::for_libvirt`] has others.
 impl fmt::Display for NoGuestPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.matter(f)?;
-        let Some(buses) = self.buses() else { return Ok(()) };
-        let or = if matches!(self, NoGuestPort::Full(_)) { "detach something, or " } else { "" };
-        write!(f, "; {or}add `{}` to its QEMU", line_to_add(buses))?;
-        match self {
-            NoGuestPort::NoSlot { .. } => Ok(()),
-            _ => f.write_str(", or use --add-controller (in a rule: `add_controller = true`)"),
-        }
+        self.with_advice(f, |buses| format!("add `{}` to its QEMU", line_to_add(buses)))
     }
 }
 
 impl std::error::Error for NoGuestPort {}
+
+/// What a domain's XML needs for as many ports as there can be (libvirt,
+/// docs/formatdomain.rst, "Controllers").
+pub const CONTROLLER_XML: &str = "<controller type='usb' model='qemu-xhci' ports='15'/>";
+
+struct ForLibvirt<'a>(&'a NoGuestPort);
+
+impl fmt::Display for ForLibvirt<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.with_advice(f, |_| {
+            format!("add `{CONTROLLER_XML}` to its XML with `virsh edit`, then stop and start it")
+        })
+    }
+}
 
 /// The option that adds a controller with as many ports as there can be
 /// (QEMU, include/hw/usb/xhci.h, `XHCI_MAXPORTS_2`), under an id not yet taken.
@@ -356,6 +384,9 @@ mod tests {
         assert!(error.to_string().contains("-device qemu-xhci,id=xhci2,p2=15,p3=15"), "{error}");
         let error = guest_ports(&[], &[], None, &Placement::default()).unwrap_err();
         assert!(error.to_string().contains("no USB controller"), "{error}");
+        let xml =
+            "no USB controller; add `<controller type='usb' model='qemu-xhci' ports='15'/>` to its";
+        assert!(error.for_libvirt().to_string().contains(xml), "{}", error.for_libvirt());
     }
 
     #[test]
