@@ -179,7 +179,7 @@ pub enum Command {
 /// `inspect`
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// The VM's QMP socket, or its name.
+    /// The VM's QMP socket, `libvirt:NAME`, or its name.
     pub vm: String,
 
     /// Print one JSON document.
@@ -190,7 +190,7 @@ pub struct Inspect {
 /// `attach`
 #[derive(Debug, Args)]
 pub struct Attach {
-    /// The VM's QMP socket, or its name.
+    /// The VM's QMP socket, `libvirt:NAME`, or its name.
     pub vm: String,
 
     /// A port `1-1.2` or `pci-0000:00:14.0-usbv2-0:1.2`, bus:device `1:37`,
@@ -211,7 +211,7 @@ pub struct Attach {
 /// `detach`
 #[derive(Debug, Args)]
 pub struct Detach {
-    /// The VM's QMP socket, or its name.
+    /// The VM's QMP socket, `libvirt:NAME`, or its name.
     pub vm: String,
 
     /// As for attach, or an id in the VM.
@@ -226,7 +226,7 @@ pub struct Detach {
 /// `udev`
 #[derive(Debug, Args)]
 pub struct Udev {
-    /// The VM's QMP socket, or its name.
+    /// The VM's QMP socket, `libvirt:NAME`, or its name.
     pub vm: String,
 
     /// How to attach.
@@ -299,9 +299,10 @@ pub struct Rule {
     #[arg(required_unless_present = "learn", conflicts_with = "learn")]
     pub device: Option<String>,
 
-    /// The VM's QMP socket, or its name.
+    /// The VM's QMP socket, `libvirt:NAME`, or its name [default: the one that
+    /// runs, if it is only one].
     #[arg(long)]
-    pub vm: String,
+    pub vm: Option<String>,
 
     /// What the rule goes by.
     #[arg(long, value_enum, default_value_t)]

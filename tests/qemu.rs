@@ -56,6 +56,10 @@ fn main() -> ExitCode {
         inspect_copes_with_sixty_devices,
         inspect_reads_a_pretty_printing_monitor,
         inspect_shows_a_hostile_name_without_its_control_characters,
+        a_vm_that_runs_is_meant_by_its_name,
+        a_name_that_two_vms_have_means_neither,
+        a_name_means_nothing_to_udev,
+        a_monitor_in_a_file_of_options_is_found,
         eight_inspects_at_once_take_turns,
         a_monitor_that_another_client_holds_is_exit_5_with_advice,
         a_stopped_qemu_is_exit_5_and_answers_when_it_runs_again,
@@ -341,6 +345,68 @@ fn inspect_reads_a_pretty_printing_monitor() {
         )
     });
     assert_eq!(qemu.devices(), ["xhci.0 1 480 tablet usb-tablet QEMU USB Tablet"]);
+}
+
+fn a_vm_that_runs_is_meant_by_its_name() {
+    let name = format!("by-name-{}", std::process::id());
+    let qemu = Qemu::start(&format!("-name {name}"));
+    let shown = run(["inspect", &name, "--json"]);
+    assert_eq!((shown.code, shown.stderr.as_str()), (0, ""));
+    let report: Value = serde_json::from_str(&shown.stdout).unwrap();
+    assert_eq!(report["vm"]["socket"], qemu.path());
+    // A name that is nearly right.
+    let nearly = run(["inspect", &name.replace("by-", "bye-")]);
+    assert!(
+        nearly.code == 4 && nearly.stderr.contains(&format!("did you mean `{name}`?")),
+        "{nearly:?}"
+    );
+    // One that the configuration has is its.
+    let config = qemu.directory.path().join("c.toml");
+    fs::write(&config, format!("[vm.{name}]\nqmp = '/nowhere/x.qmp'\n")).unwrap();
+    let configured = run(["inspect", &name, "--config", config.to_str().unwrap()]);
+    assert!(configured.stderr.contains("/nowhere/x.qmp"), "{configured:?}");
+    // A rule has the path.
+    let rule = run(["rule", "152d:2338", "--by", "product", "--vm", &name]);
+    assert!(rule.stdout.contains(&format!(" udev {}\"", qemu.path())), "{rule:?}");
+}
+
+fn a_name_that_two_vms_have_means_neither() {
+    let name = format!("twice-{}", std::process::id());
+    let (one, other) =
+        (Qemu::start(&format!("-name {name}")), Qemu::start(&format!("-name {name}")));
+    let outcome = run(["inspect", &name]);
+    assert_eq!(outcome.code, 2);
+    for path in [one.path(), other.path()] {
+        assert!(outcome.stderr.contains(&path), "{}", outcome.stderr);
+    }
+}
+
+fn a_name_means_nothing_to_udev() {
+    let name = format!("not-udevs-{}", std::process::id());
+    let _qemu = Qemu::start(&format!("-name {name}"));
+    let mut udev = Command::new(env!("CARGO_BIN_EXE_usb-qmp-hotplug"));
+    udev.args(["udev", &name]).envs([("ACTION", "add"), ("BUSNUM", "1"), ("DEVNUM", "1")]);
+    assert_eq!(udev.output().unwrap().status.code(), Some(4));
+}
+
+fn a_monitor_in_a_file_of_options_is_found() {
+    let name = format!("in-a-file-{}", std::process::id());
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("vm.conf");
+    let qemu = Qemu::with(|socket| {
+        let text = format!(
+            "[chardev \"m\"]\nbackend = \"socket\"\npath = \"{socket}\"\nserver = \"on\"\nwait = \"off\"\n\
+             [mon]\nchardev = \"m\"\nmode = \"control\"\n"
+        );
+        fs::write(&file, text).unwrap();
+        format!("-name {name} -readconfig {}", file.display())
+    });
+    let shown = run(["inspect", &name]);
+    assert_eq!((shown.code, shown.stderr.as_str()), (0, ""));
+    let vms: Value = serde_json::from_str(&run(["vms", "--json"]).stdout).unwrap();
+    let vm = vms["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == name.as_str()).unwrap();
+    assert_eq!(vm["monitors"][0]["socket"], qemu.path());
+    assert_eq!((&vm["monitors"][0]["state"], &vm["reads_config"]), (&"free".into(), &false.into()));
 }
 
 fn inspect_shows_a_hostile_name_without_its_control_characters() {

@@ -155,6 +155,7 @@ impl Qemu {
                 let found = self.get(&text("path"), &text("property"));
                 found.ok_or(()).or_else(|()| not_found(&text("path")))
             }
+            "x-query-usb" => Ok(json!({"human-readable-text": self.info_usb()})),
             "human-monitor-command" => Ok(json!(self.info_usb())),
             "add-fd" => {
                 assert!(descriptor, "add-fd without a descriptor");
@@ -410,13 +411,29 @@ async fn a_qemu_that_falls_silent_in_an_inspect_did_not_answer_in_time() {
 
 #[tokio::test]
 async fn inspect_passes_over_what_a_qemu_does_not_have() {
-    for without in ["query-status", "query-name", "human-monitor-command", "qom-get"] {
+    for without in ["query-status", "query-name", "x-query-usb", "qom-get"] {
         let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
         let qemu = Qemu { refuses: Some((without, "not here")), ..qemu };
         let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
         let inventory = vm.inspect().await.unwrap();
         assert_eq!(inventory.devices.len(), 1, "{without}");
         assert_eq!(inventory.devices[0].id.as_deref(), Some("usb-host-1-1.2"));
+        end(vm, served);
+    }
+}
+
+#[tokio::test]
+async fn the_real_ports_are_asked_of_whatever_command_a_qemu_has() {
+    for (version, without) in [
+        ([11, 1, 0], "human-monitor-command"),
+        ([6, 2, 0], "human-monitor-command"),
+        ([6, 1, 0], "x-query-usb"),
+    ] {
+        let qemu = Qemu::with_device("usb-host-1-1.2", 1, 37, "1");
+        let qemu = Qemu { refuses: Some((without, "not here")), version, ..qemu };
+        let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
+        let inventory = vm.inspect().await.unwrap();
+        assert!(inventory.devices[0].speed.is_some(), "{version:?}: {:?}", inventory.devices);
         end(vm, served);
     }
 }

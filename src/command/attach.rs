@@ -14,7 +14,7 @@ use crate::usb::{Device, DeviceId, Selector};
 
 /// Attaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
-    let address = context.vm(&arguments.vm)?;
+    let address = context.typed_vm(&arguments.vm)?;
     let options = options::options(&arguments.how, arguments.dry_run, Look::Thorough)?;
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;

@@ -74,26 +74,34 @@ impl Context {
         })
     }
 
-    /// Where a VM is: the path of its socket, which has a `/`, or a name of the
-    /// configuration, which is only read for that.
+    /// Where a VM is: the path of its socket, which has a `/`, `libvirt:NAME`, or a
+    /// name of the configuration, which is only read for that.
     pub fn vm(&self, vm: &str) -> Result<VmAddress, Error> {
-        if let Some(address) = VmAddress::read(vm)? {
+        if let Some(address) = self.written_vm(vm)? {
             return Ok(address);
         }
         let config = self.config_if_there()?;
-        if let Some(address) = config.address(vm) {
-            return Ok(address.clone());
+        Err(self.unknown_vm(vm, nearest(vm, config.vms.iter().map(|vm| vm.name.as_str()))))
+    }
+
+    /// Where a VM is: what was written says it, or the configuration.
+    pub fn written_vm(&self, vm: &str) -> Result<Option<VmAddress>, Error> {
+        match VmAddress::read(vm)? {
+            Some(address) => Ok(Some(address)),
+            None => Ok(self.config_if_there()?.address(vm).cloned()),
         }
-        let names = config.vms.iter().map(|vm| vm.name.as_str());
-        let next = match nearest(vm, names) {
-            Some(name) => format!("did you mean `{name}`?"),
-            None => {
-                "give the path of its QMP socket, which has a `/`; `usb-qmp-hotplug vms` shows it"
-                    .to_owned()
-            }
+    }
+
+    /// The error for a name that no VM has; another one may have been meant.
+    pub fn unknown_vm(&self, vm: &str, meant: Option<&str>) -> Error {
+        let next = match meant {
+            Some(name) => format!("did you mean `{}`?", escape(name)),
+            None => "give the path of its QMP socket, which has a `/`, or `libvirt:NAME`; \
+                     `usb-qmp-hotplug vms` shows what runs"
+                .to_owned(),
         };
         let (vm, file) = (escape(vm), self.config.to_string_lossy());
-        Err(Error::NoVm(format!("no VM `{vm}` in {}; {next}", escape(&file))))
+        Error::NoVm(format!("no VM `{vm}` in {}; {next}", escape(&file)))
     }
 
     /// Does what may take a while; on a terminal a line then says what it is.

@@ -13,7 +13,7 @@ use crate::usb::{Address, Device, DeviceId, Port, Selector};
 
 /// Detaches every device it can, then reports what failed.
 pub async fn run(context: &Context, arguments: &Detach) -> Result<(), Error> {
-    let address = context.vm(&arguments.vm)?;
+    let address = context.typed_vm(&arguments.vm)?;
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
     let mut errors = Vec::new();

@@ -89,7 +89,7 @@ impl State {
 
 /// Shows what the VM has.
 pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
-    let address = context.vm(&arguments.vm)?;
+    let address = context.typed_vm(&arguments.vm)?;
     let mut vm = context.connect(&address).await?;
     let name = vm.name();
     let what = || format!("asking {} for its devices", escape(&name));

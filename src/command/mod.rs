@@ -11,6 +11,7 @@ mod list;
 mod man;
 mod options;
 mod rule;
+mod running;
 mod sync;
 mod udev;
 mod vms;

@@ -15,7 +15,6 @@ use super::qmp::{self, Ticket};
 use super::vm::{ALL, FDSET, Given, Object, USERS, Vm};
 use crate::qemu::{
     Controller, ControllerKind, GuestPort, InfoLine, NoGuestPort, Placement, guest_ports,
-    parse_info_usb,
 };
 use crate::usb::{Address, DeviceId, Speed};
 
@@ -121,7 +120,7 @@ impl Vm {
         let info = self.ask_info_usb()?;
         let status = self.answer_status(status).await?;
         let objects = self.answer_objects(objects).await?;
-        let lines = parse_info_usb(&self.answer(info).await?.unwrap_or_default());
+        let lines = self.answer_info_usb(info).await?;
 
         let has_id = |object: &&Object| object.id.as_deref() == Some(id.as_str());
         let present = objects.iter().find(has_id).filter(|object| object.driver == "usb-host");

@@ -6,7 +6,7 @@ use qapi::qmp::{query_name, query_status};
 
 use super::vm::{ALL, Given, Object, PERIPHERAL, Vm};
 use crate::qemu::qmp::{Error, ErrorKind, Version};
-use crate::qemu::{Controller, InfoLine, parse_info_usb};
+use crate::qemu::{Controller, InfoLine};
 use crate::usb::Speed;
 
 /// What QEMU's hub says it is (QEMU, hw/usb/dev-hub.c).
@@ -89,7 +89,7 @@ impl Vm {
         let status = status.and_then(|s| serde_json::to_value(s.status).ok());
         let name = self.answer(name).await?.and_then(|name| name.name);
         let objects = self.answer_objects(objects).await?;
-        let lines = parse_info_usb(&self.answer(info).await?.unwrap_or_default());
+        let lines = self.answer_info_usb(info).await?;
 
         let controllers = self.ask_controllers(&objects)?;
         // A device is USB when its bus is. The types would tell, too, but to

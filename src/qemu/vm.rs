@@ -7,12 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Duration;
 
-use qapi::qmp::{device_del, human_monitor_command};
+use qapi::qmp::{device_del, human_monitor_command, x_query_usb};
 
 use super::device::DELETED;
-use super::qmp::{Error, ErrorKind, Session, Ticket, VmAddress};
+use super::qmp::{Error, ErrorKind, Session, Ticket, Version, VmAddress};
 use super::qom::{Property, QomGet, QomList};
-use super::{Controller, ControllerKind};
+use super::{Controller, ControllerKind, InfoLine, parse_info_usb};
 use crate::usb::{Address, DeviceId};
 
 /// Where QEMU keeps the devices of its user that have an id (QEMU,
@@ -32,6 +32,9 @@ const SOUTH_BRIDGES: [&str; 2] = ["PIIX3", "piix4-isa"];
 
 /// EHCI controllers have six ports (QEMU, hw/usb/hcd-ehci.h, `EHCI_PORTS`).
 const EHCI_PORTS: u32 = 6;
+
+/// The first QEMU that has `x-query-usb`.
+const X_QUERY_USB_SINCE: Version = Version { major: 6, minor: 2, micro: 0 };
 
 /// UHCI controllers have two ports (QEMU, hw/usb/hcd-uhci.h, `UHCI_PORTS`).
 const UHCI_PORTS: u32 = 2;
@@ -92,6 +95,12 @@ pub(super) struct ControllerTickets {
     counts: [Option<Ticket<QomGet>>; 2],
     /// For a companion: whose, and from which of its ports on.
     master: Option<[Ticket<QomGet>; 2]>,
+}
+
+/// What is asked to get the text of `info usb`.
+pub(super) enum InfoUsb {
+    ForPrograms(Ticket<x_query_usb>),
+    ForPeople(Ticket<human_monitor_command>),
 }
 
 /// The name of a controller's bus.
@@ -299,11 +308,29 @@ impl Vm {
         Ok(objects)
     }
 
-    /// `info usb`, since `x-query-usb` gives the same text only from QEMU 6.2
-    /// on, and is unstable.
-    pub(super) fn ask_info_usb(&mut self) -> Result<Ticket<human_monitor_command>, Error> {
+    /// Asks for the text of `info usb`. A QEMU may be built without commands for
+    /// people, and has another one for programs since 6.2 (QEMU,
+    /// qapi/machine.json, `x-query-usb`).
+    pub(super) fn ask_info_usb(&mut self) -> Result<InfoUsb, Error> {
+        if self.session.version() >= X_QUERY_USB_SINCE {
+            return Ok(InfoUsb::ForPrograms(self.session.send(&x_query_usb {})?));
+        }
         let command_line = "info usb".to_owned();
-        self.session.send(&human_monitor_command { cpu_index: None, command_line })
+        let command = human_monitor_command { cpu_index: None, command_line };
+        Ok(InfoUsb::ForPeople(self.session.send(&command)?))
+    }
+
+    pub(super) async fn answer_info_usb(
+        &mut self,
+        ticket: InfoUsb,
+    ) -> Result<Vec<InfoLine>, Error> {
+        let text = match ticket {
+            InfoUsb::ForPrograms(ticket) => {
+                self.answer(ticket).await?.map(|text| text.human_readable_text)
+            }
+            InfoUsb::ForPeople(ticket) => self.answer(ticket).await?,
+        };
+        Ok(parse_info_usb(&text.unwrap_or_default()))
     }
 
     pub(super) fn ask_controllers(

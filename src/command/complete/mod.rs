@@ -112,8 +112,8 @@ async fn of_value(context: &Context, line: &Cursor<'_>, argument: &Arg) -> Answe
         quiet: context.quiet,
     };
     let candidates = match (argument.get_id().as_str(), line.command.get_name()) {
-        ("vm" | "vms", _) => {
-            let vms = values::vms(&context);
+        ("vm" | "vms", command) => {
+            let vms = values::vms(&context, !matches!(command, "udev" | "sync"));
             let is_path = line.typed().contains('/') || line.typed().starts_with(['.', '~']);
             let files = (is_path || vms.is_empty()).then_some("files");
             let candidates = if is_path && !line.typed().starts_with('/') { vec![] } else { vms };

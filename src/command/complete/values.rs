@@ -2,26 +2,44 @@
 
 use super::Candidate;
 use crate::command::Context;
+use crate::command::running::Running;
 use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Reach, Strings};
-use crate::qemu::Vm;
 use crate::text::escape;
+use crate::qemu::{Vm, VmAddress};
 use crate::usb::Device;
 
-/// The VMs of the configuration, by name; and the monitors of the QEMUs that
-/// run, by path, that have no name.
-pub fn vms(context: &Context) -> Vec<Candidate> {
+/// The VMs of the configuration, by name; those that run, by `libvirt:` and by
+/// the paths of their monitors that have no name there, and where a person's
+/// word is `enough`, by the name that they have of their own.
+pub fn vms(context: &Context, enough: bool) -> Vec<Candidate> {
     let config = context.config().unwrap_or_default();
-    let names = config.vms.iter();
-    let mut candidates: Vec<Candidate> =
-        names.map(|vm| Candidate::new(vm.name.clone(), vm.address.to_string())).collect();
-    for qemu in context.host.qemus() {
-        for monitor in &qemu.command_line.monitors {
-            let Endpoint::Unix(path) = monitor else { continue };
-            let Reach::Here(socket) = context.host.reach(qemu.pid, path) else { continue };
-            if config.vms.iter().all(|vm| vm.address.socket() != Some(&socket)) {
-                let name = qemu.command_line.name.as_deref().unwrap_or(&qemu.program);
-                candidates.push(Candidate::new(socket.to_string_lossy(), name));
+    let mut candidates: Vec<Candidate> = Vec::new();
+    for vm in &config.vms {
+        candidates.push(Candidate::new(vm.name.clone(), vm.address.to_string()));
+    }
+    let running = context.running();
+    let names: Vec<&str> =
+        running.iter().filter(|vm| vm.is_trusted()).filter_map(Running::name).collect();
+    for vm in &running {
+        let name = vm.name().unwrap_or(&vm.qemu.program);
+        // Of several alike, neither is meant.
+        let is_one = vm.is_trusted() && names.iter().filter(|other| **other == name).count() == 1;
+        if enough && is_one && config.address(name).is_none() {
+            let address = vm.address(&context.host).map(|address| address.to_string());
+            candidates.extend(address.map(|address| Candidate::new(name, address)));
+        }
+        let socket = |monitor: &Endpoint| match monitor {
+            Endpoint::Unix(path) => match context.host.reach(vm.qemu.pid, path) {
+                Reach::Here(socket) => Some(VmAddress::Socket(socket)),
+                Reach::Elsewhere(_) | Reach::Hidden => None,
+            },
+            _ => None,
+        };
+        let sockets = vm.qemu.command_line.monitors.iter().filter_map(socket);
+        for address in vm.domain.clone().map(VmAddress::from).into_iter().chain(sockets) {
+            if config.vms.iter().all(|vm| vm.address != address) {
+                candidates.push(Candidate::new(address.to_string(), name));
             }
         }
     }
@@ -61,7 +79,7 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
 /// name of their port. A VM that does not say so soon has none.
 pub async fn in_vm(context: &Context, vm: &str, typed: &str) -> Vec<Candidate> {
     let ids = async {
-        let address = context.vm(vm).ok()?;
+        let address = context.typed_vm(vm).ok()?;
         let mut vm = Vm::connect(&address, context.timeout).await.ok()?;
         vm.host_devices().await.ok()
     };

@@ -39,7 +39,7 @@ struct RuleVm {
 
 /// Prints the rule, or installs it.
 pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
-    let vm = vm(context, &arguments.vm)?;
+    let vm = vm(context, arguments.vm.as_deref())?;
     let naming = Naming { by: arguments.by, bus_number: arguments.bus_number };
     let what = match &arguments.device {
         Some(device) => What::named(&context.host, &device.parse()?, naming)?,
@@ -84,22 +84,30 @@ fn warn_of_numbers(host: &Host, what: &What) {
     warn!("after the next boot {} may be another port; {instead}", socket.numbers());
 }
 
-/// The VM of a name or a path.
-fn vm(context: &Context, vm: &str) -> Result<RuleVm, Error> {
-    let configured = VmAddress::read(vm)?.is_none();
+/// The VM of a name or a path, or the only one. A name that only a VM has which
+/// runs means nothing to udev.
+fn vm(context: &Context, vm: Option<&str>) -> Result<RuleVm, Error> {
+    let (address, configured) = match vm {
+        Some(vm) if VmAddress::read(vm)?.is_none() => {
+            let known = context.config_if_there()?.address(vm).is_some();
+            (context.typed_vm(vm)?, known.then_some(vm))
+        }
+        Some(vm) => (context.vm(vm)?, None),
+        None => (context.only_vm()?, None),
+    };
     // udev runs programs in its own directory, and as root.
-    let address = match context.vm(vm)? {
+    let address = match address {
         VmAddress::Socket(socket) => std::path::absolute(&socket)
             .map_err(|source| Error::Setup { what: "tell the current directory", source })?
             .into(),
         VmAddress::Libvirt(domain) => domain.of_user().into(),
     };
-    let name = match &address {
-        _ if configured => vm.to_owned(),
-        VmAddress::Socket(socket) => text(socket)?,
-        VmAddress::Libvirt(_) => address.to_string(),
+    let name = match (configured, &address) {
+        (Some(name), _) => name.to_owned(),
+        (None, VmAddress::Socket(socket)) => text(socket)?,
+        (None, VmAddress::Libvirt(_)) => address.to_string(),
     };
-    Ok(RuleVm { name, address, configured })
+    Ok(RuleVm { name, address, configured: configured.is_some() })
 }
 
 /// What udev is to run.

@@ -5,7 +5,7 @@ mod monitor;
 mod show;
 
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -17,7 +17,7 @@ use crate::cli::Vms;
 use crate::error::Error;
 use crate::host::{Holder, Qemu};
 use crate::policy::config::{Config, VmEntry};
-use crate::qemu::Controller;
+use crate::qemu::{Controller, VmAddress};
 use crate::ui::output::{json, print};
 use crate::ui::screen::Screen;
 use advice::Advice;
@@ -41,19 +41,21 @@ struct VmReport {
     /// `running`, `paused` and so on, if a monitor told.
     status: Option<String>,
     libvirt: bool,
-    /// Whether more options come from a file, which is not read.
+    /// Whether more options come from a file that could not be read.
     reads_config: bool,
     monitors: Vec<MonitorReport>,
     /// `null` if no monitor told.
     controllers: Option<Vec<ControllerReport>>,
     /// What gives the VM a monitor that this tool can use, if it has none.
     to_add: Option<Advice>,
+    /// What does so while it runs.
+    to_paste: Option<Advice>,
 }
 
 #[derive(Debug, Serialize)]
 struct MonitorReport {
     /// What to give to the other commands; `null` if that is not known.
-    socket: Option<PathBuf>,
+    socket: Option<VmAddress>,
     /// Where QEMU has it, in QEMU's words.
     asked: String,
     /// The VM's name in the configuration.
@@ -85,9 +87,9 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
         warn!("this user sees only its own processes here (/proc is mounted with hidepid)");
     }
     let prober = Arc::new(Monitors { host: host.clone(), time: context.timeout });
-    let probed = all(host.qemus().into_iter().map(|qemu| {
+    let probed = all(context.running().into_iter().map(|running| {
         let prober = prober.clone();
-        async move { (prober.vm(&qemu).await, qemu) }
+        async move { (prober.vm(&running).await, running.qemu) }
     }));
     let what = || "asking every VM's monitor".to_owned();
     let probed = context.during(what, probed).await;
@@ -139,14 +141,17 @@ impl VmReport {
         let is = |states: &[State]| monitors.iter().any(|monitor| states.contains(&monitor.state));
         // Another monitor is no better than one that may do yet.
         let may_do = is(&[State::Forbidden, State::Silent, State::Stopped]);
-        let needs_one = !is(&[State::Free]) && (command_line.is_libvirt || !may_do);
+        let is_libvirt = command_line.libvirts.is_some();
+        let needs_one = !is(&[State::Free]) && !may_do && !is_libvirt;
+        let version = monitors.iter().find_map(|m| m.told.as_ref()).map(|told| told.version);
         let mut vm = VmReport {
             pid: Some(pid),
             user,
             program: Some(program),
-            libvirt: command_line.is_libvirt,
+            libvirt: is_libvirt,
             reads_config: command_line.reads_config,
-            to_add: needs_one.then(|| Advice::new(&command_line)),
+            to_add: needs_one.then(|| Advice::at_start(&command_line)),
+            to_paste: needs_one.then(|| Advice::while_running(&command_line, version)).flatten(),
             name: command_line.name,
             ..VmReport::default()
         };
@@ -166,14 +171,17 @@ impl VmReport {
             };
             self.controllers = Some(told.controllers.iter().map(controller).collect());
         }
-        let configured = |socket: &PathBuf| {
-            let is_its = |vm: &&VmEntry| vm.address.socket().is_some_and(|s| is_same(s, socket));
+        let configured = |address: &VmAddress| {
+            let is_its = |vm: &&VmEntry| match (&vm.address, address) {
+                (VmAddress::Socket(a), VmAddress::Socket(b)) => is_same(a, b),
+                (a, b) => a == b,
+            };
             Some(config.vms.iter().find(is_its)?.name.clone())
         };
         let holder = |Holder { pid, program, .. }| HolderReport { pid, program };
         self.monitors.push(MonitorReport {
-            configured_as: monitor.socket.as_ref().and_then(configured),
-            socket: monitor.socket,
+            configured_as: monitor.address.as_ref().and_then(configured),
+            socket: monitor.address,
             asked: monitor.asked,
             state: monitor.state,
             held_by: monitor.clients.into_iter().map(holder).collect(),

@@ -2,15 +2,15 @@
 //! connected is read from the kernel's tables; only where nobody is, a
 //! connection is made, and closed again at once.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
 use tokio::time::timeout;
 
+use crate::command::running::Running;
 use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Holder, Host, Qemu, Reach};
-use crate::qemu::qmp::{self, ErrorKind};
+use crate::qemu::qmp::{self, ErrorKind, LibvirtError};
 use crate::qemu::{Inventory, Vm, VmAddress};
 use crate::text::{chain, escape};
 
@@ -62,7 +62,8 @@ impl State {
 /// What came of looking at a monitor.
 #[derive(Debug)]
 pub struct Monitor {
-    pub socket: Option<PathBuf>,
+    /// What to give to the other commands.
+    pub address: Option<VmAddress>,
     pub asked: String,
     pub state: State,
     /// Who has it, as far as that can be seen.
@@ -73,9 +74,13 @@ pub struct Monitor {
 }
 
 impl Monitor {
+    fn at(address: VmAddress) -> Self {
+        Monitor { address: Some(address.clone()), ..Monitor::of(address.to_string()) }
+    }
+
     fn of(asked: String) -> Self {
         let (clients, state) = (Vec::new(), State::Free);
-        Monitor { socket: None, asked, state, clients, note: None, told: None }
+        Monitor { address: None, asked, state, clients, note: None, told: None }
     }
 }
 
@@ -89,15 +94,26 @@ pub struct Monitors {
 impl Monitors {
     /// Looks at the monitors of a VM, one after the other, so that QEMU has
     /// one client of ours at most; all of them together within the time.
-    pub async fn vm(&self, qemu: &Qemu) -> Vec<Monitor> {
+    pub async fn vm(&self, Running { qemu, domain }: &Running) -> Vec<Monitor> {
         let deadline = tokio::time::Instant::now() + self.time;
         let mut monitors: Vec<Monitor> = Vec::new();
-        for endpoint in &qemu.command_line.monitors {
-            let mut monitor = self.look(qemu, endpoint);
+        let libvirts = match domain {
+            Some(domain) => Some(Monitor::at(domain.clone().into())),
+            None => qemu.command_line.libvirts.as_ref().map(|monitor| self.look(qemu, monitor)),
+        };
+        let others = self.host.monitors(qemu);
+        let looked = others.iter().map(|endpoint| (self.look(qemu, endpoint), Some(endpoint)));
+        for (mut monitor, endpoint) in
+            libvirts.map(|monitor| (monitor, None)).into_iter().chain(looked)
+        {
             if monitor.state == State::Free {
                 let is_first = monitors.iter().all(|monitor| monitor.told.is_none());
                 let left = deadline.saturating_duration_since(tokio::time::Instant::now());
                 self.ask(Some(qemu), &mut monitor, left, is_first).await;
+            }
+            let is_unknown = matches!(endpoint, Some(Endpoint::Listening(_)));
+            if is_unknown && monitor.state != State::Free {
+                continue;
             }
             monitors.push(monitor);
         }
@@ -106,8 +122,7 @@ impl Monitors {
 
     /// Looks at a VM whose QEMU is not known.
     pub async fn address(&self, address: &VmAddress) -> Monitor {
-        let mut monitor = Monitor::of(address.to_string());
-        monitor.socket = address.socket().map(Path::to_owned);
+        let mut monitor = Monitor::at(address.clone());
         self.ask(None, &mut monitor, self.time, true).await;
         monitor
     }
@@ -121,7 +136,7 @@ impl Monitors {
             monitor.note = Some(note.to_owned());
         };
         let path = match endpoint {
-            Endpoint::Unix(path) => path.clone(),
+            Endpoint::Unix(path) | Endpoint::Listening(path) => path.clone(),
             Endpoint::Descriptor(number) => match self.inherited(qemu.pid, *number) {
                 Some(path) => path,
                 None => {
@@ -142,11 +157,11 @@ impl Monitors {
             }
         };
         match self.host.reach(qemu.pid, &path) {
-            Reach::Here(socket) => monitor.socket = Some(socket),
+            Reach::Here(socket) => monitor.address = Some(socket.into()),
             Reach::Elsewhere(socket) => {
                 monitor.note =
                     Some("in a mount namespace of its own, a container's perhaps".into());
-                monitor.socket = Some(socket);
+                monitor.address = Some(socket.into());
             }
             Reach::Hidden => {
                 is(State::Forbidden, "relative to a directory that this user may not see");
@@ -171,8 +186,8 @@ impl Monitors {
     /// Connects, and asks what ports are free. Nothing is sent before the
     /// greeting: a monitor that is held would act on it later.
     async fn ask(&self, qemu: Option<&Qemu>, monitor: &mut Monitor, left: Duration, inspect: bool) {
-        let Some(socket) = monitor.socket.clone() else { return };
-        let mut vm = match connect(&socket.into(), left).await {
+        let Some(address) = monitor.address.clone() else { return };
+        let mut vm = match connect(&address, left).await {
             Ok(Some(vm)) => vm,
             Ok(None) => {
                 monitor.state = State::Silent;
@@ -211,6 +226,16 @@ async fn connect(address: &VmAddress, left: Duration) -> Result<Option<Vm>, qmp:
     }
 }
 
+/// What an error of libvirt's says of the monitor.
+fn of_libvirt(error: &LibvirtError) -> State {
+    match error {
+        LibvirtError::Forbidden(_) => State::Forbidden,
+        LibvirtError::Busy => State::Silent,
+        error if error.is_no_vm() => State::Gone,
+        _ => State::Broken,
+    }
+}
+
 fn failed(monitor: &mut Monitor, error: &qmp::Error) {
     let (state, note) = match &error.kind {
         ErrorKind::NoSocket(_) => (State::Gone, "there is no such socket".to_owned()),
@@ -219,6 +244,7 @@ fn failed(monitor: &mut Monitor, error: &qmp::Error) {
             (State::Forbidden, "this user may not connect to it; root may".to_owned())
         }
         ErrorKind::Connect(source) => (State::Broken, escape(&source.to_string()).into_owned()),
+        ErrorKind::Libvirt(error) => (of_libvirt(error), error.to_string()),
         ErrorKind::NoReply { .. } => (State::Silent, "it greets, and answers nothing".to_owned()),
         _ => (State::Broken, chain(error)),
     };

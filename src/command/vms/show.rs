@@ -3,6 +3,7 @@
 use super::advice::Advice;
 use super::monitor::State;
 use super::{MonitorReport, VmReport};
+use crate::qemu::CONTROLLER_XML;
 use crate::text::escape;
 use crate::ui::screen::{Line, Screen, Style};
 
@@ -28,7 +29,7 @@ fn one(vm: &VmReport, screen: Screen) -> String {
             &row(Style::Bad, "no monitor", "it was started without a QMP monitor").shown(screen);
     }
     if vm.reads_config {
-        let file = "read from a file (-readconfig); its monitors are not seen here";
+        let file = "in a file (-readconfig) that this user may not read; its monitors are not seen";
         text += &row(Style::Dim, "more", file).shown(screen);
     }
     if let Some(controllers) = &vm.controllers {
@@ -40,12 +41,16 @@ fn one(vm: &VmReport, screen: Screen) -> String {
         let style = if none_free { Style::Bad } else { Style::Good };
         if words.is_empty() {
             text += &row(style, "free ports", "none: it has no USB controller").shown(screen);
-            text += &format!("  To attach devices, start it with one:\n    {CONTROLLER}\n");
+            let (what, line) = match vm.libvirt {
+                true => ("add one with `virsh edit`, then stop and start it", CONTROLLER_XML),
+                false => ("start it with one", CONTROLLER),
+            };
+            text += &format!("  To attach devices, use --add-controller, or {what}:\n    {line}\n");
         } else {
             text += &row(style, "free ports", &words.join(", ")).shown(screen);
         }
     }
-    text + &vm.to_add.as_ref().map(|advice| advice_lines(vm, advice)).unwrap_or_default()
+    text + &advice_lines(vm)
 }
 
 /// `win11  running, QEMU 10.0.2, process 1234 of user qemu`
@@ -88,7 +93,7 @@ fn monitor_lines(vm: &VmReport, monitor: &MonitorReport, screen: Screen) -> Stri
     };
     let whole = Screen { columns: usize::MAX, ..screen };
     let place = match &monitor.socket {
-        Some(socket) => escape(&socket.to_string_lossy()).into_owned(),
+        Some(address) => escape(&address.to_string()).into_owned(),
         None => escape(&monitor.asked).into_owned(),
     };
     let mut text = row(style, monitor.state.word(), &place).shown(whole);
@@ -112,23 +117,17 @@ fn monitor_lines(vm: &VmReport, monitor: &MonitorReport, screen: Screen) -> Stri
     text
 }
 
-fn advice_lines(vm: &VmReport, advice: &Advice) -> String {
-    match advice {
-        Advice::Qemu(option) => {
-            let what = if vm.monitors.is_empty() {
-                "start it with"
-            } else {
-                "start it with one more monitor"
-            };
-            format!("  To attach devices, {what}:\n    {option}\n")
-        }
-        Advice::Libvirt(lines) => {
-            let lines: Vec<&str> = lines.lines().collect();
-            format!(
-                "  libvirt holds its monitor for as long as the VM runs. Give it another with\n  \
-                 `virsh edit`, then stop and start it; libvirt calls it tainted (custom-argv):\n    {}\n",
-                lines.join("\n    ")
-            )
-        }
+fn advice_lines(vm: &VmReport) -> String {
+    let mut text = String::new();
+    if let Some(Advice::Qemu(lines) | Advice::Shell(lines) | Advice::Monitor(lines)) = &vm.to_add {
+        let what = if vm.monitors.is_empty() { "" } else { " one more monitor" };
+        text += &format!("  To attach devices, start it with{what}:\n    {lines}\n");
     }
+    let (lines, how) = match &vm.to_paste {
+        Some(Advice::Monitor(lines)) => (lines, "type into its monitor"),
+        Some(Advice::Qemu(lines) | Advice::Shell(lines)) => (lines, "run"),
+        None => return text,
+    };
+    let lines = lines.replace('\n', "\n    ");
+    text + &format!("  Or if it is QEMU 11.1 or later, {how}, while it runs:\n    {lines}\n")
 }

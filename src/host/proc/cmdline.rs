@@ -11,12 +11,16 @@ pub struct CommandLine {
     pub name: Option<String>,
     /// The QMP monitors, in the command line's order.
     pub monitors: Vec<Endpoint>,
-    /// Whether QEMU reads more options from a file (`-readconfig`), which may
-    /// hold monitors that are not seen here.
+    /// The monitors for people, in the command line's words.
+    pub human_monitors: Vec<String>,
+    /// Whether QEMU reads more options from a file that could not be read here
+    /// (`-readconfig`), and may hold monitors that are not seen.
     pub reads_config: bool,
-    /// Whether libvirt started it: libvirt calls its monitor's chardev
+    /// The chardevs that are no monitor, or not known to be one.
+    pub chardevs: Vec<Endpoint>,
+    /// libvirt's own monitor, if libvirt started it: libvirt calls its chardev
     /// `charmonitor` (libvirt, src/qemu/qemu_command.c).
-    pub is_libvirt: bool,
+    pub libvirts: Option<Endpoint>,
 }
 
 /// Where a QMP monitor is.
@@ -27,6 +31,9 @@ pub enum Endpoint {
     Unix(String),
     /// QEMU got the socket as this descriptor, as libvirt does it.
     Descriptor(u32),
+    /// QEMU listens on the socket at this path, and its command line does not
+    /// say what for.
+    Listening(String),
     /// QEMU connects to the socket at this path, and is nobody's server there.
     Client(String),
     /// TCP, standard input and so on, in the command line's words: no file
@@ -34,59 +41,137 @@ pub enum Endpoint {
     Other(String),
 }
 
+/// The options that say something of monitors.
+const OPTIONS: [&str; 8] =
+    ["qmp", "qmp-pretty", "mon", "monitor", "chardev", "object", "readconfig", "name"];
+
 /// Pairs of one argument, by name.
 type Pairs = Vec<(String, String)>;
 
+/// What was found of a command line.
+#[derive(Debug, Default)]
+struct Found {
+    name: Option<String>,
+    /// The chardevs by id, and whether a monitor for people is on them.
+    chardevs: Vec<(String, Endpoint)>,
+    /// The monitors: where they are, or the id of their chardev.
+    controls: Vec<Result<Endpoint, String>>,
+    humans: Vec<String>,
+    reads_config: bool,
+}
+
 impl CommandLine {
-    /// Reads the arguments of a process, its name among them or not.
-    pub fn parse<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Self {
-        let mut line = CommandLine::default();
-        let mut chardevs: Vec<(String, Endpoint)> = Vec::new();
-        let mut controls = Vec::new();
+    /// Reads the arguments of a process, its name among them or not. `read`
+    /// gives the text of a file that QEMU reads, if it can.
+    pub fn parse<'a>(
+        arguments: impl IntoIterator<Item = &'a str>,
+        read: impl Fn(&str) -> Option<String>,
+    ) -> Self {
+        let mut found = Found::default();
         let mut arguments = arguments.into_iter();
         while let Some(argument) = arguments.next() {
             let option = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-'));
             let Some(option) = option else { continue };
-            if !matches!(option, "qmp" | "qmp-pretty" | "mon" | "chardev" | "readconfig" | "name") {
+            if !OPTIONS.contains(&option) {
                 continue;
             }
             let Some(value) = arguments.next() else { break };
             match option {
-                "qmp" | "qmp-pretty" => controls.push(match value.strip_prefix("chardev:") {
+                "qmp" | "qmp-pretty" => found.controls.push(match value.strip_prefix("chardev:") {
                     Some(id) => Err(id.to_owned()),
                     None => Ok(compat(value)),
                 }),
-                "mon" => {
-                    let options = options(value, "chardev");
-                    if get(&options, "mode") == Some("control") {
-                        controls.extend(get(&options, "chardev").map(|id| Err(id.to_owned())));
-                    }
-                }
-                "chardev" => {
-                    let options = options(value, "backend");
-                    let id = get(&options, "id").unwrap_or_default().to_owned();
-                    chardevs.push((id, chardev(&options, value)));
-                }
-                "readconfig" => line.reads_config = true,
+                "monitor" if value != "none" => found.humans.push(value.to_owned()),
+                "readconfig" => match read(value) {
+                    Some(text) => found.file(&text),
+                    None => found.reads_config = true,
+                },
                 _ => {
-                    let options = options(value, "guest");
-                    let name = get(&options, "guest").filter(|name| !name.is_empty());
-                    line.name = name.map(str::to_owned).or(line.name);
+                    let first = match option {
+                        "mon" => "chardev",
+                        "chardev" => "backend",
+                        "object" => "qom-type",
+                        _ => "guest",
+                    };
+                    found.option(option, &options(value, first), value);
                 }
             }
         }
-        for control in controls {
+        found.line()
+    }
+}
+
+impl Found {
+    /// Notes an option, whose words are shown where it leads nowhere.
+    fn option(&mut self, option: &str, options: &Pairs, words: &str) {
+        let chardev_of = |options| get(options, "chardev").map(str::to_owned);
+        match option {
+            "mon" if get(options, "mode") == Some("control") => {
+                self.controls.extend(chardev_of(options).map(Err));
+            }
+            "mon" => self.humans.extend(chardev_of(options).map(|id| format!("chardev:{id}"))),
+            // Since QEMU 11.1 (QEMU, qapi/qom.json, `MonitorQMPProperties`).
+            "object" if get(options, "qom-type") == Some("monitor-qmp") => {
+                self.controls.extend(chardev_of(options).map(Err));
+            }
+            "chardev" => {
+                let id = get(options, "id").unwrap_or_default().to_owned();
+                self.chardevs.push((id, chardev(options, words)));
+            }
+            "name" => {
+                let name = get(options, "guest").filter(|name| !name.is_empty());
+                self.name = name.map(str::to_owned).or(self.name.take());
+            }
+            _ => {}
+        }
+    }
+
+    /// Reads a file of options: groups, `[chardev "ID"]` say, each with lines
+    /// `NAME = "VALUE"` (QEMU, util/qemu-config.c, `qemu_config_foreach`).
+    fn file(&mut self, text: &str) {
+        let mut group: Option<(&str, Pairs)> = None;
+        for line in text.lines().map(str::trim).chain(["[end]"]) {
+            let head = line.strip_prefix('[').and_then(|line| line.strip_suffix(']'));
+            if let Some(head) = head {
+                let (name, id) = head.split_once(' ').unwrap_or((head, ""));
+                let id = id.trim().trim_matches('"');
+                let id = (!id.is_empty()).then(|| ("id".to_owned(), id.to_owned()));
+                if let Some((name, options)) = group.replace((name, id.into_iter().collect())) {
+                    let words = get(&options, "id").unwrap_or(name).to_owned();
+                    self.option(name, &options, &words);
+                }
+            } else if let (Some((_, options)), Some((name, value))) =
+                (&mut group, line.split_once('='))
+            {
+                if !line.starts_with('#') {
+                    let value = value.trim().trim_matches('"');
+                    options.push((name.trim().to_owned(), value.to_owned()));
+                }
+            }
+        }
+    }
+
+    fn line(self) -> CommandLine {
+        let mut line = CommandLine { name: self.name, ..CommandLine::default() };
+        line.reads_config = self.reads_config;
+        let at = |id: &str| {
+            let known = self.chardevs.iter().find(|(known, _)| known == id);
+            known.map_or_else(|| Endpoint::Other(format!("chardev {id}")), |(_, at)| at.clone())
+        };
+        for control in self.controls {
             match control {
                 Ok(endpoint) if endpoint == Endpoint::Other("none".into()) => {}
                 Ok(endpoint) => line.monitors.push(endpoint),
-                Err(id) => {
-                    line.is_libvirt |= id == "charmonitor";
-                    let known = chardevs.iter().find(|(known, _)| *known == id);
-                    let unknown = || Endpoint::Other(format!("chardev {id}"));
-                    line.monitors.push(known.map_or_else(unknown, |(_, at)| at.clone()));
-                }
+                Err(id) if id == "charmonitor" => line.libvirts = Some(at(&id)),
+                Err(id) => line.monitors.push(at(&id)),
             }
         }
+        let human = |words: String| match words.strip_prefix("chardev:").map(at) {
+            Some(Endpoint::Unix(path)) => format!("unix:{path}"),
+            _ => words,
+        };
+        line.chardevs = self.chardevs.iter().map(|(_, at)| at.clone()).collect();
+        line.human_monitors = self.humans.into_iter().map(human).collect();
         line
     }
 }
@@ -113,11 +198,16 @@ fn chardev(options: &Pairs, value: &str) -> Endpoint {
     }
 }
 
+/// In JSON a socket is a server unless it says otherwise (QEMU,
+/// qapi/char.json, `ChardevSocket`); else it is none unless it says so.
 fn unix(options: &Pairs, value: &str) -> Endpoint {
     let is_on = |name| get(options, name).is_some_and(|v| matches!(v, "on" | "yes" | "y" | "true"));
+    let (is_json, has) = (value.starts_with('{'), |name| get(options, name).is_some());
     match get(options, "path") {
         Some(path) if is_on("abstract") => Endpoint::Other(format!("abstract socket {path}")),
-        Some(path) if is_on("server") => Endpoint::Unix(path.to_owned()),
+        Some(path) if is_on("server") || (is_json && !has("server")) => {
+            Endpoint::Unix(path.to_owned())
+        }
         Some(path) => Endpoint::Client(path.to_owned()),
         None => Endpoint::Other(value.to_owned()),
     }
@@ -177,7 +267,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn parse(text: &str) -> CommandLine {
-        CommandLine::parse(text.split(' '))
+        CommandLine::parse(text.split(' '), |_| None)
     }
 
     fn unix(path: &str) -> Endpoint {
@@ -220,6 +310,25 @@ mod tests {
             ("-chardev socket,id=m,path=/a,server=on -mon m", vec![]),
             ("-chardev socket,id=m,path=/a,server=on -mon m,mode=readline", vec![]),
             ("-qmp", vec![]),
+            // Since QEMU 11.1.
+            (
+                "-chardev socket,id=m,path=/a,server=on -object monitor-qmp,id=q,chardev=m",
+                vec![unix("/a")],
+            ),
+            (
+                r#"-object {"qom-type":"monitor-qmp","id":"q","chardev":"m"} -chardev socket,id=m,path=/a,server=on"#,
+                vec![unix("/a")],
+            ),
+            ("-object memory-backend-ram,id=q,size=1M", vec![]),
+            // A chardev in JSON is a server by default.
+            (
+                r#"-chardev {"id":"m","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":"/a"}}}}} -qmp chardev:m"#,
+                vec![unix("/a")],
+            ),
+            (
+                r#"-chardev {"id":"m","backend":{"type":"socket","data":{"server":false,"addr":{"type":"unix","data":{"path":"/a"}}}}} -qmp chardev:m"#,
+                vec![Endpoint::Client("/a".into())],
+            ),
         ] {
             assert_eq!(parse(arguments).monitors, monitors, "{arguments}");
         }
@@ -249,9 +358,9 @@ mod tests {
                 "-mon",
                 "chardev=charmonitor,id=monitor,mode=control",
             ];
-            let line = CommandLine::parse(arguments);
-            assert_eq!(line.monitors, [monitor], "{chardev}");
-            assert!(line.is_libvirt);
+            let line = CommandLine::parse(arguments, |_| None);
+            assert_eq!(line.libvirts, Some(monitor), "{chardev}");
+            assert_eq!(line.monitors, []);
             assert_eq!(line.name.as_deref(), Some("web1"));
         }
     }
@@ -265,24 +374,53 @@ mod tests {
         assert!(!parse("-m 64").reads_config);
     }
 
+    #[test]
+    fn a_file_of_options_is_read_like_the_command_line() {
+        // As Incus writes it.
+        let file = "# Machine\n[machine]\ngraphics = \"off\"\n\n# Console\n[chardev \"console\"]\n\
+                    backend = \"pty\"\n\n# Monitor\n[chardev \"monitor\"]\nbackend = \"socket\"\n\
+                    path = \"/run/incus/v1/qemu.monitor\"\nserver = \"on\"\nwait = \"off\"\n\n[mon]\n\
+                    chardev = \"monitor\"\nmode = \"control\"\n[name]\nguest = \"v1\"\n";
+        let arguments = ["-S", "-readconfig", "/run/incus/v1/qemu.conf", "-name", "later"];
+        let line = CommandLine::parse(arguments, |path| {
+            (path == "/run/incus/v1/qemu.conf").then(|| file.to_owned())
+        });
+        assert_eq!(line.monitors, [unix("/run/incus/v1/qemu.monitor")]);
+        assert_eq!((line.name.as_deref(), line.reads_config), (Some("later"), false));
+    }
+
+    #[test]
+    fn monitors_for_people_are_told_apart() {
+        let line = parse(
+            "-monitor unix:/h,server=on,wait=off -chardev socket,id=m,path=/a,server=on -mon m -monitor none",
+        );
+        assert_eq!(line.human_monitors, ["unix:/h,server=on,wait=off", "unix:/a"]);
+    }
+
     proptest! {
+        #[test]
+        fn no_file_panics(text in "(\\[|\\]|\"|=|\n|mon|chardev|#| |\\PC){0,60}") {
+            let _ = CommandLine::parse(["-readconfig", "x"], |_| Some(text.clone()));
+        }
+
         #[test]
         fn no_command_line_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let text = String::from_utf8_lossy(&bytes);
-            let _ = CommandLine::parse(text.split('\0'));
+            let _ = CommandLine::parse(text.split('\0'), |_| None);
         }
 
         #[test]
         fn no_arguments_panic(arguments in proptest::collection::vec(
-            "-(qmp|mon|chardev|name)|(unix:|socket)?(,|=|\\{|\"|id|path|server|mode=control|\\PC){0,12}", 0..9,
+            "-(qmp|mon|chardev|object|name)|(unix:|socket)?(,|=|\\{|\"|id|path|server|mode=control|\\PC){0,12}", 0..9,
         )) {
-            let _ = CommandLine::parse(arguments.iter().map(String::as_str));
+            let _ = CommandLine::parse(arguments.iter().map(String::as_str), |_| None);
         }
 
         #[test]
         fn a_path_is_read_back(path in "/[^\0]{0,40}") {
             let option = format!("socket,id=m,server=on,path={}", path.replace(',', ",,"));
-            let line = CommandLine::parse(["-chardev", &option, "-mon", "m,mode=control"]);
+            let arguments = ["-chardev", &option, "-mon", "m,mode=control"];
+            let line = CommandLine::parse(arguments, |_| None);
             prop_assert_eq!(line.monitors, [unix(&path)]);
         }
     }

@@ -102,7 +102,7 @@ impl Host {
             let text = read_if_there(&self.path(format!("/proc/{pid}/{name}")));
             text.ok().flatten().unwrap_or_default()
         };
-        let vm = CommandLine::parse(read("cmdline").split('\0')).name;
+        let vm = CommandLine::parse(read("cmdline").split('\0'), |_| None).name;
         Holder { pid, vm, program: read("comm").trim_end().to_owned() }
     }
 }

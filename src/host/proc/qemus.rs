@@ -3,11 +3,17 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags, open};
+
 use super::cmdline::CommandLine;
 use crate::host::{Host, read_if_there};
+
+/// The longest file of QEMU's options that is read, in bytes.
+const MAX_CONFIG: u64 = 1 << 20;
 
 /// A QEMU that runs a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,10 +24,14 @@ pub struct Qemu {
     pub program: String,
     /// The user it runs as: the name, or the number of one without a name.
     pub user: Option<String>,
+    /// That user's number.
+    pub uid: Option<u32>,
     /// Whether it is stopped (SIGSTOP), and answers nobody.
     pub is_stopped: bool,
     /// What its command line says.
     pub command_line: CommandLine,
+    /// Its command line.
+    pub arguments: Vec<String>,
 }
 
 impl Host {
@@ -73,10 +83,30 @@ impl Host {
         Some(Qemu {
             pid,
             program,
+            uid: uid.and_then(|uid| uid.parse().ok()),
             user: uid.map(|uid| self.user_name(uid).unwrap_or_else(|| uid.to_owned())),
             is_stopped: field("State:").is_some_and(|state| state.trim_start().starts_with('T')),
-            command_line: CommandLine::parse(arguments),
+            command_line: CommandLine::parse(arguments.iter().copied(), |path| {
+                self.file_of(pid, path)
+            }),
+            arguments: arguments.into_iter().map(str::to_owned).collect(),
         })
+    }
+
+    /// The text of a file that a process reads at this path: of a plain file
+    /// in the process's own mount namespace, if it is not too long.
+    fn file_of(&self, pid: i32, path: &str) -> Option<String> {
+        let process = self.path(format!("/proc/{pid}"));
+        let path = fs::read_link(process.join("cwd")).ok()?.join(path);
+        let path = process.join("root").join(path.strip_prefix("/").unwrap_or(&path));
+        // A pipe would wait for somebody, and nobody comes.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let file = fs::File::from(open(&path, flags, Mode::empty()).ok()?);
+        let is_plain = file.metadata().ok()?.is_file();
+        let mut text = String::new();
+        let mut start = is_plain.then(|| file.take(MAX_CONFIG + 1))?;
+        start.read_to_string(&mut text).ok()?;
+        (start.limit() > 0).then_some(text)
     }
 
     /// The name of a user that the local table knows (passwd(5)).
@@ -111,7 +141,7 @@ fn is_qemu(name: &str) -> bool {
 /// and a machine. One that runs a QEMU with them (sudo, say) is none itself.
 fn looks_like_qemu(arguments: &[&str]) -> bool {
     let has = |options: &[&str]| arguments.iter().any(|argument| options.contains(argument));
-    has(&["-qmp", "-mon", "-monitor"])
+    has(&["-qmp", "-qmp-pretty", "-mon", "-monitor", "-object"])
         && has(&["-machine", "-M", "-device", "-accel", "-nodefaults"])
         && !arguments.iter().any(|argument| is_qemu(base_name(argument)))
 }
@@ -153,6 +183,7 @@ mod tests {
             (5, None, "ubuntu", "/usr/bin/qemu-system-arm -name process=ubuntu"),
             (6, None, "qemu-system-x86", "vm"),
             (7, Some("/opt/my-vmm"), "my-vmm", "my-vmm -qmp unix:/a,server=on -machine q35"),
+            (8, Some("/opt/vmm"), "vmm", "vmm -object monitor-qmp,id=q,chardev=m -machine q35"),
             // No VMs.
             (
                 20,
@@ -167,7 +198,7 @@ mod tests {
         ]);
         let qemus = Host::at(root.path()).qemus();
         let pids: Vec<i32> = qemus.iter().map(|qemu| qemu.pid).collect();
-        assert_eq!(pids, [1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(pids, [1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!(qemus[2].program, "qemu-kvm");
         assert_eq!(qemus[0].user.as_deref(), Some("qemu"));
         assert!(!qemus[0].is_stopped);

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use super::Holder;
+use super::cmdline::Endpoint;
+use super::{Holder, Qemu};
 use crate::host::{Host, read_if_there};
 
 /// Where a socket of another process is for this one.
@@ -32,6 +33,7 @@ pub struct UnixSockets(Vec<Row>);
 struct Row {
     inode: u64,
     is_connected: bool,
+    is_listening: bool,
     path: String,
 }
 
@@ -48,10 +50,13 @@ impl UnixSockets {
                 let start = path.trim_start_matches(' ');
                 (*field, path) = start.split_once(' ').unwrap_or((start, ""));
             }
-            let [_, _, _, _, _, state, inode] = fields;
+            let [_, _, _, flags, _, state, inode] = fields;
             // SS_CONNECTED (Linux, include/uapi/linux/net.h).
             let is_connected = state == "03";
-            Some(Row { inode: inode.parse().ok()?, is_connected, path: path.to_owned() })
+            // __SO_ACCEPTCON (Linux, include/uapi/linux/net.h).
+            let is_listening = u32::from_str_radix(flags, 16).ok()? & 0x1_0000 != 0;
+            let (inode, path) = (inode.parse().ok()?, path.to_owned());
+            Some(Row { inode, is_connected, is_listening, path })
         };
         UnixSockets(text.lines().skip(1).filter_map(row).collect())
     }
@@ -61,6 +66,12 @@ impl UnixSockets {
     fn accepted(&self, path: &str) -> impl Iterator<Item = u64> {
         let rows = self.0.iter().filter(move |row| row.is_connected && row.path == path);
         rows.map(|row| row.inode).filter(|inode| *inode > 0)
+    }
+
+    /// The sockets that somebody listens on: inode and path.
+    fn listening(&self) -> impl Iterator<Item = (u64, &str)> {
+        let rows = self.0.iter().filter(|row| row.is_listening && row.path.starts_with('/'));
+        rows.map(|row| (row.inode, row.path.as_str()))
     }
 
     /// The path of the socket with this inode.
@@ -91,6 +102,38 @@ impl Host {
             Some((number, socket_inode(&fs::read_link(entry.path()).ok()?)?))
         };
         Some(descriptors.flatten().filter_map(socket).collect())
+    }
+
+    /// The monitors of a QEMU: those of its command line, and after them the
+    /// sockets that it listens on and its command line says nothing of. A
+    /// monitor that was added while it ran is among those.
+    pub fn monitors(&self, qemu: &Qemu) -> Vec<Endpoint> {
+        let line = &qemu.command_line;
+        let mut monitors = line.monitors.clone();
+        // libvirt adds and removes what it likes, and leads to the monitor.
+        let open = match line.libvirts {
+            Some(_) => BTreeMap::new(),
+            None => self.open_sockets(qemu.pid).unwrap_or_default(),
+        };
+        if open.is_empty() {
+            return monitors;
+        }
+        let known = |path: &str| {
+            // A comma is written twice there.
+            let is_in = |argument: &String| argument.replace(",,", ",").contains(path);
+            let is_its = |at: &Endpoint| *at == Endpoint::Unix(path.to_owned());
+            qemu.arguments.iter().any(is_in) || line.chardevs.iter().any(is_its)
+        };
+        let given = |inode: u64| {
+            let number = open.iter().find(|(_, i)| **i == inode).map(|(number, _)| *number);
+            let is_it = |at: &Endpoint| matches!(at, Endpoint::Descriptor(n) if Some(*n) == number);
+            line.chardevs.iter().chain(&line.monitors).any(is_it)
+        };
+        let sockets = self.unix_sockets(qemu.pid);
+        let own = sockets.listening().filter(|(inode, _)| open.values().any(|i| i == inode));
+        let unknown = own.filter(|(inode, path)| !known(path) && !given(*inode));
+        monitors.extend(unknown.map(|(_, path)| Endpoint::Listening(path.to_owned())));
+        monitors
     }
 
     /// Whether somebody is connected to the monitor that a QEMU has at this
@@ -228,6 +271,7 @@ garbage
         assert_eq!(accepted("/run/b.qmp"), [0; 0]);
         assert_eq!(accepted("/run/with a blank"), [1660]);
         assert_eq!(sockets.path(130674), Some("/run/a.qmp"));
+        assert_eq!(sockets.listening().collect::<Vec<_>>(), [(130674, "/run/a.qmp")]);
         assert_eq!(sockets.path(129611), None);
     }
 
