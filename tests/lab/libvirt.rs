@@ -41,6 +41,12 @@ fn a_domain_gets_a_device_by_hand() {
     let shown = run(["inspect", "libvirt:test 1"]).succeeds().stdout;
     assert!(shown.contains(&format!("{} 46f4:0001 present", stick.address)), "{shown}");
 
+    let vms = run(["vms"]).succeeds().stdout;
+    assert!(vms.contains("  free        libvirt:test 1\n"), "{vms}");
+    assert!(vms.contains("14 of 15 on usb.0") && !vms.contains("held"), "{vms}");
+    let by_name = run(["inspect", "test 1"]).succeeds().stdout;
+    assert_eq!(by_name, shown);
+
     libvirtd.signal(Signal::STOP);
     let start = Instant::now();
     let late = run_hastily(["detach", "libvirt:test 1", &stick.port]).exits(5).stderr;

@@ -3,12 +3,12 @@
 use crate::hardware::{Hardware, Stick, xhci};
 use crate::tool::{self, run};
 use crate::vm::Vm;
-use crate::wait::wait_until;
+use crate::wait::{wait_for, wait_until};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::fs;
-use std::io::Read;
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command};
@@ -17,7 +17,8 @@ use std::time::Instant;
 crate::tests![
     a_free_monitor_tells_of_free_ports_and_is_free_afterwards,
     a_held_monitor_tells_who_holds_it,
-    libvirts_monitor_is_found_and_what_to_add_is_told,
+    a_domain_is_shown_as_one_though_libvirt_is_away,
+    a_vm_that_runs_is_given_a_monitor_that_is_found,
     monitors_of_every_kind_are_found,
     a_stopped_qemu_does_not_hang_it,
     another_user_is_told_what_it_may_not_see,
@@ -54,7 +55,7 @@ fn a_held_monitor_tells_who_holds_it() {
     assert_eq!(of(&vms, vm.pid())["to_add"], Value::Null, "the other one is free");
 }
 
-fn libvirts_monitor_is_found_and_what_to_add_is_told() {
+fn a_domain_is_shown_as_one_though_libvirt_is_away() {
     let directory = "/run/libvirt/qemu/domain-1-web1";
     fs::create_dir_all(directory).unwrap();
     let path = format!("{directory}/monitor.sock");
@@ -74,20 +75,58 @@ fn libvirts_monitor_is_found_and_what_to_add_is_told() {
         ],
     );
     drop(socket);
-    let mut client = UnixStream::connect(&path).unwrap();
-    client.read_exact(&mut [0; 10]).expect("a greeting");
+    wait_until("its command line", || {
+        fs::read_to_string(format!("/proc/{}/cmdline", qemu.pid())).unwrap().contains("web1")
+    });
     let vms = vms();
     let report = of(&vms, qemu.pid());
-    assert_eq!(report["libvirt"], true);
-    assert_eq!(report["name"], "web1");
-    let held = monitor(report, "monitor.sock");
-    assert_eq!((&held["state"], &held["socket"]), (&json!("held"), &json!(path)));
-    assert_eq!(held["held_by"][0]["pid"], std::process::id());
-    let lines = report["to_add"]["lines"].as_str().unwrap();
-    assert!(lines.contains("<qemu:arg value='-qmp'/>"), "{lines}");
+    assert_eq!((&report["libvirt"], &report["name"]), (&json!(true), &json!("web1")));
+    let monitors = report["monitors"].as_array().unwrap();
+    assert_eq!(monitors.len(), 1, "{report}");
+    assert_eq!(
+        (&monitors[0]["socket"], &monitors[0]["state"]),
+        (&json!("libvirt:web1"), &json!("gone"))
+    );
+    assert_eq!(report["to_add"], Value::Null);
     let shown = run(["vms"]).succeeds().stdout;
-    assert!(shown.contains("libvirt holds its monitor"), "{shown}");
-    assert!(shown.contains("tainted (custom-argv)"), "{shown}");
+    assert!(shown.contains("libvirt:web1") && shown.contains("libvirt does not listen"), "{shown}");
+    let named = run(["inspect", "web1"]).exits(4).stderr;
+    assert!(named.contains("VM libvirt:web1: libvirt does not listen"), "{named}");
+}
+
+/// Since QEMU 11.1; before, it is only told.
+fn a_vm_that_runs_is_given_a_monitor_that_is_found() {
+    fs::create_dir_all("/run/vm").unwrap();
+    let _ = fs::remove_file("/run/grows.qmp");
+    let qemu = qemu("/", &["-name", "grows", "-monitor", "unix:/run/vm/people,server=on,wait=off"]);
+    let people = wait_for("its monitor", || UnixStream::connect("/run/vm/people").ok());
+    drop(people);
+    let vms = vms();
+    let advice = &of(&vms, qemu.pid())["to_paste"];
+    let line = advice["lines"].as_str().unwrap();
+    assert!(
+        advice["to"] == "shell" && line.ends_with("socat - UNIX-CONNECT:/run/vm/people"),
+        "{line}"
+    );
+    let shown = run(["vms"]).succeeds().stdout;
+    assert!(shown.contains("Or if it is QEMU 11.1 or later, run, while it runs:"), "{shown}");
+    if std::env::var("LAB_QEMU").unwrap() != "11.1" {
+        return;
+    }
+    // As the line does it.
+    let mut people = UnixStream::connect("/run/vm/people").unwrap();
+    for command in line.split('\'').filter(|part| part.contains("usb")) {
+        writeln!(people, "{command}").unwrap();
+    }
+    wait_until("the new monitor", || UnixStream::connect("/run/grows.qmp").is_ok());
+    drop(people);
+    let report = self::vms();
+    let report = of(&report, qemu.pid());
+    let found = monitor(report, "grows.qmp");
+    assert_eq!((&found["state"], &found["socket"]), (&json!("free"), &json!("/run/grows.qmp")));
+    assert_eq!((&report["to_add"], &report["to_paste"]), (&Value::Null, &Value::Null));
+    let shown = run(["inspect", "grows"]).succeeds().stdout;
+    assert!(shown.contains("VM grows: QEMU 11.1"), "{shown}");
 }
 
 fn monitors_of_every_kind_are_found() {
