@@ -5,8 +5,8 @@ use crate::command::Context;
 use crate::command::running::Running;
 use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Reach, Strings};
-use crate::text::escape;
 use crate::qemu::{Vm, VmAddress};
+use crate::text::escape;
 use crate::usb::Device;
 
 /// The VMs of the configuration, by name; those that run, by `libvirt:` and by
