@@ -1,6 +1,6 @@
 //! What can go wrong, and with which exit code the program then ends.
 
-use crate::host;
+use crate::host::{self, Told};
 use crate::policy::config;
 use crate::qemu::{NoGuestPort, VmAddress, qmp};
 use crate::text::escape;
@@ -134,12 +134,24 @@ pub enum Error {
 /// What has to happen before what was refused can be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Until {
-    /// Its disks are free: unmounted, closed.
-    DisksFree,
+    /// Its disks are free: unmounted, closed. The kernel may tell of that.
+    DisksFree(Told),
     /// Who has the device lets go of it.
     LetGo,
     /// The kernel is told that it may be used: its interfaces are added then.
     Authorized,
+    /// Its drivers have started.
+    Started,
+    /// Something that nothing tells of: the VM has room, or has migrated; the
+    /// system has a descriptor or a thread to give.
+    Untold,
+}
+
+/// Whether the system lacks what it may have again soon (errno(3)).
+fn is_shortage(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    let short = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::AGAIN, Errno::NOBUFS];
+    Errno::from_io_error(error).is_some_and(|error| short.contains(&error))
 }
 
 /// Why a VM has no place, in the words of whoever starts it.
@@ -155,12 +167,24 @@ impl Error {
     /// better by itself.
     pub fn until(&self) -> Option<Until> {
         match self {
-            Error::Host(host::Error::InUse(_)) => Some(Until::DisksFree),
+            Error::Host(host::Error::InUse(used)) => Some(Until::DisksFree(used.by.told())),
             Error::Host(host::Error::Held { .. } | host::Error::Claimed { .. }) => {
                 Some(Until::LetGo)
             }
             Error::StillHeld { .. } => Some(Until::LetGo),
             Error::Host(host::Error::NotAuthorized(_)) => Some(Until::Authorized),
+            Error::Silent(_) => Some(Until::Started),
+            Error::NoGuestPort { .. } | Error::Incoming { .. } => Some(Until::Untold),
+            Error::Host(host::Error::Read { source, .. }) | Error::Setup { source, .. }
+                if is_shortage(source) =>
+            {
+                Some(Until::Untold)
+            }
+            Error::Qmp(error) => match &error.kind {
+                qmp::ErrorKind::Refused(no) if no.is_while_migrating() => Some(Until::Untold),
+                qmp::ErrorKind::Connect(source) if is_shortage(source) => Some(Until::Untold),
+                _ => None,
+            },
             _ => None,
         }
     }

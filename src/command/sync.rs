@@ -221,7 +221,8 @@ fn shown(reports: &[VmReport], dry_run: bool) -> String {
                 (true, None) => format!("would {action}"),
                 (false, None) => format!("{action}ed"),
             };
-            text += &format!("{vm}: {did} {id} ({why})\n");
+            let error = error.as_ref().map(|error| format!(": {error}")).unwrap_or_default();
+            text += &format!("{vm}: {did} {id} ({why}){error}\n");
         }
     }
     text

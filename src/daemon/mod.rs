@@ -8,6 +8,7 @@ mod queue;
 mod reconcile;
 mod shared;
 mod sockets;
+mod waiting;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -194,7 +195,7 @@ impl<'a> Watch<'a> {
         for (vm, address) in vms {
             self.workers.entry(vm.clone()).or_insert_with(|| {
                 let (queue, inbox) = unbounded_channel();
-                let worker = Worker::new(vm, address.clone(), self.shared.clone());
+                let worker = Worker::new(vm, address.clone(), self.shared.clone(), queue.clone());
                 WorkerHandle { address, queue, task: spawn_local(worker.run(inbox)) }
             });
         }
@@ -214,6 +215,7 @@ impl<'a> Watch<'a> {
     }
 
     fn heard(&self, batch: Batch) {
+        self.shared.usb_changed.send_replace(());
         if batch.lost {
             // What did arrive is seen as well, and is older.
             return self.look_again();
@@ -270,6 +272,7 @@ impl<'a> Watch<'a> {
                 if self.shared.vms(has_it).is_empty() && !is_hub {
                     concerned = self.shared.vms(|status| status.running);
                 }
+                concerned.extend(self.shared.vms(|status| status.waiting.contains(port)));
             }
         }
         let work = if is_plug { Work::Plugged } else { Work::Port };

@@ -97,6 +97,8 @@ impl Worker {
         qemu.handled.extend(qemu.attached.iter().map(|(port, address)| (port.clone(), *address)));
         qemu.handled.retain(|port, address| is_there(port, address));
         let steps = reconcile::steps(&self.vm, &table, &in_vm, &qemu.handled);
+        // What waits is among the steps, or does not belong here any more.
+        self.waiting.retain(|port| steps.iter().any(|(step, _)| step == port));
         drop(table);
         self.publish();
         Ok(steps.into_iter().map(|(port, _)| Work::Port(port)).collect())
@@ -141,7 +143,8 @@ impl Worker {
     }
 
     fn has_left(&self, device: &Device) -> bool {
-        !matches!(self.shared.host.device(&device.port), Ok(Some(now)) if now == *device)
+        // Who cannot see it cannot say that it left.
+        self.shared.host.device(&device.port).is_ok_and(|now| now.as_ref() != Some(device))
     }
 
     /// Whether the device at a port was attached already. If it is not in the

@@ -1,11 +1,11 @@
 //! What the daemon's parts have in common. All of them run on one thread.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::devices::Asked;
 use crate::host::Host;
@@ -19,6 +19,8 @@ pub struct Status {
     pub running: bool,
     /// What it has, as far as is known: a person may have changed that.
     pub attached: BTreeMap<Port, Address>,
+    /// The ports whose devices wait for it.
+    pub waiting: BTreeSet<Port>,
     /// Whether its first sync has come to an end, good or bad.
     pub synced: bool,
 }
@@ -43,6 +45,8 @@ pub struct Shared {
     /// Ports of devices that were not in the VM that was to have them: a person
     /// may have moved them to another one.
     pub orphans: RefCell<Vec<Port>>,
+    /// Told when anything happens to a USB device or an interface.
+    pub usb_changed: watch::Sender<()>,
     /// Told at every change of `status`, `asked`, `placed` and `orphans`.
     pub changed: Notify,
 }
@@ -59,6 +63,7 @@ impl Shared {
             placed: RefCell::default(),
             status: RefCell::default(),
             orphans: RefCell::default(),
+            usb_changed: watch::Sender::new(()),
             changed: Notify::new(),
         }
     }
@@ -71,6 +76,11 @@ impl Shared {
     /// Where the device at a port belongs.
     pub fn assignment(&self, port: &Port) -> Option<Assignment> {
         self.table.borrow().get(port)?.assignment.clone()
+    }
+
+    /// What happens to USB devices from now on.
+    pub fn usb_changes(&self) -> watch::Receiver<()> {
+        self.usb_changed.subscribe()
     }
 
     /// Changes how a VM stands.
@@ -102,7 +112,8 @@ impl Shared {
         let all = self.status.borrow();
         let running = all.values().filter(|status| status.running).count();
         let attached: usize = all.values().map(|status| status.attached.len()).sum();
-        let waiting = match self.late() {
+        let waiting: usize = all.values().map(|status| status.waiting.len()).sum();
+        let waiting = match waiting + self.late() {
             0 => String::new(),
             count => format!(", {count} waiting"),
         };

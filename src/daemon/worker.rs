@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::time::sleep;
 use tracing::field::display;
 use tracing::{debug, info, warn};
@@ -15,7 +15,8 @@ use tracing::{debug, info, warn};
 use super::qemu::Qemu;
 use super::queue::{Queue, Work};
 use super::shared::Shared;
-use crate::error::Error;
+use super::waiting::Waiting;
+use crate::error::{Error, Until};
 use crate::host;
 use crate::qemu::VmAddress;
 use crate::qemu::qmp::ErrorKind;
@@ -35,6 +36,10 @@ pub struct Worker {
     pub(super) qemu: Option<Qemu>,
     /// QEMUs that another one took the socket from, and that have not ended.
     earlier: Vec<Qemu>,
+    /// What it waits for.
+    pub(super) waiting: Waiting,
+    /// The way into its own queue.
+    again: UnboundedSender<Work>,
     /// What failed last at each port, so that it is told once.
     failures: BTreeMap<Option<Port>, String>,
 }
@@ -53,10 +58,15 @@ enum Outcome {
 
 impl Worker {
     /// A worker for a VM.
-    pub fn new(vm: String, address: VmAddress, shared: Rc<Shared>) -> Self {
+    pub fn new(
+        vm: String,
+        address: VmAddress,
+        shared: Rc<Shared>,
+        again: UnboundedSender<Work>,
+    ) -> Self {
         shared.set(&vm, |_| {});
-        let (qemu, earlier, failures) = (None, Vec::new(), BTreeMap::new());
-        Worker { vm, address, shared, qemu, earlier, failures }
+        let (earlier, waiting, failures) = (Vec::new(), Waiting::default(), BTreeMap::new());
+        Worker { vm, address, shared, qemu: None, earlier, waiting, again, failures }
     }
 
     /// Does what comes in, for ever.
@@ -85,6 +95,8 @@ impl Worker {
                 Outcome::Failed => pause = PAUSE.0,
                 Outcome::NoVm => {
                     queue.drop_all();
+                    self.waiting = Waiting::default();
+                    self.publish();
                     self.lost_sight().await;
                 }
                 Outcome::Later => {
@@ -124,6 +136,10 @@ impl Worker {
         let error = match done {
             Ok(more) => {
                 self.failures.remove(&port.cloned());
+                if let Some(port) = port {
+                    self.waiting.remove(port);
+                    self.publish();
+                }
                 return Outcome::Done(more);
             }
             Err(error) => error,
@@ -145,22 +161,44 @@ impl Worker {
             _ => Outcome::Failed,
         };
         self.tell(port, &error);
-        outcome
+        match (outcome, port, error.until()) {
+            (Outcome::Failed, Some(port), until) => {
+                self.wait(port, until);
+                Outcome::Failed
+            }
+            (Outcome::Failed, None, Some(_)) => Outcome::Later,
+            (outcome, ..) => outcome,
+        }
+    }
+
+    /// Has the device at a port wait for the end of what it was refused for.
+    fn wait(&mut self, port: &Port, until: Option<Until>) {
+        let device = self.shared.table.borrow().get(port).map(|seen| seen.device.clone());
+        match (device, until) {
+            (Some(device), Some(until)) => {
+                self.waiting.add(&self.shared, device, until, self.again.clone());
+            }
+            _ => self.waiting.remove(port),
+        }
+        self.publish();
     }
 
     /// Logs a failure, once until something else happens there.
     fn tell(&mut self, port: Option<&Port>, error: &Error) {
         let vm = &self.vm;
         let text = match error {
-            // Nothing tells when that ends.
-            Error::Host(host::Error::InUse(by)) => {
-                let advice = by.advice();
-                format!("{by}; {advice}, then plug it in again or run `usb-qmp-hotplug sync {vm}`")
-            }
-            Error::Host(host::Error::Held { .. }) => {
-                format!("{error}, then run `usb-qmp-hotplug sync {vm}`")
-            }
+            // That `--force` exists is no advice to a daemon's user.
+            Error::Host(host::Error::InUse(by)) => format!("{by}; {}", by.advice()),
+            Error::Host(host::Error::NotAuthorized(device)) => format!(
+                "{device} is not authorized on this host; write 1 to \
+                 /sys/bus/usb/devices/{}/authorized, or have USBGuard do it",
+                device.port
+            ),
             error => chain(error),
+        };
+        let text = match (port, error.until()) {
+            (Some(_), Some(_)) => format!("{text}; it is attached as soon as that is over"),
+            _ => text,
         };
         if self.failures.get(&port.cloned()) == Some(&text) {
             debug!(vm, port = port.map(display), "{vm}, again: {text}");
@@ -196,7 +234,10 @@ impl Worker {
         match self.qemu {
             // It was an earlier one, and held what this one may have wanted.
             Some(_) => queue.add(Work::Sync),
-            None => queue.drop_all(),
+            None => {
+                queue.drop_all();
+                self.waiting = Waiting::default();
+            }
         }
         self.publish();
         self.give_back(qemu).await;
@@ -207,6 +248,7 @@ impl Worker {
     pub(super) async fn lost_sight(&mut self) {
         if let Some(qemu) = self.qemu.take_if(|qemu| !qemu.is_watched()) {
             info!(vm = self.vm, "{} has ended", self.vm);
+            self.waiting = Waiting::default();
             self.publish();
             self.give_back(qemu).await;
         }
@@ -227,6 +269,7 @@ impl Worker {
     /// Another QEMU answers than before.
     pub(super) async fn begins(&mut self, qemu: Qemu) {
         self.failures.clear();
+        self.waiting = Waiting::default();
         let before = self.qemu.replace(qemu);
         self.publish();
         match before {
@@ -244,6 +287,7 @@ impl Worker {
         self.shared.set(&self.vm, |status| {
             status.running = attached.is_some();
             status.attached = attached.unwrap_or_default();
+            status.waiting = self.waiting.ports().cloned().collect();
         });
     }
 }

@@ -36,6 +36,9 @@ impl fmt::Display for Source {
 pub struct Batch {
     /// Events, in order.
     pub events: Vec<HotplugEvent>,
+    /// Whether anything else happened to a device or an interface: a driver
+    /// came or went, a program claimed it or let go of it.
+    pub others: bool,
     /// Whether some of them got lost, because the socket was full.
     pub lost: bool,
 }
@@ -50,7 +53,7 @@ pub struct Events {
 }
 
 impl Events {
-    /// Listens to events of whole USB devices. What happens from here on is
+    /// Listens to events of USB devices and their interfaces. What happens from here on is
     /// heard.
     ///
     /// # Errors
@@ -61,7 +64,7 @@ impl Events {
             Source::Kernel => MonitorBuilder::new_kernel()?,
             Source::Udev => MonitorBuilder::new()?,
         };
-        let socket = builder.match_subsystem_devtype("usb", "usb_device")?.listen()?;
+        let socket = builder.match_subsystem("usb")?.listen()?;
         let ready = readable(socket.as_fd().try_clone_to_owned()?)?;
         Ok(Events { source, socket, ready })
     }
@@ -76,7 +79,7 @@ impl Events {
             let mut ready = self.ready.readable().await?;
             let batch = self.read();
             ready.clear_ready();
-            if batch.lost || !batch.events.is_empty() {
+            if batch.lost || batch.others || !batch.events.is_empty() {
                 return Ok(batch);
             }
         }
@@ -88,7 +91,10 @@ impl Events {
         let mut received = self.socket.iter();
         loop {
             match received.next() {
-                Some(event) => batch.events.extend(self.event(&event)),
+                Some(event) => match self.event(&event) {
+                    Some(event) => batch.events.push(event),
+                    None => batch.others = true,
+                },
                 // The kernel tells once that it had no room (netlink(7),
                 // ENOBUFS), and libudev tells it like any other error.
                 None if is_no_room(&io::Error::last_os_error()) => batch.lost = true,

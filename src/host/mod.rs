@@ -17,6 +17,7 @@ mod owner;
 pub mod proc;
 pub mod readable;
 mod release;
+mod signs;
 
 use std::fs;
 use std::io;
@@ -27,12 +28,13 @@ use tracing::warn;
 pub use absent::Absent;
 pub use blocking::{blocking, blocking_each};
 pub use bus::Bus;
-pub use disk::{Claims, Use, UsedBy};
+pub use disk::{Claims, Told, Use, UsedBy};
 pub use error::Error;
 pub use life::{Life, Opened};
 pub use node::{Claim, Node};
 pub use owner::{CLAIMED, Look, Owner};
 pub use proc::{Holder, Qemu, Reach, UnixSockets};
+pub use signs::Signs;
 
 use crate::text::escape;
 use crate::usb::{self, Address, CLASS_HUB, Device, HotplugEvent, Port, Selector, Speed};

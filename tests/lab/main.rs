@@ -74,6 +74,7 @@ mod usbip;
 mod vm;
 mod vms;
 mod wait;
+mod waiting;
 mod watch;
 mod watch_endurance;
 mod watch_service;
@@ -158,6 +159,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         strings::TESTS,
         sync::TESTS,
         watch::TESTS,
+        waiting::TESTS,
         watch_vms::TESTS,
         watch_service::TESTS,
         watch_endurance::TESTS,

@@ -8,7 +8,6 @@ use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use rustix::process::Signal;
-use std::process::Command;
 
 crate::tests![
     what_was_there_before_the_daemon_is_attached,
@@ -23,7 +22,6 @@ crate::tests![
     what_a_person_moved_to_another_vm_leaves_when_it_is_pulled,
     a_rule_may_ask_udev_and_an_earlier_one_may_deny,
     a_rule_for_all_behind_a_hub_leaves_the_hub_alone,
-    a_mounted_stick_stays_until_it_is_unmounted_and_synced,
 ];
 
 fn what_was_there_before_the_daemon_is_attached() {
@@ -269,30 +267,4 @@ fn a_rule_for_all_behind_a_hub_leaves_the_hub_alone() {
     hardware.pull(&hub);
     vm.loses_all();
     daemon.wait_for_status("1 VM, 1 running, 0 devices attached");
-}
-
-fn a_mounted_stick_stays_until_it_is_unmounted_and_synced() {
-    let mut hardware = Hardware::open();
-    let vm = Vm::new("a").start();
-    let stick = hardware.plug(Stick::new("SN1").mebibytes(4), xhci(3));
-    let disk = stick.disk();
-    let sh = |command: &str| {
-        let status = Command::new("sh").args(["-ec", command]).status().unwrap();
-        assert!(status.success(), "{command}");
-    };
-    sh(&format!("mkfs.ext4 -q {0} && mkdir -p /run/stick && mount {0} /run/stick", disk.display()));
-    configure(&["a"], &rule("a", "port = \"2-3\""));
-    let daemon = Daemon::start();
-    let refused = daemon.wait_for_log(&["mounted on /run/stick", "sync a"]);
-    assert!(!refused.contains("--force"), "{refused}");
-    assert!(vm.ids().is_empty());
-    // The same again is not worth a line.
-    daemon.reload();
-    assert_eq!(daemon.log().matches("mounted on").count(), 1, "{}", daemon.log());
-    sh("umount /run/stick");
-    run(["--config", CONFIG, "sync", "a"]).succeeds();
-    vm.gets(&[&stick]);
-    // It goes back to the host like one that the daemon has attached.
-    vm.kill();
-    wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
 }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
-pub use uses::{Kind, Use, UsedBy};
+pub use uses::{Kind, Told, Use, UsedBy};
 
 use self::stack::Tables;
 use super::{Error, Host};
@@ -95,6 +95,12 @@ impl Host {
     /// kernel's tables and the other processes show. Opens no disk.
     pub fn uses(&self, port: &Port) -> Vec<Use> {
         self.uses_of(port, &self.storage(port))
+    }
+
+    /// The nodes of the disks of the device at a port, and of their parts.
+    pub fn disk_nodes(&self, port: &Port) -> Vec<PathBuf> {
+        let storage = self.storage(port);
+        storage.blocks().chain(&storage.characters).map(|part| self.path(node_of(part))).collect()
     }
 
     /// Whether the device at a port has disks, as far as the kernel has found

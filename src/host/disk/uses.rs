@@ -49,6 +49,17 @@ pub enum UsedBy {
     Unknown,
 }
 
+/// Whether the kernel tells when a disk is not used any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// It does.
+    Always,
+    /// It does as a rule.
+    Mostly,
+    /// It does not.
+    Never,
+}
+
 /// The kind of a block device that is made of others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -176,6 +187,21 @@ impl UsedBy {
             UsedBy::Program(None) => "close it there".to_owned(),
             UsedBy::Unknown => return None,
         })
+    }
+
+    /// Whether a sign of the kernel's tells of the end ([`Signs`]), for sure or
+    /// as a rule: a program may have opened the disk by a node of its own.
+    ///
+    /// [`Signs`]: crate::host::Signs
+    pub fn told(&self) -> Told {
+        match self {
+            UsedBy::Mount(_) | UsedBy::Btrfs(Some(_)) | UsedBy::Swap => Told::Always,
+            UsedBy::Program(_) => Told::Mostly,
+            UsedBy::Part { kind: Kind::Loop { .. }, by, .. } => {
+                by.as_ref().map_or(Told::Mostly, |by| by.told())
+            }
+            _ => Told::Never,
+        }
     }
 
     /// The word for it in JSON documents.

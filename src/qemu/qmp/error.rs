@@ -105,6 +105,13 @@ impl Refusal {
     pub fn is_not_found(&self) -> bool {
         self.class == "DeviceNotFound"
     }
+
+    /// Whether QEMU takes and gives no device because it is migrating (QEMU,
+    /// system/qdev-monitor.c, `qdev_device_add_from_qdict`). The class is
+    /// `GenericError`, so only the text tells.
+    pub fn is_while_migrating(&self) -> bool {
+        self.desc.ends_with("not allowed while migrating")
+    }
 }
 
 impl ErrorKind {

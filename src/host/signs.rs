@@ -1,0 +1,131 @@
+//! Signs that somebody may have let go of a device: the kernel tells of mounts,
+//! of swap space, and of files that are closed, so nobody has to look again
+//! and again. A sign comes a moment before what it stands for.
+
+use std::fs::File;
+use std::future::{pending, poll_fn};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::Host;
+use super::readable::{readable, urgent};
+use crate::usb::{Address, Port};
+
+/// Tables of the kernel's that tell by a priority event that they have changed
+/// (proc(5), `/proc/pid/mountinfo`; Linux, mm/swapfile.c, `swaps_poll`). The
+/// mounts of process 1 may be others than those of a service.
+const TABLES: [&str; 3] = ["/proc/self/mountinfo", "/proc/1/mountinfo", "/proc/swaps"];
+
+/// What tells that somebody may have let go of a device.
+#[derive(Debug, Default)]
+pub struct Signs {
+    tables: Vec<AsyncFd<OwnedFd>>,
+    files: Option<AsyncFd<OwnedFd>>,
+}
+
+impl Signs {
+    /// Those of the disks of the device at a port.
+    ///
+    /// # Errors
+    ///
+    /// When the system has no descriptor to give.
+    pub fn of_disks(host: &Host, port: &Port) -> io::Result<Self> {
+        let mut tables = Vec::new();
+        for table in TABLES {
+            // This user may not see all of them.
+            if let Ok(table) = File::open(host.path(table)) {
+                tables.push(urgent(table.into())?);
+            }
+        }
+        Ok(Signs { tables, files: Some(closes(host.disk_nodes(port))?) })
+    }
+
+    /// Those of the node of the device at an address.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Signs::of_disks`].
+    pub fn of_node(host: &Host, address: Address) -> io::Result<Self> {
+        let files = Some(closes(vec![host.path(address.node())])?);
+        Ok(Signs { files, ..Signs::default() })
+    }
+
+    /// Waits for the next sign; for ever where nothing gives any.
+    pub async fn next(&self) {
+        let mut waits: Vec<Pin<Box<dyn Future<Output = ()> + '_>>> = Vec::new();
+        for table in &self.tables {
+            waits.push(Box::pin(table_changed(table)));
+        }
+        if let Some(files) = &self.files {
+            waits.push(Box::pin(file_closed(files)));
+        }
+        let any = |context: &mut Context<'_>| {
+            let is_seen = waits.iter_mut().any(|wait| wait.as_mut().poll(context).is_ready());
+            if is_seen { Poll::Ready(()) } else { Poll::Pending }
+        };
+        poll_fn(any).await;
+    }
+}
+
+async fn table_changed(table: &AsyncFd<OwnedFd>) {
+    match table.ready(Interest::PRIORITY).await {
+        Ok(mut ready) => ready.clear_ready(),
+        Err(_) => pending().await,
+    }
+}
+
+async fn file_closed(files: &AsyncFd<OwnedFd>) {
+    match files.readable().await {
+        Ok(mut ready) => {
+            // What they say is of no interest, but that there is something.
+            let mut space = [MaybeUninit::uninit(); 4096];
+            let mut reader = inotify::Reader::new(files.get_ref(), &mut space);
+            while reader.next().is_ok() {}
+            ready.clear_ready();
+        }
+        Err(_) => pending().await,
+    }
+}
+
+/// Tells when one of these files is closed by anybody (inotify(7)).
+fn closes(files: Vec<PathBuf>) -> io::Result<AsyncFd<OwnedFd>> {
+    let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+    let flags = WatchFlags::CLOSE_WRITE | WatchFlags::CLOSE_NOWRITE;
+    for file in files {
+        // One that has gone was closed.
+        let _ = inotify::add_watch(&inotify, file, flags);
+    }
+    readable(inotify)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::time::Duration;
+    use tokio::time::timeout;
+
+    #[tokio::test]
+    async fn a_file_that_is_closed_gives_a_sign_and_others_give_none() {
+        let root = tempfile::tempdir().unwrap();
+        let node = root.path().join("dev/bus/usb/001/002");
+        fs::create_dir_all(node.parent().unwrap()).unwrap();
+        fs::write(&node, "").unwrap();
+        let host = Host::at(root.path());
+        let held = File::open(&node).unwrap();
+        let signs = Signs::of_node(&host, "1:2".parse().unwrap()).unwrap();
+        fs::write(root.path().join("dev/bus/usb/001/003"), "").unwrap();
+        assert!(timeout(Duration::from_millis(50), signs.next()).await.is_err());
+        drop(held);
+        timeout(Duration::from_secs(10), signs.next()).await.unwrap();
+        assert!(timeout(Duration::from_millis(50), signs.next()).await.is_err(), "only once");
+    }
+}
