@@ -9,6 +9,7 @@ mod reconcile;
 mod shared;
 mod sockets;
 mod waiting;
+mod stop;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -119,7 +120,19 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
             }
         }
         notify(&[NotifyState::Stopping]);
-        info!("ending; what is attached stays attached");
+        if watch.shared.policy().config().detach_at_stop {
+            let vms: Vec<(String, VmAddress)> = watch
+                .workers
+                .iter()
+                .map(|(vm, handle)| (vm.clone(), handle.address.clone()))
+                .collect();
+            // From here on nobody attaches anything.
+            watch.workers.clear();
+            info!("ending, and detaching what is attached");
+            stop::detach_all(vms, watch.shared.timeout).await;
+        } else {
+            info!("ending; what is attached stays attached");
+        }
         Ok(())
     };
     LocalSet::new().run_until(run).await

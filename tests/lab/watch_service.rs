@@ -3,9 +3,11 @@
 use crate::daemon::{self, CONFIG, Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::journal::Journal;
+use crate::tool;
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use rustix::process::Signal;
+use serde_json::json;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::thread;
@@ -20,6 +22,7 @@ crate::tests![
     the_journal_has_each_line_once,
     the_watchdog_is_told_that_it_lives,
     it_ends_at_once_and_what_is_attached_stays,
+    it_takes_its_devices_along_where_that_is_wanted,
     idle_it_never_wakes,
     it_needs_no_more_than_its_unit_gives,
 ];
@@ -153,6 +156,27 @@ fn the_watchdog_is_told_that_it_lives() {
     drop(daemon);
     let none = Daemon::launch(&[], &[("WATCHDOG_USEC", "0")]);
     none.wait_until_it_says("READY=1");
+}
+
+fn it_takes_its_devices_along_where_that_is_wanted() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let plugged =
+        hardware.plug_all(vec![(Stick::new("SN1").into(), xhci(3)), (Device::Mouse, xhci(4))]);
+    configure(&["a", "b", "off"], &rule("a", "port = \"2-3\""));
+    let text = fs::read_to_string(CONFIG).unwrap();
+    fs::write(CONFIG, format!("detach_at_stop = true\n{text}")).unwrap();
+    let mut daemon = Daemon::start();
+    a.gets(&[&plugged[0]]);
+    // One that a person has attached is this tool's, too; another one is not.
+    tool::run(["attach", &b.socket(), &plugged[1].port]).succeeds();
+    let theirs = json!({"driver": "usb-host", "id": "theirs", "vendorid": 1, "productid": 1});
+    b.qmp("device_add", theirs);
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    a.must_be_clean();
+    assert_eq!(b.ids(), ["theirs"]);
+    assert_eq!(plugged[1].driver().as_deref(), Some("usbhid"));
 }
 
 fn it_ends_at_once_and_what_is_attached_stays() {

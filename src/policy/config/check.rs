@@ -34,7 +34,8 @@ pub(super) fn document(text: &str, sink: &mut Sink) -> Config {
         return Config::default();
     }
     let mut top = Section::top(root.get_ref(), sink);
-    top.allow(&["vm", "rule"]);
+    top.allow(&["vm", "rule", "detach_at_stop"]);
+    let detach_at_stop = top.read("detach_at_stop", value::boolean).unwrap_or_default();
     let named = top.inner("vm", "a table of VMs; begin each with `[vm.NAME]`");
     let (vms, names) = named.map(vms).unwrap_or_default();
     let list = top.read("rule", |value| {
@@ -42,7 +43,7 @@ pub(super) fn document(text: &str, sink: &mut Sink) -> Config {
         value.as_array().ok_or_else(|| not(value, expected))
     });
     let rules = list.map(|list| rules(list.iter(), &names, sink)).unwrap_or_default();
-    Config { vms, rules }
+    Config { vms, rules, detach_at_stop }
 }
 
 /// A complaint about what is not TOML, in the parser's words.

@@ -30,6 +30,8 @@ pub struct Config {
     /// The rules, in the order of the file: the first that matches decides.
     /// One that attaches names a VM of `vms`.
     pub rules: Vec<Rule>,
+    /// Whether the daemon takes its devices out of the VMs when it ends.
+    pub detach_at_stop: bool,
 }
 
 /// A VM that has a name.

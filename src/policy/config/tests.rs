@@ -31,6 +31,8 @@ fn every_key_arrives() {
          [[rule]]\ndeny = true\nserial = '*'\n[vm.\"0.b\"]\nqmp = '/b'\n",
     );
     let config = parse(&text).unwrap();
+    assert!(!config.detach_at_stop);
+    assert!(parse(&format!("detach_at_stop = true\n{text}")).unwrap().detach_at_stop);
     let names: Vec<_> = config.vms.iter().map(|vm| vm.name.as_str()).collect();
     assert_eq!(names, ["a", "0.b"], "in the order of the file");
     assert_eq!(config.address("0.b"), Some(&Path::new("/b").into()));

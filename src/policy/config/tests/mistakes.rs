@@ -34,7 +34,7 @@ fn what_is_not_toml_is_told_with_its_place() {
 fn every_mistake_at_the_top_is_told() {
     check(&[
         ("rules = 1", "1:1: key `rules`: unknown key; did you mean `rule`?"),
-        ("\u{feff}x = 1", "1:1: key `x`: unknown key; known are `vm`, `rule`"),
+        ("\u{feff}x = 1", "1:1: key `x`: unknown key; known are `vm`, `rule`, `detach_at_stop`"),
         ("vm = 3", "1:6: key `vm`: `3` is not a table of VMs; begin each with `[vm.NAME]`"),
         (
             "[rule]",
