@@ -11,9 +11,9 @@ const EVERYWHERE: &str = "Options of every command";
 
 /// Give a virtual machine a USB port, or a USB device, of this host.
 ///
-/// Talks QMP to QEMU itself, without libvirt. VM is the path of the VM's QMP
-/// socket (`-qmp unix:PATH,server=on,wait=off`), or a name from the
-/// configuration.
+/// Talks QMP to QEMU itself, and needs no libvirt. VM is the path of the VM's QMP
+/// socket (`-qmp unix:PATH,server=on,wait=off`), `libvirt:NAME` for a domain of
+/// libvirt, a name from the configuration, or the name of a VM that runs.
 #[derive(Debug, Parser)]
 #[command(name = "usb-qmp-hotplug", version, max_term_width = 100)]
 #[command(
@@ -132,12 +132,13 @@ pub enum Command {
     /// Show the QEMU processes on this host, and their monitors.
     ///
     /// Whatever started them: they are looked for in /proc, and their monitors
-    /// on their command lines. VMs of the configuration that do not run are
-    /// shown, too. A monitor is `free`, or held by another client,
-    /// or out of reach; a free one is asked how many USB ports are free. Where
-    /// no monitor is free, what to add to the VM is shown. Monitors that QEMU
-    /// reads from a file (-readconfig) are not seen, and another user's VMs
-    /// only as far as this user may.
+    /// on their command lines, in the files that those name (-readconfig), and
+    /// among the sockets that they listen on. A domain of libvirt is shown as
+    /// `libvirt:NAME`. VMs of the configuration that do not run are shown, too.
+    /// A monitor is `free`, or held by another client, or out of reach; a free
+    /// one is asked how many USB ports are free. Where no monitor is free, what
+    /// to add to the VM is shown. Another user's VMs are seen only as far as
+    /// this user may.
     #[command(after_help = VMS_HELP)]
     Vms(Vms),
     /// Keep reality matching the configuration: the daemon.

@@ -45,7 +45,7 @@ pub enum LibvirtError {
     /// It passes no descriptors.
     #[error(
         "this libvirt cannot pass a device to QEMU: that needs libvirt 8.2; give the domain a second \
-         monitor, `usb-qmp-hotplug vms` shows how"
+         monitor, as the README shows under libvirt"
     )]
     TooOld,
     /// Somebody else listens where libvirt should.
