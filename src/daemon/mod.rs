@@ -8,8 +8,8 @@ mod queue;
 mod reconcile;
 mod shared;
 mod sockets;
-mod waiting;
 mod stop;
+mod waiting;
 mod worker;
 
 use std::collections::BTreeMap;
