@@ -9,6 +9,7 @@ use tracing::debug;
 
 use crate::error::Error;
 use crate::host::{self, Claim, Claims, Holder, Host, Life, Look, Node, UsedBy, blocking};
+use crate::passed;
 use crate::presence::{Leftover, opened, presence};
 use crate::qemu::qmp::Version;
 use crate::qemu::{
@@ -67,6 +68,9 @@ pub enum Attached {
     There(GuestPort),
     /// It was in the VM before.
     Already,
+    /// It was in the VM before, under this name: an id, or a place in QEMU's
+    /// object tree.
+    Otherwise(String),
 }
 
 /// Attaches a device to a VM, as the id of its port.
@@ -89,9 +93,18 @@ pub async fn attach(
     }
     let id = DeviceId::for_port(&device.port);
     let speed = host.speed(&device.port);
-    let probe = vm.probe(&id, speed, &options.placement).await?;
+    let mut probe = vm.probe(&id, speed, &options.placement).await?;
     if probe.status == Status::Incoming {
         return Err(Error::Incoming { vm: vm.name(), device: device.clone() });
+    }
+    if probe.present.is_none_or(|given| given.address != Some(device.address)) {
+        let others = std::mem::take(&mut probe.others);
+        if let Some(name) = passed::name_of(host, vm.pid(), others, device)? {
+            return Ok(Attached::Otherwise(name));
+        }
+    }
+    if let (None, Err(lacks), false) = (&probe.present, &probe.guest_ports, may_add(options)) {
+        return Err(Error::NoGuestPort { vm: vm.name(), source: lacks.clone() });
     }
     if options.dry_run {
         return rehearse(host, vm, device, &id, probe, options).await;

@@ -106,6 +106,11 @@ pub enum Command {
     ///
     /// Also those whose hardware is gone, by port, by bus:device or by id.
     Detach(Detach),
+    /// Give devices back to the host, from whichever VM has them.
+    ///
+    /// The VM is found by its process, and by the configuration; it must have
+    /// a monitor that is free. What a program has claimed stays with it.
+    Release(Release),
     /// Act on one udev event, from the environment.
     ///
     /// For a udev rule: attaches at ACTION=add, detaches at ACTION=remove, and
@@ -203,6 +208,22 @@ pub struct Attach {
     /// How to attach.
     #[command(flatten)]
     pub how: How,
+
+    /// Take the device from the VM that has it: detach it there first.
+    #[arg(long)]
+    pub take: bool,
+
+    /// Show what would be done, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `release`
+#[derive(Debug, Args)]
+pub struct Release {
+    /// As for attach; of a device that is gone also an id in the VM.
+    #[arg(required = true, value_name = "DEVICE")]
+    pub devices: Vec<String>,
 
     /// Show what would be done, and do nothing.
     #[arg(long)]

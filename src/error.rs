@@ -94,6 +94,34 @@ pub enum Error {
         /// What was asked for.
         what: String,
     },
+    /// No monitor of the VM that has a device can be used.
+    #[error(
+        "{device} is in {vm}, and no monitor of that VM can be used; `usb-qmp-hotplug vms` shows why"
+    )]
+    OutOfReach {
+        /// The device.
+        device: Device,
+        /// The VM, as text for messages.
+        vm: String,
+    },
+    /// The VM would take a device again as soon as it is taken away.
+    #[error("the VM that has {device} would take it back at once: its {} looks for such a device; \
+             detach that first", escape(.by))]
+    WouldReturn {
+        /// The device.
+        device: Device,
+        /// The object that would take it.
+        by: String,
+    },
+    /// It cannot be told which of several devices of a VM it is.
+    #[error("the VM has {device}, and QEMU does not tell as which of {}; give an id",
+        escape(&.names.join(", ")))]
+    Unclear {
+        /// The device.
+        device: Device,
+        /// What it may be.
+        names: Vec<String>,
+    },
     /// Standard output or the log could not be written.
     #[error("cannot write {what}")]
     Write {
@@ -211,6 +239,9 @@ impl Error {
             Error::NoVm(_) => 4,
             Error::Host(host::Error::Ambiguous { .. }) => 2,
             Error::Host(host::Error::NoDevice(_) | host::Error::Gone(_)) => 3,
+            Error::Unclear { .. } => 2,
+            Error::OutOfReach { .. } => 5,
+            Error::WouldReturn { .. } => 7,
             Error::NotInVm { .. } | Error::NothingCame(_) => 3,
             Error::Qmp(error) => match error.kind {
                 ErrorKind::NoSocket(_) | ErrorKind::NotASocket | ErrorKind::NobodyListens(_) => 4,

@@ -11,6 +11,7 @@
 //! - [`policy`]: the configuration, its rules, and which device belongs where.
 //! - [`error`]: what can go wrong, and the exit codes.
 //! - [`presence`]: whether a VM still has a device that it was given.
+//! - [`passed`]: which devices of the host a VM has, and by which of its objects.
 //! - [`attach`]: the two operations, attach and detach.
 //! - [`reconcile`]: what a VM lacks, and what it has too many: decided and carried out.
 //! - [`ui`]: tables, the line that says what is waited for, the log.
@@ -28,6 +29,7 @@ pub mod command;
 pub mod daemon;
 pub mod error;
 pub mod host;
+pub mod passed;
 pub mod policy;
 pub mod presence;
 pub mod qemu;

@@ -2,12 +2,12 @@
 
 use tracing::debug;
 
-use super::{Context, options};
+use super::{Context, options, take};
 use crate::attach::{self, Attached, Options};
 use crate::cli::Attach;
-use crate::error::Error;
+use crate::error::{Error, Until};
 use crate::host::Look;
-use crate::qemu::Vm;
+use crate::qemu::{Vm, VmAddress};
 use crate::text::escape;
 use crate::ui::output::together;
 use crate::usb::{Device, DeviceId, Selector};
@@ -28,17 +28,40 @@ pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
         }
     }
     for device in devices {
-        // A conversation each, so that one device has the whole time.
-        let attached = match context.connect(&address).await {
-            Ok(mut vm) => one(context, &mut vm, &device, &options).await,
-            Err(error) => Err(error),
-        };
-        errors.extend(attached.err());
+        errors.extend(one(context, &address, &device, &options, arguments.take).await.err());
     }
     together(errors, selectors.len())
 }
 
+/// Attaches a device; if another VM has it and that is asked for, it is
+/// detached there first.
 async fn one(
+    context: &Context,
+    address: &VmAddress,
+    device: &Device,
+    options: &Options,
+    takes: bool,
+) -> Result<(), Error> {
+    // A conversation each, so that one device has the whole time.
+    let mut vm = context.connect(address).await?;
+    let refused = match attach(context, &mut vm, device, options).await {
+        Err(error) if takes && error.until() == Some(Until::LetGo) => error,
+        done => return done,
+    };
+    let pid = vm.pid();
+    drop(vm);
+    let taken = take::take(context, device, pid, options.dry_run).await?.ok_or(refused)?;
+    let (from, name) = (escape(&taken.vm), escape(&taken.name));
+    if options.dry_run {
+        let line = format_args!("would take {device} ({name}) from {from}, and attach it");
+        return context.say(line);
+    }
+    context.say(format_args!("took {device} ({name}) from {from}"))?;
+    let mut vm = context.connect(address).await?;
+    attach(context, &mut vm, device, options).await
+}
+
+async fn attach(
     context: &Context,
     vm: &mut Vm,
     device: &Device,
@@ -54,6 +77,10 @@ async fn one(
     match attached {
         Attached::There(guest_port) => {
             context.say(format_args!("{would} {device} to {name} as {id} at {guest_port}"))
+        }
+        Attached::Otherwise(other) => {
+            let other = escape(&other);
+            context.say(format_args!("{device} is in {name} already, as {other}"))
         }
         Attached::Already => context.say(format_args!("{device} is in {name} already, as {id}")),
     }

@@ -10,9 +10,11 @@ mod inspect;
 mod list;
 mod man;
 mod options;
+mod release;
 mod rule;
 mod running;
 mod sync;
+mod take;
 mod udev;
 mod vms;
 
@@ -33,6 +35,7 @@ pub async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Inspect(arguments) => inspect::run(&context, arguments).await,
         Command::Attach(arguments) => attach::run(&context, arguments).await,
         Command::Detach(arguments) => detach::run(&context, arguments).await,
+        Command::Release(arguments) => release::run(&context, arguments).await,
         Command::Udev(arguments) => udev::run(&context, arguments).await,
         Command::List(arguments) => list::run(&context, arguments).await,
         Command::Vms(arguments) => vms::run(&context, arguments).await,

@@ -8,6 +8,7 @@ use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
 use super::Context;
+use crate::attach::Attached;
 use crate::cli::Sync;
 use crate::error::Error;
 use crate::host::{Host, Look};
@@ -190,6 +191,10 @@ impl Job {
         let line = assignment.map(|assignment| self.policy.line(assignment));
         let (action, rule_line, why) = match (step, done) {
             (_, Ok(Done::Nothing(_))) | (Step::Nothing, _) => return None,
+            (_, Ok(Done::Attached(device, Attached::Otherwise(name)))) => {
+                debug!("{device} is in the VM already, as {}", escape(name));
+                return None;
+            }
             (_, Ok(Done::Detached(why))) => ("detach", None, why.to_string()),
             (Step::Detach(why), Err(_)) => ("detach", None, why.to_string()),
             (_, Ok(Done::Attached(..))) | (Step::Attach, Err(_)) => {

@@ -80,6 +80,10 @@ async fn add(
         Attached::There(guest_port) => {
             info!(%vm, port = %device.port, %id, ms, "attached {device} to {vm} at {guest_port} in {ms} ms");
         }
+        Attached::Otherwise(other) => {
+            let other = escape(&other);
+            info!(%vm, port = %device.port, "{device} is in {vm} already, as {other}");
+        }
         Attached::Already => info!(%vm, port = %device.port, %id, "{device} is in {vm} already"),
     }
     Ok(())

@@ -16,7 +16,7 @@ use crate::policy::{HostDevice, Policy};
 use crate::qemu::Vm;
 use crate::qemu::qmp::ErrorKind;
 use crate::reconcile::{self, Done, InVm, Vms};
-use crate::text::chain;
+use crate::text::{chain, escape};
 use crate::usb::{Address, Device, DeviceId, Port};
 
 /// How long to wait before connecting again to a socket that appeared but is
@@ -173,6 +173,10 @@ impl Worker {
             }
             Done::Attached(device, Attached::Already) => {
                 debug!(vm = name, %port, %id, rule, "{device} is in {name}");
+            }
+            Done::Attached(device, Attached::Otherwise(other)) => {
+                let other = escape(other);
+                debug!(vm = name, %port, rule, "{device} is in {name} already, as {other}");
             }
             Done::Detached(why) => {
                 info!(vm = name, %port, %id, ms, "detached {id} from {name} in {ms} ms: {why}");

@@ -65,11 +65,7 @@ impl Host {
     /// Who has the device, if somebody has that our lock does not tell of.
     /// To be asked while nobody else has the lock.
     pub fn owner(&self, device: &Device, look: Look) -> Option<Owner> {
-        let drivers = self.interfaces(&device.port).into_iter().map(|interface| {
-            let driver = fs::read_link(interface.join("driver")).ok()?;
-            Some(driver.file_name()?.to_string_lossy().into_owned())
-        });
-        let drivers: Vec<Option<String>> = drivers.collect();
+        let drivers = self.drivers_of(&device.port);
         if drivers.iter().flatten().any(|driver| driver == CLAIMED) {
             return Some(self.claimer(device.address));
         }
@@ -81,6 +77,21 @@ impl Host {
         }
         let mut vms = self.writers(device.address).into_iter();
         vms.find(|pid| self.qemu(*pid).is_some()).map(|pid| Owner::Vm(self.holder(pid)))
+    }
+
+    /// Whether no driver of the host has the device at a port: QEMU takes them
+    /// all off, and claims some interfaces for itself.
+    pub fn has_no_driver(&self, port: &Port) -> bool {
+        self.drivers_of(port).iter().flatten().all(|driver| driver == CLAIMED)
+    }
+
+    /// The driver of each interface of the device at a port.
+    fn drivers_of(&self, port: &Port) -> Vec<Option<String>> {
+        let driver = |interface: std::path::PathBuf| {
+            let driver = fs::read_link(interface.join("driver")).ok()?;
+            Some(driver.file_name()?.to_string_lossy().into_owned())
+        };
+        self.interfaces(port).into_iter().map(driver).collect()
     }
 
     /// Whether the kernel lets anybody use the device at a port (Linux,

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::qmp::{self, Ticket};
+use super::usb_host::{USB_HOST, UsbHost};
 use super::vm::{ALL, FDSET, Given, Object, USERS, Vm};
 use crate::qemu::{
     Controller, ControllerKind, GuestPort, InfoLine, NoGuestPort, Placement, guest_ports,
@@ -75,6 +76,8 @@ pub enum Status {
 pub struct Probe {
     /// The host device that has the id already.
     pub present: Option<Given>,
+    /// The host devices that others gave to the VM: those without an id of ours.
+    pub others: Vec<UsbHost>,
     /// What the VM is doing.
     pub status: Status,
     /// Where the device can go once the id is free, the best place first.
@@ -123,11 +126,19 @@ impl Vm {
         let lines = self.answer_info_usb(info).await?;
 
         let has_id = |object: &&Object| object.id.as_deref() == Some(id.as_str());
-        let present = objects.iter().find(has_id).filter(|object| object.driver == "usb-host");
+        let present = objects.iter().find(has_id).filter(|object| object.driver == USB_HOST);
         let present = match present {
             Some(object) => Some(self.ask_given(&object.path)?),
             None => None,
         };
+        let is_ours = |id: &String| id.parse().is_ok_and(|id: DeviceId| id.port().is_some());
+        let mut others = Vec::new();
+        for object in &objects {
+            let is_other = object.driver == USB_HOST && !object.id.as_ref().is_some_and(is_ours);
+            if is_other {
+                others.push(self.ask_usb_host(object)?);
+            }
+        }
         let controllers = self.ask_controllers(&objects)?;
         // The text numbers the buses; one device of each bus tells its name.
         let with_id: HashMap<&str, &Object> =
@@ -144,6 +155,7 @@ impl Vm {
             Some(tickets) => self.answer_given(tickets).await?,
             None => None,
         };
+        let others = self.answer_usb_hosts(others).await?;
         let controllers = self.answer_controllers(controllers).await?;
         let by_path: HashMap<&str, &str> =
             controllers.iter().map(|c| (c.bus_path.as_str(), c.bus.as_str())).collect();
@@ -167,14 +179,8 @@ impl Vm {
             |line: &InfoLine| present.is_none() || line.product(Some(id.as_str())).is_none();
         let taken: Vec<GuestPort> =
             lines.into_iter().filter(stays).filter_map(guest_port).collect();
-        Ok((
-            Probe {
-                present,
-                status,
-                guest_ports: guest_ports(&controllers, &taken, speed, placement),
-            },
-            controllers,
-        ))
+        let guest_ports = guest_ports(&controllers, &taken, speed, placement);
+        Ok((Probe { present, others, status, guest_ports }, controllers))
     }
 
     fn ask_status(&mut self) -> Result<Ticket<query_status>, qmp::Error> {

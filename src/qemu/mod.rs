@@ -4,6 +4,7 @@
 //! - `vm`: one VM's objects, controllers and host devices, over a [`qmp::Session`].
 //! - `device`: a host device into the VM.
 //! - `controller`: a controller more, where there is no port for it.
+//! - `usb_host`: the host devices in a VM, whoever gave them to it.
 //! - `inspect`: everything USB that the VM has.
 //! - `ports`, `info_usb`: the choice of a free port, and QEMU's own list. Pure.
 
@@ -14,6 +15,7 @@ mod inspect;
 mod ports;
 pub mod qmp;
 mod qom;
+mod usb_host;
 mod vm;
 
 pub use device::{Access, Attachment, Probe, Status};
@@ -23,4 +25,5 @@ pub use ports::{
     CONTROLLER_XML, Controller, ControllerKind, GuestPort, NoGuestPort, Placement, guest_ports,
 };
 pub use qmp::VmAddress;
+pub use usb_host::{UsbHost, Wanted};
 pub use vm::{Given, Vm};

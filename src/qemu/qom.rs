@@ -25,6 +25,7 @@ pub struct QomList {
 pub enum Property {
     Text(String),
     Number(u64),
+    Truth(bool),
     Other,
 }
 
@@ -57,7 +58,7 @@ impl Property {
     pub fn number(&self) -> Option<u64> {
         match self {
             Property::Number(number) => Some(*number),
-            Property::Text(_) | Property::Other => None,
+            Property::Text(_) | Property::Truth(_) | Property::Other => None,
         }
     }
 
@@ -65,7 +66,15 @@ impl Property {
     pub fn text(self) -> Option<String> {
         match self {
             Property::Text(text) => Some(text),
-            Property::Number(_) | Property::Other => None,
+            Property::Number(_) | Property::Truth(_) | Property::Other => None,
+        }
+    }
+
+    /// The truth value, if it is one.
+    pub fn truth(self) -> Option<bool> {
+        match self {
+            Property::Truth(truth) => Some(truth),
+            Property::Text(_) | Property::Number(_) | Property::Other => None,
         }
     }
 }
@@ -108,8 +117,8 @@ impl<'de> Visitor<'de> for AnyProperty {
         Ok(Property::Other)
     }
 
-    fn visit_bool<E>(self, _: bool) -> Result<Property, E> {
-        Ok(Property::Other)
+    fn visit_bool<E>(self, truth: bool) -> Result<Property, E> {
+        Ok(Property::Truth(truth))
     }
 
     fn visit_unit<E>(self) -> Result<Property, E> {
@@ -136,7 +145,8 @@ mod tests {
         let read = |json: &str| serde_json::from_str::<Property>(json).unwrap();
         assert_eq!(read("\"a\\n\""), Property::Text("a\n".into()));
         assert_eq!(read("7"), Property::Number(7));
-        for json in ["-7", "1.5", "true", "null", "[[1], {}]", "{\"a\": [{\"b\": null}]}"] {
+        assert_eq!(read("true"), Property::Truth(true));
+        for json in ["-7", "1.5", "null", "[[1], {}]", "{\"a\": [{\"b\": null}]}"] {
             assert_eq!(read(json), Property::Other, "{json}");
         }
     }

@@ -160,16 +160,25 @@ impl Vm {
         self.session.peer_pid()
     }
 
-    /// Removes the device with this id; false if there is none. For a USB
-    /// device QEMU has done it when it answers. What an attach of it left in the
-    /// set goes with it.
+    /// Removes the device with this id; false if there is none.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Vm::remove`].
+    pub async fn detach(&mut self, id: &DeviceId) -> Result<bool, Error> {
+        self.remove(id.as_str()).await
+    }
+
+    /// Removes a device by its id, or by its place in the object tree; false
+    /// if there is none. For a USB device QEMU has done it when it answers. What
+    /// an attach of it left in the set goes with it.
     ///
     /// # Errors
     ///
     /// As for [`Session::reply`].
-    pub async fn detach(&mut self, id: &DeviceId) -> Result<bool, Error> {
+    pub async fn remove(&mut self, name: &str) -> Result<bool, Error> {
         self.session.want_events(DELETED);
-        let removed = self.session.send(&device_del { id: id.to_string() })?;
+        let removed = self.session.send(&device_del { id: name.to_owned() })?;
         let emptied = self.ask_to_drop_descriptors()?;
         let removed = self.session.reply(removed).await;
         if removed.as_ref().map_or_else(|error| error.refusal().is_some(), |_| true) {
@@ -422,7 +431,7 @@ impl Vm {
 }
 
 /// The address in `/dev/bus/usb/001/037`.
-fn address_of_node(node: &str) -> Option<Address> {
+pub(super) fn address_of_node(node: &str) -> Option<Address> {
     let (bus, device) = node.strip_prefix("/dev/bus/usb/")?.split_once('/')?;
     Address::from_numbers(bus, device).ok()
 }

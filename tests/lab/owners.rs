@@ -18,6 +18,13 @@ crate::tests![
     a_program_that_only_has_it_open_is_no_owner,
     a_rule_and_the_daemon_refuse_what_is_claimed,
     what_is_not_authorized_is_refused_until_it_is,
+    what_the_vm_has_under_another_id_is_there_already,
+    what_the_vm_has_found_by_itself_is_there_already,
+    every_name_finds_what_the_vm_has_whatever_its_id,
+    a_device_is_taken_from_the_vm_that_has_it,
+    what_a_vm_would_take_back_is_not_taken,
+    what_has_no_room_or_no_monitor_is_not_taken,
+    release_gives_a_device_back_whoever_has_it,
 ];
 
 const UNSEEN: &str = "a program or a VM that cannot be seen from here";
@@ -128,6 +135,170 @@ fn what_is_not_authorized_is_refused_until_it_is() {
     fs::write(&authorized, "1").unwrap();
     run(["attach", &vm.socket(), &mouse.port]).succeeds();
     vm.gets(&[&mouse]);
+}
+
+fn what_the_vm_has_under_another_id_is_there_already() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    theirs(&vm, &stick, "theirs");
+    let said = run(["attach", &vm.socket(), &stick.port]).succeeds().stdout;
+    assert!(said.contains("2-3") && said.contains("already, as theirs"), "{said}");
+    assert_eq!(vm.ids(), ["theirs"]);
+    assert_eq!(vm.open_nodes().len(), 1);
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let synced = run(["--config", crate::daemon::CONFIG, "sync"]).succeeds().stdout;
+    assert_eq!(synced, "a: nothing to do\n");
+    assert_eq!(vm.ids(), ["theirs"]);
+}
+
+fn what_the_vm_has_found_by_itself_is_there_already() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").argument("-device", "usb-host,vendorid=0x46f4,hostport=3").start();
+    let other = hardware.plug(Stick::new("SN1"), xhci(4));
+    let stick = hardware.plug(Stick::new("SN2"), xhci(3));
+    wait_until("QEMU has found it", || vm.open_nodes() == [stick.node()]);
+    let said = run(["attach", &vm.socket(), &stick.port]).succeeds().stdout;
+    assert!(said.contains("already, as /machine/peripheral-anon/device["), "{said}");
+    assert_eq!(vm.open_nodes(), [stick.node()]);
+    run(["attach", &vm.socket(), &other.port]).succeeds();
+    assert_eq!(vm.open_nodes().len(), 2);
+    // Although QEMU has no id for it.
+    run(["detach", &vm.socket(), "serial=SN2"]).succeeds();
+    wait_until("its driver is back", || stick.driver().as_deref() == Some("usb-storage"));
+    assert_eq!(vm.open_nodes(), [other.node()]);
+}
+
+fn every_name_finds_what_the_vm_has_whatever_its_id() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let node = stick.node();
+    let names = ["2-3", "46f4:0001", "serial=SN1", node.to_str().unwrap(), "hostdev0"];
+    for name in names {
+        theirs(&vm, &stick, "hostdev0");
+        run(["detach", &vm.socket(), name]).succeeds();
+        vm.loses_all();
+    }
+    run(["detach", &vm.socket(), "2-3"]).exits(3);
+}
+
+fn a_device_is_taken_from_the_vm_that_has_it() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    run(["attach", &a.socket(), &stick.port]).succeeds();
+    let take = |options: &[&str]| {
+        run(["attach", "--take", &b.socket(), &stick.port].iter().chain(options))
+    };
+    let said = take(&["--dry-run"]).succeeds().stdout;
+    assert!(
+        said.contains(&format!(
+            "would take 2-3 (46f4:0001, {}:{}) (usb-host-2-3) from {}",
+            stick.bus,
+            stick.address,
+            a.socket()
+        )),
+        "{said}"
+    );
+    a.must_have(&stick);
+    let said = take(&[]).succeeds().stdout;
+    assert!(said.contains("took 2-3") && said.contains("attached 2-3"), "{said}");
+    a.loses_all();
+    b.gets(&[&stick]);
+    run(["detach", &b.socket(), &stick.port]).succeeds();
+    // Whatever its id is there, and whoever made it.
+    theirs(&a, &stick, "theirs");
+    let said = take(&[]).succeeds().stdout;
+    assert!(said.contains("(theirs) from"), "{said}");
+    a.loses_all();
+    b.gets(&[&stick]);
+    // From who searches for it, too: the search ends with the object.
+    run(["detach", &b.socket(), &stick.port]).succeeds();
+    a.qmp("device_add", json!({"driver": "usb-host", "vendorid": 0x46f4}));
+    wait_until("QEMU has found it", || a.open_nodes() == [stick.node()]);
+    take(&[]).succeeds();
+    a.loses_all();
+    b.gets(&[&stick]);
+}
+
+fn what_a_vm_would_take_back_is_not_taken() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    for id in ["one", "two"] {
+        a.qmp("device_add", json!({"driver": "usb-host", "id": id, "vendorid": 0x46f4}));
+    }
+    wait_until("QEMU has found it", || a.open_nodes() == [stick.node()]);
+    let refused = run(["attach", "--take", &b.socket(), &stick.port]).exits(7).stderr;
+    assert!(refused.contains("its two looks for such a device"), "{refused}");
+    run(["release", &stick.port]).exits(7);
+    assert_eq!(a.open_nodes(), [stick.node()]);
+    a.qmp("device_del", json!({"id": "two"}));
+    run(["release", &stick.port]).succeeds();
+    a.loses_all();
+}
+
+fn what_has_no_room_or_no_monitor_is_not_taken() {
+    let mut hardware = Hardware::open();
+    let a = Vm::new("a").start();
+    let b = Vm::new("b").without_controller().start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    run(["attach", &a.socket(), &stick.port]).succeeds();
+    run(["attach", "--take", &b.socket(), &stick.port]).exits(6);
+    let _held: Vec<_> = ["qmp", "check"]
+        .map(|monitor| std::os::unix::net::UnixStream::connect(format!("/run/vm/a.{monitor}")))
+        .into_iter()
+        .collect();
+    let c = Vm::new("c").start();
+    let refused = run(["attach", "--take", &c.socket(), &stick.port]).exits(5).stderr;
+    let named = format!("is in VM a (process {}), and no monitor", a.pid());
+    assert!(refused.contains(&named), "{refused}");
+    a.must_have(&stick);
+}
+
+fn release_gives_a_device_back_whoever_has_it() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let mouse = hardware.plug(Device::Mouse, xhci(4));
+    run(["attach", &a.socket(), &stick.port]).succeeds();
+    theirs(&b, &mouse, "theirs");
+    run(["release", "--dry-run", &stick.port, &mouse.port]).succeeds();
+    a.must_have(&stick);
+    let said = run(["release", &stick.port, &mouse.port]).succeeds().stdout;
+    assert!(said.contains("detached 2-3") && said.contains("(theirs) from /run/vm/b."), "{said}");
+    a.loses_all();
+    b.loses_all();
+    wait_until("the drivers are back", || {
+        stick.driver().as_deref() == Some("usb-storage")
+            && mouse.driver().as_deref() == Some("usbhid")
+    });
+    let said = run(["release", &stick.port]).succeeds().stdout;
+    assert!(said.contains("no VM has 2-3"), "{said}");
+    // What a killed QEMU has left without a driver.
+    run(["attach", &a.socket(), &stick.port]).succeeds();
+    a.kill();
+    run(["release", &stick.port]).succeeds();
+    assert_eq!(stick.driver().as_deref(), Some("usb-storage"));
+    // What is gone and still in a VM.
+    run(["attach", &b.socket(), &stick.port]).succeeds();
+    hardware.pull(&stick);
+    let said = run(["release", "2-3"]).succeeds().stdout;
+    assert!(said.contains("usb-host-2-3") && said.contains("its device is gone"), "{said}");
+    b.loses_all();
+    run(["release", "2-3"]).exits(3);
+    // A program keeps what it has.
+    let program = claim(&mouse);
+    let refused = run(["release", &mouse.port]).exits(7).stderr;
+    assert!(refused.contains(&program.0.id().to_string()), "{refused}");
+}
+
+/// A host device in a VM that this tool did not put there.
+fn theirs(vm: &Vm, device: &Plugged, id: &str) {
+    let (bus, address) = (device.bus, device.address);
+    let theirs = json!({"driver": "usb-host", "id": id, "hostbus": bus, "hostaddr": address});
+    vm.qmp("device_add", theirs);
 }
 
 /// A program that runs until it is dropped.

@@ -97,7 +97,8 @@ impl Host {
         sees_all.then_some(false)
     }
 
-    pub(in crate::host) fn holder(&self, pid: i32) -> Holder {
+    /// What is shown of a process.
+    pub fn holder(&self, pid: i32) -> Holder {
         let read = |name| {
             let text = read_if_there(&self.path(format!("/proc/{pid}/{name}")));
             text.ok().flatten().unwrap_or_default()

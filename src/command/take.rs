@@ -1,0 +1,185 @@
+//! A device out of the VM that has it, whichever that is: for `attach --take`
+//! and `release`.
+
+use std::time::Duration;
+
+use tracing::debug;
+
+use super::Context;
+use crate::error::Error;
+use crate::host::proc::cmdline::Endpoint;
+use crate::host::{Host, Qemu, Reach};
+use crate::passed::{self, Passed};
+use crate::qemu::{Vm, VmAddress};
+use crate::text::chain;
+use crate::usb::{Device, Selector};
+
+/// How long a VM may take to answer that may not have the device at all.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What was taken from a VM, or in a dry run, what would be.
+#[derive(Debug)]
+pub struct Taken {
+    /// The VM, as text for messages.
+    pub vm: String,
+    /// What it was there: an id, or a place in QEMU's object tree.
+    pub name: String,
+}
+
+/// Detaches a device from the VM that has it; `None` if no VM is known to have
+/// it. A QEMU to be left alone can be given.
+///
+/// # Errors
+///
+/// [`Error::OutOfReach`] where the VM cannot be asked, [`Error::WouldReturn`]
+/// where it would take the device again, [`Error::Unclear`], and what the
+/// conversation met.
+pub async fn take(
+    context: &Context,
+    device: &Device,
+    except: Option<i32>,
+    dry_run: bool,
+) -> Result<Option<Taken>, Error> {
+    let host = &context.host;
+    let mut qemus = host.qemus();
+    qemus.retain(|qemu| Some(qemu.pid) != except);
+    let holds = |qemu: &Qemu| host.holds(qemu.pid, device.address);
+    let holder = qemus.iter().find(|qemu| holds(qemu) == Some(true)).cloned();
+    if let Some(holder) = &holder {
+        qemus = vec![holder.clone()];
+    }
+    let find = |in_vm: &[Passed]| {
+        let found = passed::find(in_vm, device)?;
+        found.map_or(Ok(None), |name| may_go(in_vm, device, &name).map(|()| Some(name)))
+    };
+    for address in addresses(context, &qemus) {
+        // At another one's socket another QEMU may listen now; who is no QEMU
+        // has made the socket for one, as libvirt does.
+        let is_asked = |vm: &Vm| match vm.pid() {
+            Some(pid) if host.qemu(pid).is_some() => match &holder {
+                Some(holder) => holder.pid == pid,
+                None => except != Some(pid),
+            },
+            _ => true,
+        };
+        if let Some(taken) = remove(context, &address, is_asked, find, dry_run).await? {
+            return Ok(Some(taken));
+        }
+    }
+    match holder {
+        Some(holder) => {
+            let vm = host.holder(holder.pid).to_string();
+            Err(Error::OutOfReach { device: device.clone(), vm })
+        }
+        None => Ok(None),
+    }
+}
+
+/// Detaches what is left of a device that is gone, from whichever VM has it.
+///
+/// # Errors
+///
+/// What the conversation with that VM met.
+pub async fn take_leftover(
+    context: &Context,
+    selector: &Selector,
+    dry_run: bool,
+) -> Result<Option<Taken>, Error> {
+    let find = |in_vm: &[Passed]| passed::choose(&context.host, selector, in_vm);
+    for address in addresses(context, &context.host.qemus()) {
+        let find = |in_vm: &[Passed]| find(in_vm).or(Ok(None));
+        if let Some(taken) = remove(context, &address, |_| true, find, dry_run).await? {
+            return Ok(Some(taken));
+        }
+    }
+    Ok(None)
+}
+
+/// Removes from a VM what is found there. A VM that cannot be asked has
+/// nothing, as far as is known.
+async fn remove(
+    context: &Context,
+    address: &VmAddress,
+    is_asked: impl Fn(&Vm) -> bool,
+    find: impl Fn(&[Passed]) -> Result<Option<String>, Error>,
+    dry_run: bool,
+) -> Result<Option<Taken>, Error> {
+    let time = context.timeout.min(PATIENCE);
+    let what = || format!("asking {address} for its devices");
+    let looked = async {
+        let mut vm = Vm::connect(address, time).await?;
+        if !is_asked(&vm) {
+            return Ok(None);
+        }
+        let in_vm = passed::look(&context.host, &mut vm).await?;
+        Ok::<_, Error>(Some((vm, in_vm)))
+    };
+    let (vm, in_vm) = match context.during(what, looked).await {
+        Ok(Some(looked)) => looked,
+        Ok(None) => return Ok(None),
+        Err(error) => {
+            debug!("passed over {address}: {}", chain(&error));
+            return Ok(None);
+        }
+    };
+    let Some(name) = find(&in_vm)? else { return Ok(None) };
+    drop(vm);
+    let shown = address.to_string();
+    if !dry_run {
+        let mut vm = context.connect(address).await?;
+        let what = || format!("detaching {name} from {shown}");
+        context.during(what, vm.remove(&name)).await?;
+    }
+    Ok(Some(Taken { vm: shown, name }))
+}
+
+/// Refuses to take what the VM's QEMU would take again: another of its objects
+/// looks for such a device, and has none yet.
+fn may_go(in_vm: &[Passed], device: &Device, name: &str) -> Result<(), Error> {
+    let waits = |passed: &&Passed| {
+        let object = &passed.object;
+        object.name != name
+            && object.is_attached != Some(true)
+            && object.wanted.is_search()
+            && object.wanted.fits(device)
+    };
+    match in_vm.iter().find(waits) {
+        Some(passed) => {
+            let by = passed.object.name.clone();
+            Err(Error::WouldReturn { device: device.clone(), by })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Where these QEMUs, and the VMs of the configuration, can be asked: monitors
+/// that nobody else holds.
+fn addresses(context: &Context, qemus: &[Qemu]) -> Vec<VmAddress> {
+    let mut found: Vec<VmAddress> =
+        qemus.iter().flat_map(|qemu| monitors(&context.host, qemu)).collect();
+    let config = context.config_or_none();
+    for vm in config.vms {
+        if !found.contains(&vm.address) {
+            found.push(vm.address);
+        }
+    }
+    found
+}
+
+fn monitors(host: &Host, qemu: &Qemu) -> Vec<VmAddress> {
+    let line = &qemu.command_line;
+    let free = |endpoint: &Endpoint| match endpoint {
+        Endpoint::Unix(path) if host.clients(qemu.pid, path).is_none() => {
+            match host.reach(qemu.pid, path) {
+                Reach::Here(socket) | Reach::Elsewhere(socket) => Some(VmAddress::Socket(socket)),
+                Reach::Hidden => None,
+            }
+        }
+        _ => None,
+    };
+    let mut found: Vec<VmAddress> = line.monitors.iter().filter_map(free).collect();
+    if let (true, Some(name)) = (line.is_libvirt, &line.name) {
+        found.extend(VmAddress::read(&format!("libvirt:{name}")).ok().flatten());
+    }
+    found
+}

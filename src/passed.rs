@@ -1,0 +1,202 @@
+//! What a VM has of the host's devices, whoever gave it to the VM: which
+//! device is behind each of QEMU's objects, and which object a person means.
+
+use crate::error::Error;
+use crate::host::{self, Host};
+use crate::qemu::{UsbHost, Vm};
+use crate::usb::{Device, DeviceId, Port, Selector};
+
+/// A host device in a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Passed {
+    /// QEMU's object.
+    pub object: UsbHost,
+    /// The device behind it; several where it is one of these, and none where
+    /// it is gone, or cannot be told.
+    pub devices: Vec<Device>,
+}
+
+/// Looks at everything in a VM that is a device of the host.
+///
+/// # Errors
+///
+/// As for [`Vm::usb_hosts`] and [`Host::devices`].
+pub async fn look(host: &Host, vm: &mut Vm) -> Result<Vec<Passed>, Error> {
+    let objects = vm.usb_hosts().await?;
+    let devices = if objects.is_empty() { Vec::new() } else { host.devices()? };
+    Ok(behind(host, vm.pid(), objects, &devices))
+}
+
+/// The object in a QEMU by which it has a device, if it has it: the name, and
+/// of several that may be it, the first.
+///
+/// # Errors
+///
+/// As for [`Host::devices`].
+pub fn name_of(
+    host: &Host,
+    qemu: Option<i32>,
+    objects: Vec<UsbHost>,
+    device: &Device,
+) -> Result<Option<String>, Error> {
+    if objects.iter().all(|object| !object.wanted.fits(device)) {
+        return Ok(None);
+    }
+    let holds = qemu.and_then(|pid| host.holds(pid, device.address)) == Some(true);
+    let passed = behind(host, qemu, objects, &host.devices()?).into_iter();
+    let mut its = passed.filter(|passed| match passed.devices.as_slice() {
+        [only] => only == device,
+        several => holds && several.contains(device),
+    });
+    Ok(its.next().map(|passed| passed.object.name))
+}
+
+/// Finds the devices behind the objects of a QEMU. It tells which device it
+/// was told to take; which one it has found by itself, only its open nodes do.
+fn behind(
+    host: &Host,
+    qemu: Option<i32>,
+    objects: Vec<UsbHost>,
+    devices: &[Device],
+) -> Vec<Passed> {
+    let exact: Vec<_> = objects.iter().filter_map(|object| object.wanted.exact()).collect();
+    let has = |object: &UsbHost, device: &Device| {
+        let is_exact = object.wanted.exact().is_some();
+        let holds = qemu.and_then(|pid| host.holds(pid, device.address));
+        object.wanted.fits(device)
+            && (is_exact || !exact.contains(&device.address))
+            && holds.unwrap_or_else(|| is_exact || host.has_no_driver(&device.port))
+    };
+    let passed = |object: UsbHost| {
+        let its = devices.iter().filter(|device| has(&object, device)).cloned();
+        let devices = if object.is_attached == Some(false) { Vec::new() } else { its.collect() };
+        Passed { object, devices }
+    };
+    objects.into_iter().map(passed).collect()
+}
+
+/// The name of the object that has a device.
+///
+/// # Errors
+///
+/// [`Error::Unclear`] where several may have it.
+pub fn find(passed: &[Passed], device: &Device) -> Result<Option<String>, Error> {
+    let name = |passed: &Passed| passed.object.name.clone();
+    if let Some(passed) = passed.iter().find(|passed| passed.devices == [device.clone()]) {
+        return Ok(Some(name(passed)));
+    }
+    let maybe = passed.iter().filter(|passed| passed.devices.contains(device));
+    let names: Vec<String> = maybe.map(name).collect();
+    match names.is_empty() {
+        true => Ok(None),
+        false => Err(Error::Unclear { device: device.clone(), names }),
+    }
+}
+
+/// The object that a person means, by its name. The hardware may be gone: what
+/// the name and the VM itself know is enough for a port, an address and an id.
+///
+/// # Errors
+///
+/// [`Error::Unclear`] where it cannot be told which of several it is, and
+/// those of [`Host::find`].
+pub fn choose(
+    host: &Host,
+    selector: &Selector,
+    passed: &[Passed],
+) -> Result<Option<String>, Error> {
+    let names = |fits: &dyn Fn(&Passed) -> bool| -> Option<String> {
+        passed.iter().find(|passed| fits(passed)).map(|passed| passed.object.name.clone())
+    };
+    let with_id = |id: &DeviceId| names(&|passed| passed.object.name == id.as_str());
+    let of = |device: &Device| match with_id(&DeviceId::for_port(&device.port)) {
+        Some(id) if !passed.iter().any(|passed| passed.devices == [device.clone()]) => Ok(Some(id)),
+        _ => find(passed, device),
+    };
+    let at_port = |port: &Port| match (with_id(&DeviceId::for_port(port)), host.device(port)) {
+        (None, Ok(Some(device))) => of(&device),
+        (found, _) => Ok(found),
+    };
+    match selector {
+        Selector::Id(id) => Ok(with_id(id)),
+        Selector::Address(address) => {
+            let exact = names(&|passed| passed.object.wanted.exact() == Some(*address));
+            match (exact, host.find(selector)) {
+                (None, Ok(device)) => of(&device),
+                (found, _) => Ok(found),
+            }
+        }
+        Selector::Port(port) => at_port(port),
+        // Of a controller that is gone, the bus number is not known.
+        Selector::Path(path) => match host.port_of(path) {
+            Some(port) => at_port(&port),
+            None => Err(host::Error::NoDevice(host.absent(selector)).into()),
+        },
+        _ => match host.find(selector) {
+            Ok(device) => of(&device),
+            // Of several that fit, the one in the VM is meant.
+            Err(host::Error::Ambiguous { devices, selector }) => {
+                let here: Vec<Option<String>> =
+                    devices.iter().map(of).collect::<Result<_, Error>>()?;
+                let mut here: Vec<String> = here.into_iter().flatten().collect();
+                match here.len() {
+                    0 | 1 => Ok(here.pop()),
+                    _ => Err(host::Error::Ambiguous { devices, selector }.into()),
+                }
+            }
+            Err(error) => Err(error.into()),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::Wanted;
+
+    fn device(port: &str, address: &str) -> Device {
+        Device {
+            port: port.parse().unwrap(),
+            address: address.parse().unwrap(),
+            id: "46f4:0001".parse().unwrap(),
+            class: 0,
+        }
+    }
+
+    fn object(name: &str, wanted: Wanted) -> UsbHost {
+        UsbHost { name: name.into(), wanted, is_attached: Some(true) }
+    }
+
+    /// A host without `/proc` and drivers: nothing is seen of QEMU.
+    fn host() -> Host {
+        Host::at("/nonexistent")
+    }
+
+    fn at(bus: u16, address: u8) -> Wanted {
+        Wanted { bus: Some(bus), address: Some(address), ..Wanted::default() }
+    }
+
+    #[test]
+    fn the_device_at_an_address_is_behind_what_was_told_that_address() {
+        let devices = [device("1-1", "1:2"), device("1-2", "1:3")];
+        let objects = vec![object("hostdev0", at(1, 3)), object("hostdev1", at(1, 9))];
+        let passed = behind(&host(), None, objects, &devices);
+        assert_eq!(passed[0].devices, [device("1-2", "1:3")]);
+        assert!(passed[1].devices.is_empty());
+        let chosen = |selector: &str| choose(&host(), &selector.parse().unwrap(), &passed);
+        assert_eq!(chosen("1:9").unwrap().as_deref(), Some("hostdev1"));
+        assert_eq!(chosen("hostdev0").unwrap().as_deref(), Some("hostdev0"));
+        assert_eq!(chosen("1-1").unwrap(), None);
+    }
+
+    #[test]
+    fn a_search_may_have_what_fits_and_no_other_object_has() {
+        let devices = [device("1-1", "1:2"), device("1-2", "1:3"), device("2-1", "2:2")];
+        let search = || Wanted { vendor: Some(0x46f4), ..Wanted::default() };
+        let objects = vec![object("exact", at(1, 3)), object("search", search())];
+        let passed = behind(&host(), None, objects, &devices);
+        assert_eq!(passed[1].devices, [device("1-1", "1:2"), device("2-1", "2:2")]);
+        let idle = UsbHost { is_attached: Some(false), ..object("search", search()) };
+        assert!(behind(&host(), None, vec![idle], &devices)[0].devices.is_empty());
+    }
+}
