@@ -75,56 +75,54 @@ fn behind(
     objects.into_iter().map(passed).collect()
 }
 
-/// The name of the object that has a device.
+/// The names of the objects that have a device. QEMU lets several open the same
+/// one (QEMU, hw/usb/host-libusb.c, `usb_host_auto_check`).
 ///
 /// # Errors
 ///
-/// [`Error::Unclear`] where several may have it.
-pub fn find(passed: &[Passed], device: &Device) -> Result<Option<String>, Error> {
-    let name = |passed: &Passed| passed.object.name.clone();
-    if let Some(passed) = passed.iter().find(|passed| passed.devices == [device.clone()]) {
-        return Ok(Some(name(passed)));
+/// [`Error::Unclear`] where one has it and it cannot be told which.
+pub fn find(passed: &[Passed], device: &Device) -> Result<Vec<String>, Error> {
+    let names = |fits: &dyn Fn(&&Passed) -> bool| -> Vec<String> {
+        let its = passed.iter().filter(fits);
+        its.map(|passed| passed.object.name.clone()).collect()
+    };
+    let its = names(&|passed| passed.devices == [device.clone()]);
+    let maybe = names(&|passed| passed.devices.contains(device));
+    if its.is_empty() && !maybe.is_empty() {
+        return Err(Error::Unclear { device: device.clone(), names: maybe });
     }
-    let maybe = passed.iter().filter(|passed| passed.devices.contains(device));
-    let names: Vec<String> = maybe.map(name).collect();
-    match names.is_empty() {
-        true => Ok(None),
-        false => Err(Error::Unclear { device: device.clone(), names }),
-    }
+    Ok(its)
 }
 
-/// The object that a person means, by its name. The hardware may be gone: what
-/// the name and the VM itself know is enough for a port, an address and an id.
+/// The objects that a person means, by their names; none if the VM does not
+/// have it. The hardware may be gone: what the name and the VM itself know is
+/// enough for a port, an address and an id.
 ///
 /// # Errors
 ///
-/// [`Error::Unclear`] where it cannot be told which of several it is, and
-/// those of [`Host::find`].
-pub fn choose(
-    host: &Host,
-    selector: &Selector,
-    passed: &[Passed],
-) -> Result<Option<String>, Error> {
-    let names = |fits: &dyn Fn(&Passed) -> bool| -> Option<String> {
-        passed.iter().find(|passed| fits(passed)).map(|passed| passed.object.name.clone())
+/// [`Error::Unclear`], and those of [`Host::find`].
+pub fn choose(host: &Host, selector: &Selector, passed: &[Passed]) -> Result<Vec<String>, Error> {
+    let names = |fits: &dyn Fn(&&Passed) -> bool| -> Vec<String> {
+        let its = passed.iter().filter(fits);
+        its.map(|passed| passed.object.name.clone()).collect()
     };
     let with_id = |id: &DeviceId| names(&|passed| passed.object.name == id.as_str());
-    let of = |device: &Device| match with_id(&DeviceId::for_port(&device.port)) {
-        Some(id) if !passed.iter().any(|passed| passed.devices == [device.clone()]) => Ok(Some(id)),
-        _ => find(passed, device),
+    let or = |found: Vec<String>, other: &dyn Fn() -> Result<Vec<String>, Error>| {
+        if found.is_empty() { other() } else { Ok(found) }
     };
-    let at_port = |port: &Port| match (with_id(&DeviceId::for_port(port)), host.device(port)) {
-        (None, Ok(Some(device))) => of(&device),
-        (found, _) => Ok(found),
+    let of = |device: &Device| {
+        let its_id = || Ok(with_id(&DeviceId::for_port(&device.port)));
+        or(find(passed, device)?, &its_id)
+    };
+    let at_port = |port: &Port| match host.device(port) {
+        Ok(Some(device)) => of(&device),
+        _ => Ok(with_id(&DeviceId::for_port(port))),
     };
     match selector {
         Selector::Id(id) => Ok(with_id(id)),
         Selector::Address(address) => {
             let exact = names(&|passed| passed.object.wanted.exact() == Some(*address));
-            match (exact, host.find(selector)) {
-                (None, Ok(device)) => of(&device),
-                (found, _) => Ok(found),
-            }
+            or(exact, &|| host.find(selector).map_or_else(|_| Ok(Vec::new()), |device| of(&device)))
         }
         Selector::Port(port) => at_port(port),
         // Of a controller that is gone, the bus number is not known.
@@ -136,11 +134,12 @@ pub fn choose(
             Ok(device) => of(&device),
             // Of several that fit, the one in the VM is meant.
             Err(host::Error::Ambiguous { devices, selector }) => {
-                let here: Vec<Option<String>> =
+                let here: Vec<Vec<String>> =
                     devices.iter().map(of).collect::<Result<_, Error>>()?;
-                let mut here: Vec<String> = here.into_iter().flatten().collect();
+                let mut here: Vec<Vec<String>> =
+                    here.into_iter().filter(|names| !names.is_empty()).collect();
                 match here.len() {
-                    0 | 1 => Ok(here.pop()),
+                    0 | 1 => Ok(here.pop().unwrap_or_default()),
                     _ => Err(host::Error::Ambiguous { devices, selector }.into()),
                 }
             }
@@ -184,9 +183,9 @@ mod tests {
         assert_eq!(passed[0].devices, [device("1-2", "1:3")]);
         assert!(passed[1].devices.is_empty());
         let chosen = |selector: &str| choose(&host(), &selector.parse().unwrap(), &passed);
-        assert_eq!(chosen("1:9").unwrap().as_deref(), Some("hostdev1"));
-        assert_eq!(chosen("hostdev0").unwrap().as_deref(), Some("hostdev0"));
-        assert_eq!(chosen("1-1").unwrap(), None);
+        assert_eq!(chosen("1:9").unwrap(), ["hostdev1"]);
+        assert_eq!(chosen("hostdev0").unwrap(), ["hostdev0"]);
+        assert_eq!(chosen("1-1").unwrap(), [""; 0]);
     }
 
     #[test]

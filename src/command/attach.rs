@@ -51,7 +51,7 @@ async fn one(
     let pid = vm.pid();
     drop(vm);
     let taken = take::take(context, device, pid, options.dry_run).await?.ok_or(refused)?;
-    let (from, name) = (escape(&taken.vm), escape(&taken.name));
+    let (from, name) = (escape(&taken.vm), taken.names());
     if options.dry_run {
         let line = format_args!("would take {device} ({name}) from {from}, and attach it");
         return context.say(line);

@@ -43,14 +43,20 @@ async fn one(
         debug!("{shown} has {}", escape(&passed.object.name));
     }
     let missing = || Error::NotInVm { vm: name.clone(), what: selector.to_string() };
-    let object = passed::choose(&context.host, selector, &in_vm)?.ok_or_else(missing)?;
-    let id = escape(&object);
-    if dry_run {
-        return context.say(format_args!("would detach {id} from {shown}"));
+    let objects = passed::choose(&context.host, selector, &in_vm)?;
+    let mut is_there = false;
+    for object in &objects {
+        let id = escape(object);
+        if dry_run {
+            context.say(format_args!("would detach {id} from {shown}"))?;
+            is_there = true;
+            continue;
+        }
+        let what = || format!("detaching {id} from {shown}");
+        if context.during(what, vm.remove(object)).await? {
+            context.say(format_args!("detached {id} from {shown}"))?;
+            is_there = true;
+        }
     }
-    let what = || format!("detaching {id} from {shown}");
-    if !context.during(what, vm.remove(&object)).await? {
-        return Err(missing());
-    }
-    context.say(format_args!("detached {id} from {shown}"))
+    if is_there { Ok(()) } else { Err(missing()) }
 }

@@ -27,14 +27,14 @@ async fn one(context: &Context, selector: &Selector, dry_run: bool) -> Result<()
         Err(error @ host::Error::NoDevice(_)) => {
             let taken = take::take_leftover(context, selector, dry_run).await?;
             let taken = taken.ok_or(error)?;
-            let (name, vm) = (escape(&taken.name), escape(&taken.vm));
+            let (name, vm) = (taken.names(), escape(&taken.vm));
             return context.say(format_args!("{would} {name} from {vm}; its device is gone"));
         }
         Err(error) => return Err(error.into()),
     };
     match take::take(context, &device, None, dry_run).await? {
         Some(taken) => {
-            let (name, vm) = (escape(&taken.name), escape(&taken.vm));
+            let (name, vm) = (taken.names(), escape(&taken.vm));
             let end = if dry_run { "" } else { "; the host has it" };
             context.say(format_args!("{would} {device} ({name}) from {vm}{end}"))
         }

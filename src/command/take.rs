@@ -11,7 +11,7 @@ use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Host, Qemu, Reach};
 use crate::passed::{self, Passed};
 use crate::qemu::{Vm, VmAddress};
-use crate::text::chain;
+use crate::text::{chain, escape};
 use crate::usb::{Device, Selector};
 
 /// How long a VM may take to answer that may not have the device at all.
@@ -22,8 +22,16 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub struct Taken {
     /// The VM, as text for messages.
     pub vm: String,
-    /// What it was there: an id, or a place in QEMU's object tree.
-    pub name: String,
+    /// What it was there: ids, or places in QEMU's object tree.
+    pub names: Vec<String>,
+}
+
+impl Taken {
+    /// The names, for messages.
+    pub fn names(&self) -> String {
+        let names: Vec<_> = self.names.iter().map(|name| escape(name)).collect();
+        names.join(", ")
+    }
 }
 
 /// Detaches a device from the VM that has it; `None` if no VM is known to have
@@ -50,7 +58,7 @@ pub async fn take(
     }
     let find = |in_vm: &[Passed]| {
         let found = passed::find(in_vm, device)?;
-        found.map_or(Ok(None), |name| may_go(in_vm, device, &name).map(|()| Some(name)))
+        may_go(in_vm, device, &found).map(|()| found)
     };
     for address in addresses(context, &qemus) {
         // At another one's socket another QEMU may listen now; who is no QEMU
@@ -87,7 +95,8 @@ pub async fn take_leftover(
 ) -> Result<Option<Taken>, Error> {
     let find = |in_vm: &[Passed]| passed::choose(&context.host, selector, in_vm);
     for address in addresses(context, &context.host.qemus()) {
-        let find = |in_vm: &[Passed]| find(in_vm).or(Ok(None));
+        // What is not in this VM may be in the next one.
+        let find = |in_vm: &[Passed]| Ok(find(in_vm).unwrap_or_default());
         if let Some(taken) = remove(context, &address, |_| true, find, dry_run).await? {
             return Ok(Some(taken));
         }
@@ -101,7 +110,7 @@ async fn remove(
     context: &Context,
     address: &VmAddress,
     is_asked: impl Fn(&Vm) -> bool,
-    find: impl Fn(&[Passed]) -> Result<Option<String>, Error>,
+    find: impl Fn(&[Passed]) -> Result<Vec<String>, Error>,
     dry_run: bool,
 ) -> Result<Option<Taken>, Error> {
     let time = context.timeout.min(PATIENCE);
@@ -122,23 +131,29 @@ async fn remove(
             return Ok(None);
         }
     };
-    let Some(name) = find(&in_vm)? else { return Ok(None) };
+    let names = find(&in_vm)?;
     drop(vm);
+    if names.is_empty() {
+        return Ok(None);
+    }
     let shown = address.to_string();
     if !dry_run {
         let mut vm = context.connect(address).await?;
-        let what = || format!("detaching {name} from {shown}");
-        context.during(what, vm.remove(&name)).await?;
+        for name in &names {
+            let what = || format!("detaching {} from {}", escape(name), escape(&shown));
+            context.during(what, vm.remove(name)).await?;
+        }
     }
-    Ok(Some(Taken { vm: shown, name }))
+    Ok(Some(Taken { vm: shown, names }))
 }
 
 /// Refuses to take what the VM's QEMU would take again: another of its objects
 /// looks for such a device, and has none yet.
-fn may_go(in_vm: &[Passed], device: &Device, name: &str) -> Result<(), Error> {
+fn may_go(in_vm: &[Passed], device: &Device, names: &[String]) -> Result<(), Error> {
     let waits = |passed: &&Passed| {
         let object = &passed.object;
-        object.name != name
+        !names.is_empty()
+            && !names.contains(&object.name)
             && object.is_attached != Some(true)
             && object.wanted.is_search()
             && object.wanted.fits(device)
@@ -182,4 +197,31 @@ fn monitors(host: &Host, qemu: &Qemu) -> Vec<VmAddress> {
         found.extend(VmAddress::read(&format!("libvirt:{name}")).ok().flatten());
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::{UsbHost, Wanted};
+
+    #[test]
+    fn what_the_vm_would_take_back_stays() {
+        let device = Device {
+            port: "1-1".parse().unwrap(),
+            address: "1:2".parse().unwrap(),
+            id: "46f4:0001".parse().unwrap(),
+            class: 0,
+        };
+        let passed = |name: &str, vendor, is_attached| {
+            let wanted = Wanted { vendor, ..Wanted::default() };
+            let object = UsbHost { name: name.into(), wanted, is_attached: Some(is_attached) };
+            let devices = if is_attached { vec![device.clone()] } else { Vec::new() };
+            Passed { object, devices }
+        };
+        let has = passed("has", Some(0x46f4), true);
+        let may = |other: Passed| may_go(&[has.clone(), other], &device, &["has".to_owned()]);
+        assert!(may(passed("other", Some(0x46f5), false)).is_ok());
+        let refused = may(passed("waits", Some(0x46f4), false)).unwrap_err();
+        assert!(refused.to_string().contains("its waits looks for such a device"), "{refused}");
+    }
 }
