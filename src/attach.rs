@@ -104,7 +104,8 @@ pub async fn attach(
         }
     }
     if let (None, Err(lacks), false) = (&probe.present, &probe.guest_ports, may_add(options)) {
-        return Err(Error::NoGuestPort { vm: vm.name(), source: lacks.clone() });
+        let vm = vm.session().address().clone();
+        return Err(Error::NoGuestPort { vm, why: lacks.clone() });
     }
     if options.dry_run {
         return rehearse(host, vm, device, &id, probe, options).await;

@@ -158,7 +158,7 @@ mod tests {
             port: port.parse().unwrap(),
             address: address.parse().unwrap(),
             id: "46f4:0001".parse().unwrap(),
-            class: 0,
+            hub: false,
         }
     }
 

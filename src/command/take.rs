@@ -6,9 +6,9 @@ use std::time::Duration;
 use tracing::debug;
 
 use super::Context;
+use super::running::Running;
 use crate::error::Error;
-use crate::host::proc::cmdline::Endpoint;
-use crate::host::{Host, Qemu, Reach};
+use crate::host::Qemu;
 use crate::passed::{self, Passed};
 use crate::qemu::{Vm, VmAddress};
 use crate::text::{chain, escape};
@@ -60,7 +60,7 @@ pub async fn take(
         let found = passed::find(in_vm, device)?;
         may_go(in_vm, device, &found).map(|()| found)
     };
-    for address in addresses(context, &qemus) {
+    for address in addresses(context, qemus) {
         // At another one's socket another QEMU may listen now; who is no QEMU
         // has made the socket for one, as libvirt does.
         let is_asked = |vm: &Vm| match vm.pid() {
@@ -94,7 +94,7 @@ pub async fn take_leftover(
     dry_run: bool,
 ) -> Result<Option<Taken>, Error> {
     let find = |in_vm: &[Passed]| passed::choose(&context.host, selector, in_vm);
-    for address in addresses(context, &context.host.qemus()) {
+    for address in addresses(context, context.host.qemus()) {
         // What is not in this VM may be in the next one.
         let find = |in_vm: &[Passed]| Ok(find(in_vm).unwrap_or_default());
         if let Some(taken) = remove(context, &address, |_| true, find, dry_run).await? {
@@ -167,34 +167,14 @@ fn may_go(in_vm: &[Passed], device: &Device, names: &[String]) -> Result<(), Err
     }
 }
 
-/// Where these QEMUs, and the VMs of the configuration, can be asked: monitors
-/// that nobody else holds.
-fn addresses(context: &Context, qemus: &[Qemu]) -> Vec<VmAddress> {
-    let mut found: Vec<VmAddress> =
-        qemus.iter().flat_map(|qemu| monitors(&context.host, qemu)).collect();
-    let config = context.config_or_none();
-    for vm in config.vms {
+/// Where these QEMUs, and the VMs of the configuration, can be asked.
+fn addresses(context: &Context, qemus: Vec<Qemu>) -> Vec<VmAddress> {
+    let running = qemus.into_iter().filter_map(|qemu| Running::of(qemu).address(&context.host));
+    let mut found: Vec<VmAddress> = running.collect();
+    for vm in context.config_or_none().vms {
         if !found.contains(&vm.address) {
             found.push(vm.address);
         }
-    }
-    found
-}
-
-fn monitors(host: &Host, qemu: &Qemu) -> Vec<VmAddress> {
-    let line = &qemu.command_line;
-    let free = |endpoint: &Endpoint| match endpoint {
-        Endpoint::Unix(path) if host.clients(qemu.pid, path).is_none() => {
-            match host.reach(qemu.pid, path) {
-                Reach::Here(socket) | Reach::Elsewhere(socket) => Some(VmAddress::Socket(socket)),
-                Reach::Hidden => None,
-            }
-        }
-        _ => None,
-    };
-    let mut found: Vec<VmAddress> = line.monitors.iter().filter_map(free).collect();
-    if let (true, Some(name)) = (line.is_libvirt, &line.name) {
-        found.extend(VmAddress::read(&format!("libvirt:{name}")).ok().flatten());
     }
     found
 }
@@ -210,7 +190,7 @@ mod tests {
             port: "1-1".parse().unwrap(),
             address: "1:2".parse().unwrap(),
             id: "46f4:0001".parse().unwrap(),
-            class: 0,
+            hub: false,
         };
         let passed = |name: &str, vendor, is_attached| {
             let wanted = Wanted { vendor, ..Wanted::default() };

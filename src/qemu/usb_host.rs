@@ -157,7 +157,7 @@ mod tests {
             port: port.parse().unwrap(),
             address: address.parse().unwrap(),
             id: id.parse().unwrap(),
-            class: 0,
+            hub: false,
         }
     }
 
@@ -166,7 +166,7 @@ mod tests {
         let stick = device("1-1.2", "1:37", "152d:2338");
         let any = Wanted::default();
         assert!(any.fits(&stick) && any.is_search());
-        assert!(!any.fits(&Device { class: 9, ..stick.clone() }));
+        assert!(!any.fits(&Device { hub: true, ..stick.clone() }));
 
         let product = Wanted { vendor: Some(0x152d), ..any.clone() };
         assert!(product.fits(&stick) && product.is_search());
