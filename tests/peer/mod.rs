@@ -1,5 +1,6 @@
 //! The other end of a monitor's socket: a thread that plays QEMU, with a script for each test.
 
+use std::collections::VecDeque;
 use std::io::{IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -23,7 +24,7 @@ pub struct Command {
 /// QEMU's end of a connection.
 pub struct Peer {
     stream: UnixStream,
-    unread: Vec<u8>,
+    unread: VecDeque<u8>,
     descriptor: Option<OwnedFd>,
 }
 
@@ -31,7 +32,7 @@ impl Peer {
     pub fn new(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        Peer { stream, unread: Vec::new(), descriptor: None }
+        Peer { stream, unread: VecDeque::new(), descriptor: None }
     }
 
     /// Writes all of it; false if the other end has gone.
@@ -90,7 +91,7 @@ impl Peer {
     /// What was sent and not read yet, up to the end.
     pub fn rest(mut self) -> Vec<u8> {
         while self.receive() > 0 {}
-        self.unread
+        self.unread.into()
     }
 
     /// One read; the number of bytes that came.
@@ -111,7 +112,7 @@ impl Peer {
                 self.descriptor = descriptors.last();
             }
         }
-        self.unread.extend_from_slice(&bytes[..received]);
+        self.unread.extend(&bytes[..received]);
         received
     }
 }
