@@ -149,6 +149,17 @@ pub enum Error {
         /// What udevadm said.
         complaint: String,
     },
+    /// A signal stopped it.
+    #[error(
+        "stopped by {name}; what a VM was asked to do it may still do, `usb-qmp-hotplug inspect` \
+             shows what it has"
+    )]
+    Stopped {
+        /// The signal's name.
+        name: &'static str,
+        /// Its number (signal(7)).
+        number: i32,
+    },
     /// Several things failed, each reported already.
     #[error("{} of {of} failed", .errors.len())]
     Several {
@@ -228,6 +239,7 @@ impl Error {
     /// | 5 | the VM did not answer in time, or another client holds its monitor |
     /// | 6 | QEMU said no |
     /// | 7 | refused: hub, in use by the host, or held by another VM |
+    /// | 130, 143 | stopped by SIGINT or SIGTERM |
     pub fn exit_code(&self) -> u8 {
         use qmp::{ErrorKind, LibvirtError};
         match self {
@@ -261,6 +273,8 @@ impl Error {
             Error::Host(host::Error::Claimed { .. } | host::Error::NotAuthorized(_)) => 7,
             Error::Host(_) | Error::Write { .. } | Error::Setup { .. } => 1,
             Error::Install { .. } | Error::BadRule { .. } | Error::Silent(_) => 1,
+            // As shells say it (bash(1), "Exit status").
+            Error::Stopped { number, .. } => u8::try_from(128 + number).unwrap_or(1),
             Error::Several { errors, .. } => errors.iter().map(Error::exit_code).max().unwrap_or(1),
         }
     }

@@ -20,6 +20,8 @@ mod vms;
 
 pub use context::{Context, seconds};
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use crate::cli::{Cli, Command};
 use crate::daemon;
 use crate::error::Error;
@@ -28,8 +30,36 @@ use crate::error::Error;
 ///
 /// # Errors
 ///
-/// What the command met.
+/// What the command met, or the signal that stopped it.
 pub async fn run(cli: &Cli) -> Result<(), Error> {
+    match &cli.command {
+        // Dropped, an attach gives up what it has locked. A process that is
+        // killed leaves that to a QEMU which may not have got to it yet.
+        Command::Attach(_) | Command::Udev(_) | Command::Sync(_) => tokio::select! {
+            biased;
+            done = work(cli) => done,
+            stopped = stopped() => stopped,
+        },
+        _ => work(cli).await,
+    }
+}
+
+/// Waits for a signal that stops a program.
+async fn stopped() -> Result<(), Error> {
+    let listen = |kind| {
+        let what = "handle signals";
+        signal(kind).map_err(|source| Error::Setup { what, source })
+    };
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let mut terminate = listen(SignalKind::terminate())?;
+    let (name, number) = tokio::select! {
+        _ = interrupt.recv() => ("SIGINT", SignalKind::interrupt()),
+        _ = terminate.recv() => ("SIGTERM", SignalKind::terminate()),
+    };
+    Err(Error::Stopped { name, number: number.as_raw_value() })
+}
+
+async fn work(cli: &Cli) -> Result<(), Error> {
     let context = Context::new(cli)?;
     match &cli.command {
         Command::Inspect(arguments) => inspect::run(&context, arguments).await,
