@@ -263,8 +263,8 @@ async fn open(
         // The lock may be that of an attach that was cut off, not the object's.
         vm.drop_descriptors().await?;
     }
-    let deadline = vm.session().deadline();
-    let give_up = deadline.min(Instant::now() + PASSING);
+    let (start, deadline) = (Instant::now(), vm.session().deadline());
+    let half = deadline.saturating_duration_since(start) / 2;
     let mut is_first = true;
     loop {
         let life = present.map(|given| host.life(device, pid, opened(Some(id), &given)));
@@ -304,13 +304,13 @@ async fn open(
             vm.drop_descriptors().await?;
         } else {
             let holders = host.holders(device.address);
-            let give_up = if holders.iter().any(is_us) { deadline - PASSING } else { give_up };
+            let patience = if holders.iter().any(is_us) { half } else { half.min(PASSING) };
             let is_final = holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
-            if is_final || Instant::now() >= give_up {
-                return Err(match error {
-                    Some(error) => error,
-                    None => refused(host, vm, device, probe.status),
-                });
+            if is_final || start.elapsed() >= patience {
+                return match error {
+                    Some(error) => Err(error),
+                    None => Err(refused(host, vm, device, probe.status).await?),
+                };
             }
             sleep(PAUSE).await;
         }
@@ -326,13 +326,22 @@ fn is_us(holder: &Holder) -> bool {
 }
 
 /// Why a device is held, after all.
-fn refused(host: &Host, vm: &Vm, device: &Device, status: Status) -> Error {
-    let holds = vm.pid().and_then(|pid| host.holds(pid, device.address));
-    if holds == Some(true) {
+async fn refused(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    status: Status,
+) -> Result<Error, Error> {
+    let holds = match vm.pid().and_then(|pid| host.holds(pid, device.address)) {
+        Some(holds) => holds,
+        // Who may not look at the process can ask it.
+        None => vm.keeps_descriptors().await?,
+    };
+    if holds {
         let is_paused = status == Status::Stopped;
-        return Error::StillHeld { vm: vm.name(), device: device.clone(), is_paused };
+        return Ok(Error::StillHeld { vm: vm.name(), device: device.clone(), is_paused });
     }
-    held(host, device)
+    Ok(held(host, device))
 }
 
 /// Claims a device's disks and opens its node. Whoever opens a disk that does

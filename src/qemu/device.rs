@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use qapi::qmp::{RunState, add_fd, device_add, query_status, remove_fd};
+use qapi::qmp::{RunState, add_fd, device_add, query_fdsets, query_status, remove_fd};
 use serde_json::{Map, Value};
 use tokio::time::Instant;
 use tracing::debug;
@@ -304,6 +304,18 @@ impl Vm {
     pub(super) fn ask_to_drop_descriptors(&mut self) -> Result<Ticket<remove_fd>, qmp::Error> {
         let fdset_id = self.fdset_id();
         self.session.send(&remove_fd { fdset_id, fd: None })
+    }
+
+    /// Whether QEMU still has descriptors in the set that it was told to empty.
+    ///
+    /// # Errors
+    ///
+    /// As for [`crate::qemu::qmp::Session::reply`].
+    pub async fn keeps_descriptors(&mut self) -> Result<bool, qmp::Error> {
+        let fdset_id = self.fdset_id();
+        let asked = self.session.send(&query_fdsets {})?;
+        let sets = self.answer(asked).await?.unwrap_or_default();
+        Ok(sets.iter().any(|set| set.fdset_id == fdset_id && !set.fds.is_empty()))
     }
 
     /// The set that our descriptors go through. QEMU keeps an emptied set for
