@@ -60,6 +60,7 @@ mod man;
 mod outside;
 mod owners;
 mod port_names;
+mod proxy;
 mod qmp;
 mod refused;
 mod remote;
@@ -69,6 +70,7 @@ mod sockets;
 mod strings;
 mod sync;
 mod tool;
+mod truth;
 mod udev;
 mod usbip;
 mod vm;
@@ -152,6 +154,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         inspect::TESTS,
         man::TESTS,
         leftovers::TESTS,
+        truth::TESTS,
         usbip::TESTS,
         libvirt::TESTS,
         zoo::TESTS,

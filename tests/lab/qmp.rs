@@ -1,7 +1,10 @@
 //! A small QMP client that shares nothing with the program under test.
 
+use crate::proxy;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 pub struct Qmp<S> {
     stream: BufReader<S>,
@@ -61,5 +64,16 @@ impl<S: Read + Write> Qmp<S> {
                 };
             }
         }
+    }
+}
+
+impl Qmp<UnixStream> {
+    /// A command that must succeed, and takes a descriptor.
+    pub fn with_descriptor(&mut self, descriptor: &OwnedFd, command: &str, arguments: &Value) {
+        self.last_id += 1;
+        let line =
+            json!({"execute": command, "arguments": arguments, "id": self.last_id}).to_string();
+        proxy::send(self.stream.get_ref().as_fd(), line.as_bytes(), Some(descriptor));
+        self.answer(self.last_id).unwrap_or_else(|error| panic!("{command}: {error}"));
     }
 }

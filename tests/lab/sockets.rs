@@ -89,6 +89,13 @@ pub fn swap_buses() {
     order.into_iter().for_each(bind);
 }
 
+/// Takes the xHCI controller from its driver and gives it back: its devices come again at the same
+/// ports, and addresses are counted from the start.
+pub fn rebind_xhci() {
+    unbind(XHCI);
+    bind(XHCI);
+}
+
 pub fn connect_dock(plug: impl FnOnce()) {
     if !Path::new("/sys/bus/pci/devices").join(DOCK).exists() {
         plug();

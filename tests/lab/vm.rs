@@ -8,6 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -241,6 +242,11 @@ impl Vm {
         let sets = self.qmp("query-fdsets", json!({}));
         let is_empty = |set: &Value| set["fds"].as_array().is_some_and(Vec::is_empty);
         assert!(sets.as_array().unwrap().iter().all(is_empty), "{sets}");
+    }
+
+    /// Has QEMU keep a descriptor in a set, as a client does that is about to attach something.
+    pub fn pass_descriptor(&self, set: i64, descriptor: &OwnedFd) {
+        self.qmp.borrow_mut().with_descriptor(descriptor, "add-fd", &json!({"fdset-id": set}));
     }
 
     /// Lets a paused VM run.

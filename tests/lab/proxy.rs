@@ -1,0 +1,112 @@
+//! A monitor's socket between the program under test and QEMU, so that something can happen at a certain moment of
+//! a conversation, or the conversation come to an end there.
+
+use std::fs;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::thread;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+/// What is about to be passed on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Moment<'a> {
+    /// Commands.
+    Asked(&'a str),
+    /// The replies to all of those commands.
+    Answered(&'a str),
+}
+
+pub const SOCKET: &str = "/run/proxy.qmp";
+
+/// Listens at [`SOCKET`]. `passes` is asked before something is passed on; what it says no to is kept back, with its
+/// descriptor, until the client leaves.
+pub fn listen(socket: String, mut passes: impl FnMut(Moment<'_>) -> bool + Send + 'static) {
+    let _ = fs::remove_file(SOCKET);
+    let listener = UnixListener::bind(SOCKET).expect("a socket");
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let vm = UnixStream::connect(&socket).expect("the VM listens");
+            serve(&client.expect("a client"), &vm, &mut passes);
+        }
+    });
+}
+
+fn serve(
+    mut client: &UnixStream,
+    mut vm: &UnixStream,
+    passes: &mut impl FnMut(Moment<'_>) -> bool,
+) {
+    let (mut asked, mut answered, mut commands) = (0, Vec::new(), String::new());
+    let mut kept = Vec::new();
+    loop {
+        let mut ready = [PollFd::new(client, PollFlags::IN), PollFd::new(vm, PollFlags::IN)];
+        poll(&mut ready, None).expect("poll");
+        if !ready[0].revents().is_empty() {
+            let (bytes, descriptor) = receive(client.as_fd());
+            if bytes.is_empty() {
+                return;
+            }
+            let text = String::from_utf8(bytes).expect("commands are text");
+            asked += text.lines().count();
+            commands += &text;
+            if passes(Moment::Asked(&text)) {
+                send(vm.as_fd(), text.as_bytes(), descriptor.as_ref());
+            } else {
+                kept.push(descriptor);
+            }
+        } else {
+            let mut bytes = [0; 4096];
+            let length = vm.read(&mut bytes).expect("QEMU runs");
+            if length == 0 {
+                return;
+            }
+            answered.extend_from_slice(&bytes[..length]);
+            let text = String::from_utf8_lossy(&answered);
+            let replies = text.lines().filter(|line| line.contains("\"id\": ")).count();
+            if answered.ends_with(b"\n") && replies >= asked {
+                if (replies == 0 || passes(Moment::Answered(&commands)))
+                    && client.write_all(&answered).is_err()
+                {
+                    return;
+                }
+                (asked, answered, commands) = (asked - replies, Vec::new(), String::new());
+            }
+        }
+    }
+}
+
+fn receive(stream: BorrowedFd<'_>) -> (Vec<u8>, Option<OwnedFd>) {
+    let mut bytes = vec![0; 1 << 16];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut buffers = [IoSliceMut::new(&mut bytes)];
+    let received = recvmsg(stream, &mut buffers, &mut control, RecvFlags::CMSG_CLOEXEC);
+    let received = received.map_or(0, |received| received.bytes);
+    let mut descriptor = None;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(mut descriptors) = message {
+            descriptor = descriptors.next();
+        }
+    }
+    bytes.truncate(received);
+    (bytes, descriptor)
+}
+
+/// Sends bytes, with a descriptor on the first of them.
+pub fn send(stream: BorrowedFd<'_>, bytes: &[u8], descriptor: Option<&OwnedFd>) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let rights = descriptor.map(|descriptor| [descriptor.as_fd()]);
+    if let Some(rights) = &rights {
+        control.push(SendAncillaryMessage::ScmRights(rights));
+    }
+    let sent = sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::empty());
+    assert_eq!(sent.expect("the monitor reads"), bytes.len());
+}
