@@ -63,8 +63,8 @@ pub enum Error {
         is_paused: bool,
     },
     /// The VM is being restored, or migrated to this host.
-    #[error("VM {} waits for its saved or migrated state, and would lose {device} with it; attach it \
-             when the VM runs", escape(.vm))]
+    #[error("VM {} waits for its saved or migrated state, and would lose {device} with it; let it run \
+             first", escape(.vm))]
     Incoming {
         /// The VM's socket.
         vm: String,

@@ -158,8 +158,6 @@ impl Worker {
                 ErrorKind::Libvirt(ref error) if error.can_pass() => Outcome::Later,
                 _ => Outcome::Failed,
             },
-            // It runs when it has got its state.
-            Error::Incoming { .. } => Outcome::Later,
             _ => Outcome::Failed,
         };
         self.tell(port, &error);

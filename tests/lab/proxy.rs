@@ -1,18 +1,16 @@
 //! A monitor's socket between the program under test and QEMU, so that something can happen at a certain moment of
 //! a conversation, or the conversation come to an end there.
 
+use crate::qmp::send;
 use std::fs;
-use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 /// What is about to be passed on.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -97,16 +95,4 @@ fn receive(stream: BorrowedFd<'_>) -> (Vec<u8>, Option<OwnedFd>) {
     }
     bytes.truncate(received);
     (bytes, descriptor)
-}
-
-/// Sends bytes, with a descriptor on the first of them.
-pub fn send(stream: BorrowedFd<'_>, bytes: &[u8], descriptor: Option<&OwnedFd>) {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let rights = descriptor.map(|descriptor| [descriptor.as_fd()]);
-    if let Some(rights) = &rights {
-        control.push(SendAncillaryMessage::ScmRights(rights));
-    }
-    let sent = sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::empty());
-    assert_eq!(sent.expect("the monitor reads"), bytes.len());
 }

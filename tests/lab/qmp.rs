@@ -1,9 +1,10 @@
 //! A small QMP client that shares nothing with the program under test.
 
-use crate::proxy;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 pub struct Qmp<S> {
@@ -73,7 +74,19 @@ impl Qmp<UnixStream> {
         self.last_id += 1;
         let line =
             json!({"execute": command, "arguments": arguments, "id": self.last_id}).to_string();
-        proxy::send(self.stream.get_ref().as_fd(), line.as_bytes(), Some(descriptor));
+        send(self.stream.get_ref().as_fd(), line.as_bytes(), Some(descriptor));
         self.answer(self.last_id).unwrap_or_else(|error| panic!("{command}: {error}"));
     }
+}
+
+/// Sends bytes, with a descriptor on the first of them.
+pub fn send(stream: BorrowedFd<'_>, bytes: &[u8], descriptor: Option<&OwnedFd>) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let rights = descriptor.map(|descriptor| [descriptor.as_fd()]);
+    if let Some(rights) = &rights {
+        control.push(SendAncillaryMessage::ScmRights(rights));
+    }
+    let sent = sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::empty());
+    assert_eq!(sent.expect("the monitor reads"), bytes.len());
 }
