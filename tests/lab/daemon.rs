@@ -1,4 +1,5 @@
-//! `watch`, as systemd runs it: with a configuration, and somebody who listens to what it says of itself.
+//! `watch`, as systemd runs it: with a configuration, the capabilities of its unit and no more, and somebody who
+//! listens to what it says of itself.
 
 use crate::tool::{self, PROGRAM};
 use crate::wait::{wait_for, wait_until};
@@ -36,6 +37,15 @@ pub fn log_file() -> File {
     File::options().create(true).append(true).open(LOG).unwrap()
 }
 
+/// The unit's `CapabilityBoundingSet=`, as `setpriv` wants it.
+fn capabilities() -> String {
+    let unit = include_str!("../../contrib/systemd/usb-qmp-hotplug.service");
+    let set = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let names = set.expect("the unit has the line").split_whitespace();
+    let names = names.map(|name| format!(",+{}", name.trim_start_matches("CAP_").to_lowercase()));
+    format!("-all{}", names.collect::<String>())
+}
+
 impl Daemon {
     /// Starts it and waits until it is ready.
     pub fn start() -> Daemon {
@@ -65,6 +75,8 @@ impl Daemon {
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
             .args(wrapper)
+            .args(["setpriv", "--inh-caps", "-all", "--no-new-privs"])
+            .args(["--bounding-set", &capabilities()])
             .args([PROGRAM, "--config", CONFIG])
             .args(options)
             .arg("watch")

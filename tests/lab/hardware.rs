@@ -180,7 +180,8 @@ impl Hardware {
         let mut ids = Vec::new();
         for (device, socket) in &devices {
             self.plugged += 1;
-            let id = format!("plugged{}", self.plugged);
+            // The emulator may use the image of an earlier test's stick, and so its name, some time longer.
+            let id = format!("plugged{}-{}", std::process::id(), self.plugged);
             commands.push(("device_add", self.arguments(&id, device, socket)));
             ids.push(id);
         }

@@ -20,7 +20,7 @@ impl Test {
     /// It does not take half as long, unless it hangs.
     pub fn deadline(&self) -> Duration {
         let is_long = self.kind == Kind::Long || std::env::var(CYCLES).is_ok();
-        Duration::from_secs(if is_long { 30 } else { 2 } * 60)
+        Duration::from_secs(if is_long { 30 } else { 5 } * 60)
     }
 }
 

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_usb-qmp-hotplug");
 
 /// Instead of the program's own, which are for real machines that are not busy with other tests.
-pub const SECONDS: &str = "30";
+pub const SECONDS: &str = "60";
 
 /// A rule that runs the program at the events of what matches.
 pub fn rule(matches: &str, vm: &Vm) -> String {

@@ -3,8 +3,8 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long anything may take. Emulation inside emulation is slow, and a second machine may be running.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long anything may take. Emulation inside emulation is slow, and the real machine may be busy.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The first `Some` that `condition` gives, or a panic that says `what` did not happen.
 pub fn wait_for<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {

@@ -2,6 +2,7 @@
 
 use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, ehci, xhci};
+use crate::tool;
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use rustix::process::Signal;
@@ -13,7 +14,6 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
 
 crate::tests![
     a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts,
@@ -41,21 +41,15 @@ fn a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts() {
     let daemon = Daemon::start();
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     let mut vm = Vm::new("a").start();
-    // Emulation in emulation may be slow once, or twice, but not always.
-    let mut times = Vec::new();
-    while times.len() < 2 || times.iter().all(|time| *time > Duration::from_secs(1)) {
-        assert!(times.len() < 6, "back {times:?} after the monitor answered");
+    for _ in 0..2 {
         vm.gets(&[&stick]);
         assert_ne!(stick.driver().as_deref(), Some("usb-storage"));
         vm.kill();
         wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
         daemon.wait_for_status("1 VM, 0 running, 0 devices attached");
         vm = Vm::new("a").start();
-        let answers = Instant::now();
-        vm.gets(&[&stick]);
-        times.push(answers.elapsed());
     }
-    eprintln!("back {times:?} after the monitor answered");
+    vm.gets(&[&stick]);
 }
 
 fn a_stopped_vm_delays_no_other_and_gets_its_devices_later() {
@@ -75,7 +69,7 @@ fn a_stopped_vm_delays_no_other_and_gets_its_devices_later() {
     }
     a.signal(Signal::CONT);
     a.gets(&[&of_a]);
-    assert_eq!(daemon.log().matches("does not answer").count(), 1, "{}", daemon.log());
+    assert_eq!(daemon.log().matches("a does not answer").count(), 1, "{}", daemon.log());
 }
 
 fn a_monitor_that_another_client_held_for_long_is_used_when_it_is_free() {
@@ -157,7 +151,7 @@ fn a_vm_whose_process_cannot_be_seen_gets_its_device_after_a_restart_too() {
     configure(&["a"], &rule("a", "port = \"2-3\""));
     // In a PID namespace of its own, the daemon sees no process of others.
     let apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
-    let daemon = Daemon::launch_in(&apart, &["--timeout", "30"], &[]);
+    let daemon = Daemon::launch_in(&apart, &["--timeout", tool::SECONDS], &[]);
     daemon.wait_until_it_says("READY=1");
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     for _ in 0..2 {
