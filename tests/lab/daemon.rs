@@ -22,9 +22,13 @@ pub struct Daemon {
 
 /// The configuration of these VMs, and what else is in it.
 pub fn configure(vms: &[&str], rules: &str) {
+    fs::write(CONFIG, configuration(vms, rules)).unwrap();
+}
+
+pub fn configuration(vms: &[&str], rules: &str) -> String {
     let vm = |vm: &&str| format!("[vm.{vm}]\nqmp = \"/run/vm/{vm}.qmp\"\n");
     let vms: String = vms.iter().map(vm).collect();
-    fs::write(CONFIG, format!("{vms}{rules}")).unwrap();
+    format!("{vms}{rules}")
 }
 
 /// A rule: what matches goes to the VM.

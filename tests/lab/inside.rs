@@ -2,7 +2,7 @@
 
 use crate::hardware::Hardware;
 use crate::wait::wait_at_most;
-use crate::{Kind, Test, all_tests, daemon, gadget, journal, libvirtd, remote, udev, vm};
+use crate::{Kind, Test, all_tests, daemon, gadget, journal, libvirtd, remote, service, udev, vm};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::Write;
@@ -88,7 +88,9 @@ pub fn run_one(name: &str) -> ExitCode {
     libvirtd::clear();
     vm::clear();
     udev::forget_rules();
-    journal::forget();
+    if !service::has_systemd() {
+        journal::forget();
+    }
     daemon::clear();
     gadget::clear();
     remote::clear();

@@ -43,6 +43,7 @@ mod completions;
 mod composite;
 mod controllers;
 mod daemon;
+mod demo;
 mod disks;
 mod gadget;
 mod hardware;
@@ -66,12 +67,14 @@ mod refused;
 mod remote;
 mod remote_hub;
 mod rule;
+mod service;
 mod sockets;
 mod strings;
 mod sync;
 mod tool;
 mod truth;
 mod udev;
+mod units;
 mod usbip;
 mod vm;
 mod vms;
@@ -104,6 +107,8 @@ enum Kind {
     Qemu7,
     /// None: the test takes many minutes.
     Long,
+    /// One whose process 1 is systemd.
+    Systemd,
 }
 
 /// `tests![a, b: every_qemu, c: long]`: functions of this file, named `file::a` and so on, and their [`Kind`]s.
@@ -131,6 +136,9 @@ macro_rules! kind {
     (long) => {
         crate::Kind::Long
     };
+    (systemd) => {
+        crate::Kind::Systemd
+    };
 }
 use kind;
 
@@ -146,6 +154,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         claims::TESTS,
         completions::TESTS,
         controllers::TESTS,
+        demo::TESTS,
         list::TESTS,
         vms::TESTS,
         rule::TESTS,
@@ -166,6 +175,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         watch_vms::TESTS,
         watch_service::TESTS,
         watch_endurance::TESTS,
+        units::TESTS,
     ]
     .concat()
     .into_iter()

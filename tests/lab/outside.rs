@@ -22,12 +22,14 @@ pub fn run() -> ExitCode {
     let mut trials = Vec::new();
     let mut machines = Vec::new();
     let mut complaints = BTreeSet::new();
-    for version in QEMU_VERSIONS {
+    for (version, systemd) in QEMU_VERSIONS.into_iter().flat_map(|v| [(v, false), (v, true)]) {
         let missing = missing(version);
         complaints.extend(missing.clone());
-        let mut machine = Machine { version, ..Machine::default() };
+        let mut machine = Machine { version, systemd, ..Machine::default() };
         let mut tests = Vec::new();
-        for test in all_tests().filter(|test| runs_on(test, version)) {
+        let is_here =
+            |test: &Test| (test.kind == Kind::Systemd) == systemd && runs_on(test, version);
+        for test in all_tests().filter(is_here) {
             let name = format!("qemu_{}::{}", version.replace('.', "_"), test.name);
             if missing.is_none() && is_selected(&arguments, &name) {
                 machine.tests.push(test);
@@ -66,6 +68,7 @@ fn runs_on(test: &Test, version: &str) -> bool {
             Kind::EveryQemu => true,
             Kind::Qemu7 => version == "7.2",
             Kind::Long => false,
+            Kind::Systemd => QEMU_VERSIONS.last() == Some(&version),
         }
 }
 
@@ -115,6 +118,7 @@ fn is_selected(arguments: &Arguments, name: &str) -> bool {
 #[derive(Default)]
 struct Machine {
     version: &'static str,
+    systemd: bool,
     tests: Vec<Test>,
     progress: Mutex<Progress>,
     news: Condvar,
@@ -153,6 +157,7 @@ impl Machine {
             .args(["--pdeathsig", "TERM"])
             .arg(Path::new(PROJECT).join("contrib/lab"))
             .args(["--qemu", self.version])
+            .args(self.systemd.then_some("--systemd"))
             .args(["--cpus", cpus, "--timeout", &timeout.as_secs().to_string()])
             .arg("env")
             .args(std::env::var(CYCLES).map(|cycles| format!("{CYCLES}={cycles}")))

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+const DIRECTORY: &str = "/etc/udev/rules.d";
 const RULES: &str = "/etc/udev/rules.d/90-test.rules";
 
 /// Makes these the test's rules.
@@ -12,8 +13,13 @@ pub fn rules(text: &str) {
     udevadm(&["control", "--reload"]);
 }
 
+/// Removes whatever rules an earlier test has left.
 pub fn forget_rules() {
-    if fs::remove_file(RULES).is_ok() {
+    let rules: Vec<_> = fs::read_dir(DIRECTORY).expect("udev's rules").flatten().collect();
+    for file in &rules {
+        fs::remove_file(file.path()).expect("a rule");
+    }
+    if !rules.is_empty() {
         udevadm(&["control", "--reload"]);
     }
 }

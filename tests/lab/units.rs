@@ -1,0 +1,148 @@
+//! The shipped units under a real systemd: all that they deny, and the daemon's work with what is left.
+
+use crate::daemon::rule;
+use crate::hardware::{Device, Hardware, Stick, xhci};
+use crate::host::must;
+use crate::service::{Service, in_the_sandbox};
+use crate::udev;
+use crate::vm::Vm;
+use crate::wait::wait_until;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+
+crate::tests![
+    the_unit_denies_what_it_says: systemd,
+    the_unit_is_not_exposed: systemd,
+    the_service_attaches_what_is_plugged_in_until_it_is_pulled: systemd,
+    the_service_gives_a_killed_vm_its_device_again: systemd,
+    the_service_waits_for_a_busy_monitor: systemd,
+    the_service_refuses_a_disk_that_the_host_uses: systemd,
+    the_service_of_a_user_does_the_same_for_the_users_vm: systemd,
+];
+
+fn the_unit_denies_what_it_says() {
+    let mut hardware = Hardware::open();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let (disk, node) = (stick.disk(), stick.node());
+    let said = in_the_sandbox(&format!(
+        "try() {{ if (eval \"$2\") >/dev/null 2>&1; then echo \"may $1\"; else echo \"may not $1\"; fi; }}
+        try 'use the node' ': <>{}'
+        try 'read the disk' ': <{disk}'
+        try 'write the disk' ': >>{disk}'
+        try 'read memory' ': </dev/mem'
+        try 'use a terminal' ': <>/dev/ttyS0'
+        try 'rebind drivers' ': >>/sys/bus/usb/drivers_probe'
+        try 'write sysfs' ': >>/sys/module/usbcore/parameters/autosuspend'
+        try 'write /etc' ': >/etc/new'
+        try 'reach the network' 'perl -MSocket -e \"socket(S, PF_INET, SOCK_STREAM, 0) or exit 1\"'
+        try 'make a namespace' 'unshare --mount true'
+        try 'mount' 'mount -t tmpfs tmpfs /mnt'
+        try 'kill' 'setpriv --dump | grep -q cap_kill'
+        try 'set the clock' 'date -s @0'
+        ",
+        node.display(),
+        disk = disk.display(),
+    ));
+    let may: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("may ")).collect();
+    let may: Vec<&str> = may.into_iter().filter(|what| !what.starts_with("not ")).collect();
+    assert_eq!(said.lines().count(), 13, "{said}");
+    assert_eq!(may, ["use the node", "read the disk", "rebind drivers"], "{said}");
+}
+
+fn the_unit_is_not_exposed() {
+    let service = Service::of_the_machine();
+    service.configure(&[], "");
+    let output = Command::new("systemd-analyze")
+        .args(["security", "--no-pager", "usb-qmp-hotplug.service"])
+        .output()
+        .unwrap();
+    let report = String::from_utf8(output.stdout).unwrap();
+    let exposure = report.rsplit_once("usb-qmp-hotplug.service: ").map(|(_, level)| level);
+    let exposure: f32 = exposure.unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(exposure <= 2.0, "{report}");
+}
+
+fn the_service_attaches_what_is_plugged_in_until_it_is_pulled() {
+    let service = Service::of_the_machine();
+    comes_and_goes(&service, Vm::new("a").start());
+}
+
+fn comes_and_goes(service: &Service, vm: Vm) {
+    let mut hardware = Hardware::open();
+    let before = hardware.plug(Stick::new("SN1"), xhci(3));
+    service.configure(&["a"], &rule("a", "serial = \"SN*\""));
+    service.start();
+    vm.must_have(&before);
+    service.wait_for_status("1 VM, 1 running, 1 device attached");
+    let stick = hardware.plug(Stick::new("SN2"), xhci(4));
+    vm.gets(&[&before, &stick]);
+    hardware.pull_all(&[before, stick]);
+    vm.loses_all();
+    service.configure(&["a"], &rule("a", "port = \"1-5\""));
+    service.reload();
+    let mouse = hardware.plug(Device::Mouse, xhci(5));
+    vm.gets(&[&mouse]);
+    service.configure(&["a"], "[[rule]]\nvm = \"b\"\n");
+    service.reload();
+    service.wait_for_log(&["usb-qmp-hotplug.toml:4:", "b"]);
+    vm.must_have(&mouse);
+    assert_eq!(service.property("ActiveState"), "active");
+}
+
+fn the_service_gives_a_killed_vm_its_device_again() {
+    let mut hardware = Hardware::open();
+    let service = Service::of_the_machine();
+    service.configure(&["a"], &rule("a", "port = \"2-3\""));
+    service.start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    for _ in 0..2 {
+        let vm = Vm::new("a").unprivileged().start();
+        vm.gets(&[&stick]);
+        vm.kill();
+        wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
+        service.wait_for_status("1 VM, 0 running, 0 devices attached");
+    }
+}
+
+fn the_service_waits_for_a_busy_monitor() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let service = Service::of_the_machine();
+    service.configure(&["a"], &rule("a", "port = \"2-3\""));
+    service.start();
+    let holder = UnixStream::connect(vm.socket()).unwrap();
+    BufReader::new(&holder).read_line(&mut String::new()).unwrap();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    service.wait_for_log(&["a does not answer", "another client holds its monitor"]);
+    drop(holder);
+    vm.gets(&[&stick]);
+}
+
+fn the_service_refuses_a_disk_that_the_host_uses() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1").mebibytes(4), xhci(3));
+    let disk = stick.disk();
+    let disk = disk.to_str().unwrap();
+    must("mkfs.ext4", &["-q", disk]);
+    fs::create_dir_all("/run/stick").unwrap();
+    must("mount", &[disk, "/run/stick"]);
+    let service = Service::of_the_machine();
+    service.configure(&["a"], &rule("a", "port = \"2-3\""));
+    service.start();
+    service.wait_for_log(&["mounted on /run/stick"]);
+    assert!(vm.ids().is_empty());
+    must("umount", &["/run/stick"]);
+    vm.gets(&[&stick]);
+}
+
+fn the_service_of_a_user_does_the_same_for_the_users_vm() {
+    udev::rules(
+        "ACTION!=\"remove\", SUBSYSTEM==\"usb\", ENV{DEVTYPE}==\"usb_device\", \
+         ATTR{bDeviceClass}!=\"09\", GROUP=\"nogroup\", MODE=\"0660\"\n",
+    );
+    let service = Service::of_a_user();
+    comes_and_goes(&service, Vm::new("a").unprivileged().start());
+}
