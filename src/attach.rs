@@ -13,7 +13,7 @@ use crate::passed;
 use crate::presence::{Leftover, opened, presence};
 use crate::qemu::qmp::Version;
 use crate::qemu::{
-    Access, Attachment, Given, GuestPort, NoGuestPort, Placement, Probe, Status, Vm,
+    Access, Attachment, Given, GuestPort, NoGuestPort, Placement, Probe, Status, Vm, is_misplaced,
 };
 use crate::usb::{Address, Device, DeviceId};
 
@@ -73,7 +73,9 @@ pub enum Attached {
     Otherwise(String),
 }
 
-/// Attaches a device to a VM, as the id of its port.
+/// Attaches a device to a VM, as the id of its port. If the VM's layout is known
+/// from an earlier conversation, QEMU is asked nothing before it gets the device;
+/// only if it will not have it at the port that should be free, it is asked.
 ///
 /// # Errors
 ///
@@ -93,6 +95,11 @@ pub async fn attach(
     }
     let id = DeviceId::for_port(&device.port);
     let speed = host.speed(&device.port);
+    if !options.dry_run {
+        if let Some(guest_port) = attach_as_known(host, vm, device, &id, options).await? {
+            return Ok(Attached::There(guest_port));
+        }
+    }
     let mut probe = vm.probe(&id, speed, &options.placement).await?;
     if probe.status == Status::Incoming {
         return Err(Error::Incoming { vm: vm.name(), device: device.clone() });
@@ -110,7 +117,6 @@ pub async fn attach(
     if options.dry_run {
         return rehearse(host, vm, device, &id, probe, options).await;
     }
-    let by_address = options.open == Open::Address || vm.session().version() < HOSTDEVICE_SINCE;
     let found = open(host, vm, device, &id, &probe, options).await?;
     let Some(Ready { claims, claim }) = found else { return Ok(Attached::Already) };
     refuse_owned(host, device, options)?;
@@ -132,6 +138,56 @@ pub async fn attach(
         guest_ports => guest_ports,
     };
     let guest_ports = guest_ports.map_err(no_guest_port)?;
+    let guest_port = plug_in(host, vm, device, &id, options, (claims, claim), &guest_ports).await?;
+    let guest_port = guest_port.ok_or_else(|| no_guest_port(NoGuestPort::Full(Vec::new())))?;
+    Ok(Attached::There(guest_port))
+}
+
+/// Attaches a device at the port that should be free, if the VM is as it is
+/// known. `None` if it is not, or if somebody has the device.
+async fn attach_as_known(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    id: &DeviceId,
+    options: &Options,
+) -> Result<Option<GuestPort>, Error> {
+    let Some(layout) = &vm.layout else { return Ok(None) };
+    let guest_ports = layout.guest_ports(host.speed(&device.port), &options.placement);
+    let Some(best) = guest_ports.ok().and_then(|ports| ports.into_iter().next()) else {
+        return Ok(None);
+    };
+    let deadline = vm.session().deadline();
+    let (claims, claim) = match open_once(host, device, options, deadline).await? {
+        (_, Node::Held) => return Ok(None),
+        (claims, Node::Ours(claim)) => (claims, Some(claim)),
+        (claims, Node::NotPermitted) => (claims, None),
+    };
+    // It may be this very VM that has it, by another id.
+    if refuse_owned(host, device, options).is_err() {
+        return Ok(None);
+    }
+    match plug_in(host, vm, device, id, options, (claims, claim), &[best]).await {
+        Err(Error::Qmp(error)) if is_misplaced(&error) => {
+            debug!("the VM is not as it was known, asking it: {error}");
+            Ok(None)
+        }
+        done => done,
+    }
+}
+
+/// Has QEMU take a device that is open and claimed, at the first of these ports
+/// that is free. `None` if there was no port to try.
+async fn plug_in(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    id: &DeviceId,
+    options: &Options,
+    (claims, claim): (Claims, Option<Claim>),
+    guest_ports: &[GuestPort],
+) -> Result<Option<GuestPort>, Error> {
+    let by_address = options.open == Open::Address || vm.session().version() < HOSTDEVICE_SINCE;
     let access = match &claim {
         // It looks for it itself.
         _ if by_address => Access::Address,
@@ -149,24 +205,24 @@ pub async fn attach(
         }
     };
     let properties = &options.properties;
-    let attachment = Attachment { id: &id, address: device.address, options: properties };
+    let attachment = Attachment { id, address: device.address, options: properties };
     // Until QEMU has said yes, whatever ends this gives the lock up: QEMU may
     // keep a copy open that it could not use, or has not got to yet, and that
     // must claim nothing. What it attaches after all is replaced by the next
     // attach, as it is not locked.
-    let attached = vm.attach(&attachment, &access, &guest_ports).await;
+    let attached = vm.attach(&attachment, &access, guest_ports).await;
     drop(claims);
-    let guest_port = attached?.ok_or_else(|| no_guest_port(NoGuestPort::Full(Vec::new())))?;
+    let Some(guest_port) = attached? else { return Ok(None) };
     if has_left(host, device, claim.as_ref()) {
         // Its removal may have been heard when it was not in the VM yet.
-        vm.detach(&id).await?;
+        vm.detach(id).await?;
         return Err(host::Error::Gone(device.address).into());
     }
     match claim {
         Some(claim) if !by_address => claim.hand_over(),
         _ => {}
     }
-    Ok(Attached::There(guest_port))
+    Ok(Some(guest_port))
 }
 
 /// Refuses what somebody has that our lock does not tell of. To be asked while
@@ -403,7 +459,21 @@ pub async fn detach_leftover(
         debug!(%id, "a newer device has the id");
         return Ok(Detached::NotThere);
     }
-    let presence = presence(host, vm.pid(), Some(id), &given).0;
+    detach_if_left_over(host, vm, id, &given).await
+}
+
+/// As [`detach_leftover`], for who has just read what the VM was given.
+///
+/// # Errors
+///
+/// As for [`Vm::detach`].
+pub async fn detach_if_left_over(
+    host: &Host,
+    vm: &mut Vm,
+    id: &DeviceId,
+    given: &Given,
+) -> Result<Detached, Error> {
+    let presence = presence(host, vm.pid(), Some(id), given).0;
     match presence.leftover() {
         Some(why) if vm.detach(id).await? => Ok(Detached::Leftover(why)),
         Some(_) => Ok(Detached::NotThere),

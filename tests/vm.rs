@@ -11,7 +11,7 @@
 
 mod peer;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
@@ -28,8 +28,9 @@ use usb_qmp_hotplug::attach::{self, Attached, Detached, Open, Options};
 use usb_qmp_hotplug::host::Host;
 use usb_qmp_hotplug::presence::Leftover;
 use usb_qmp_hotplug::qemu::qmp::ErrorKind;
-use usb_qmp_hotplug::qemu::{Access, Attachment, Vm};
-use usb_qmp_hotplug::qemu::{GuestPort, Placement};
+use usb_qmp_hotplug::qemu::{
+    Access, Attachment, Controller, ControllerKind, GuestPort, Layout, Placement, Vm,
+};
 use usb_qmp_hotplug::text::chain;
 use usb_qmp_hotplug::usb::{Address, Device, DeviceId};
 
@@ -527,6 +528,59 @@ async fn attach(
     let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
     let attached = attach::attach(&machine.host(), &mut vm, &machine.device(), options).await;
     (attached, end(vm, served))
+}
+
+/// What is known of a VM after an earlier conversation with it.
+fn known(taken: &[&str]) -> Layout {
+    let controller = Controller {
+        bus: "xhci.0".into(),
+        bus_path: "/machine/peripheral/xhci/xhci.0".into(),
+        kind: ControllerKind::Xhci,
+        usb2_ports: 4,
+        usb3_ports: 4,
+        companion_ports: BTreeSet::new(),
+    };
+    let (controllers, taken) = (vec![controller], guest_ports(taken));
+    Layout { controllers, taken, by_id: BTreeMap::new() }
+}
+
+#[tokio::test]
+async fn a_vm_that_is_known_is_asked_nothing_before_it_gets_a_device() {
+    let machine = Machine::new();
+    // It would answer no question.
+    let qemu = Qemu { refuses: Some(("qom-list", "not now")), ..Qemu::default() };
+    let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
+    vm.layout = Some(known(&["4"]));
+    let attached =
+        attach::attach(&machine.host(), &mut vm, &machine.device(), &Options::default()).await;
+    let [guest_port] = guest_ports(&["3"]).try_into().unwrap();
+    assert_eq!(attached.unwrap(), Attached::There(guest_port.clone()));
+    // From then on that port is known to be in use, and free again when it is.
+    assert_eq!(vm.layout.as_ref().unwrap().taken, guest_ports(&["4", "3"]));
+    assert!(vm.detach(&id()).await.unwrap());
+    assert_eq!(vm.layout.as_ref().unwrap().taken, guest_ports(&["4"]));
+    assert_eq!(end(vm, served).changes, ["device_add 3", "device_del usb-host-1-1.2", "remove-fd"]);
+}
+
+#[tokio::test]
+async fn a_vm_that_is_not_as_it_was_known_is_asked_and_gets_the_device_elsewhere() {
+    let machine = Machine::new();
+    let (device, host) = (machine.device(), machine.host());
+    let cases = [
+        // Somebody else has the port by now.
+        Qemu { in_use: vec!["4"], ..Qemu::default() },
+        Qemu::with_device("other", 1, 99, "4"),
+        // An earlier device of this port was not detached.
+        Qemu::with_device("usb-host-1-1.2", 1, 36, "3"),
+    ];
+    for (qemu, port) in cases.into_iter().zip(["3", "3", "4"]) {
+        let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;
+        vm.layout = Some(known(&[]));
+        let attached = attach::attach(&host, &mut vm, &device, &Options::default()).await;
+        let [guest_port] = guest_ports(&[port]).try_into().unwrap();
+        assert_eq!(attached.unwrap(), Attached::There(guest_port));
+        assert_eq!(end(vm, served).changes[0], "device_add 4");
+    }
 }
 
 #[tokio::test]

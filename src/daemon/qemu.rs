@@ -11,6 +11,7 @@ use tracing::warn;
 
 use crate::host::readable::readable;
 use crate::host::{Host, Node, blocking};
+use crate::qemu::Layout;
 use crate::reconcile::Handled;
 use crate::usb::{Address, Port};
 
@@ -22,6 +23,8 @@ pub struct Qemu {
     end: Option<AsyncFd<OwnedFd>>,
     /// What was attached since it started.
     pub handled: Handled,
+    /// Its controllers and ports, as the last conversation with it left them.
+    pub layout: Option<Layout>,
     /// What it has of ours.
     pub attached: BTreeMap<Port, Address>,
 }

@@ -124,8 +124,12 @@ impl Worker {
         if let (Some(qemu), false) = (&mut self.qemu, is_handled) {
             qemu.handled.remove(port);
         }
+        vm.layout = self.qemu.as_mut().and_then(|qemu| qemu.layout.take());
         let (vms, name) = (self.vms(&policy), &self.vm);
         let done = reconcile::port(vms, &mut vm, name, port, seen.as_ref(), is_handled).await;
+        if let Some(qemu) = &mut self.qemu {
+            qemu.layout = vm.layout.take();
+        }
         drop(vm);
         match done {
             Ok(done) => {

@@ -14,9 +14,7 @@ use tracing::debug;
 use super::qmp::{self, Ticket};
 use super::usb_host::{USB_HOST, UsbHost};
 use super::vm::{ALL, FDSET, Given, Object, USERS, Vm};
-use crate::qemu::{
-    Controller, ControllerKind, GuestPort, InfoLine, NoGuestPort, Placement, guest_ports,
-};
+use crate::qemu::{ControllerKind, GuestPort, InfoLine, Layout, NoGuestPort, Placement};
 use crate::usb::{Address, DeviceId, Speed};
 
 /// The most places that are tried before QEMU's last "in use" is believed.
@@ -98,26 +96,27 @@ impl Vm {
         speed: Option<Speed>,
         placement: &Placement,
     ) -> Result<Probe, qmp::Error> {
-        let (probe, controllers) = self.probe_of(USERS, id, speed, placement).await?;
+        let probe = self.probe_of(USERS, id, speed, placement).await?;
         let best = probe.guest_ports.as_ref().ok().and_then(|guest_ports| guest_ports.first());
         let is_xhci = |guest_port: &GuestPort| {
-            let mut on_it = controllers.iter().filter(|c| c.bus == guest_port.bus);
+            let controllers = self.layout.iter().flat_map(|layout| &layout.controllers);
+            let mut on_it = controllers.filter(|c| c.bus == guest_port.bus);
             on_it.any(|c| c.kind == ControllerKind::Xhci)
         };
         if best.is_some_and(|guest_port| placement.bus.is_some() || is_xhci(guest_port)) {
             return Ok(probe);
         }
-        Ok(self.probe_of(ALL, id, speed, placement).await?.0)
+        self.probe_of(ALL, id, speed, placement).await
     }
 
-    /// The probe of the controllers in these containers, and the controllers.
+    /// The probe of the controllers in these containers.
     async fn probe_of(
         &mut self,
         containers: &[&'static str],
         id: &DeviceId,
         speed: Option<Speed>,
         placement: &Placement,
-    ) -> Result<(Probe, Vec<Controller>), qmp::Error> {
+    ) -> Result<Probe, qmp::Error> {
         let status = self.ask_status()?;
         let objects = self.ask_objects(containers)?;
         let info = self.ask_info_usb()?;
@@ -179,8 +178,11 @@ impl Vm {
             |line: &InfoLine| present.is_none() || line.product(Some(id.as_str())).is_none();
         let taken: Vec<GuestPort> =
             lines.into_iter().filter(stays).filter_map(guest_port).collect();
-        let guest_ports = guest_ports(&controllers, &taken, speed, placement);
-        Ok((Probe { present, others, status, guest_ports }, controllers))
+        let layout = Layout { controllers, taken, by_id: BTreeMap::new() };
+        let guest_ports = layout.guest_ports(speed, placement);
+        // A VM that waits for its state becomes another one.
+        self.layout = (status != Status::Incoming).then_some(layout);
+        Ok(Probe { present, others, status, guest_ports })
     }
 
     fn ask_status(&mut self) -> Result<Ticket<query_status>, qmp::Error> {
@@ -214,7 +216,12 @@ impl Vm {
         let mut tries = guest_ports.iter().take(MAX_TRIES).peekable();
         while let Some(guest_port) = tries.next() {
             match self.device_add(attachment, access, guest_port).await {
-                Ok(()) => return Ok(Some(guest_port.clone())),
+                Ok(()) => {
+                    if let Some(layout) = &mut self.layout {
+                        layout.take(attachment.id, guest_port);
+                    }
+                    return Ok(Some(guest_port.clone()));
+                }
                 Err(error) if is_duplicate(&error) && self.is_deleted(attachment.id).await? => {
                     debug!(id = %attachment.id, "its id is free now, trying again");
                     self.device_add(attachment, access, guest_port).await?;
@@ -342,6 +349,17 @@ fn is_duplicate(error: &qmp::Error) -> bool {
     error.refusal().is_some_and(|refusal| {
         refusal.desc.starts_with("Duplicate ID '") && refusal.desc.ends_with("for device")
     })
+}
+
+/// Whether QEMU would not have the device where it was to go, under the id that
+/// it was to have: what was known of the VM is out of date. It says so before
+/// it opens the device (QEMU, hw/usb/bus.c, `usb_qdev_realize`).
+pub fn is_misplaced(error: &qmp::Error) -> bool {
+    let starts = |with: &[&str]| {
+        let refusal = error.refusal();
+        refusal.is_some_and(|refusal| with.iter().any(|with| refusal.desc.starts_with(with)))
+    };
+    is_in_use(error) || starts(&["Duplicate ", "Bus '"])
 }
 
 /// Whether QEMU said that the port is taken (QEMU, hw/usb/bus.c,

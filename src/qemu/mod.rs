@@ -18,11 +18,12 @@ mod qom;
 mod usb_host;
 mod vm;
 
-pub use device::{Access, Attachment, Probe, Status};
+pub use device::{Access, Attachment, Probe, Status, is_misplaced};
 pub use info_usb::{InfoLine, parse_info_usb};
 pub use inspect::{GuestDevice, Inventory};
 pub use ports::{
-    CONTROLLER_XML, Controller, ControllerKind, GuestPort, NoGuestPort, Placement, guest_ports,
+    CONTROLLER_XML, Controller, ControllerKind, GuestPort, Layout, NoGuestPort, Placement,
+    guest_ports,
 };
 pub use qmp::VmAddress;
 pub use usb_host::{UsbHost, Wanted};

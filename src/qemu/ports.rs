@@ -1,10 +1,10 @@
 //! A VM's USB controllers, and the choice of a free port. Pure.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 
 use crate::text::{escape, fit, words};
-use crate::usb::Speed;
+use crate::usb::{DeviceId, Speed};
 
 /// The kinds of USB controllers that QEMU has, by the interface they give to
 /// the guest.
@@ -233,6 +233,47 @@ fn line_to_add(buses: &[String]) -> String {
     let taken = |id: &str| buses.iter().any(|bus| bus.strip_suffix(".0") == Some(id));
     let id = ["xhci", "xhci2", "xhci3"].into_iter().find(|id| !taken(id)).unwrap_or("xhci4");
     format!("-device qemu-xhci,id={id},p2=15,p3=15")
+}
+
+/// The controllers of a VM, and what is at their ports: where a device can go.
+/// It may be out of date, for a VM has other clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The controllers.
+    pub controllers: Vec<Controller>,
+    /// The ports that are known to be in use.
+    pub taken: Vec<GuestPort>,
+    /// Those of them that were taken in this process, by the device's id.
+    pub by_id: BTreeMap<DeviceId, GuestPort>,
+}
+
+impl Layout {
+    /// Notes that a device took a port.
+    pub fn take(&mut self, id: &DeviceId, guest_port: &GuestPort) {
+        self.taken.push(guest_port.clone());
+        self.by_id.insert(id.clone(), guest_port.clone());
+    }
+
+    /// Notes that a device is gone. The port of one that came in another way
+    /// counts as in use from then on, which costs no more than that port.
+    pub fn free(&mut self, id: &DeviceId) {
+        if let Some(free) = self.by_id.remove(id) {
+            self.taken.retain(|taken| *taken != free);
+        }
+    }
+
+    /// The places for a device of a speed, the best first.
+    ///
+    /// # Errors
+    ///
+    /// As for [`guest_ports`].
+    pub fn guest_ports(
+        &self,
+        speed: Option<Speed>,
+        placement: &Placement,
+    ) -> Result<Vec<GuestPort>, NoGuestPort> {
+        guest_ports(&self.controllers, &self.taken, speed, placement)
+    }
 }
 
 /// The places for a device of a speed, the best first. `taken` are the places

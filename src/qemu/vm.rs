@@ -12,7 +12,7 @@ use qapi::qmp::{device_del, human_monitor_command, x_query_usb};
 use super::device::DELETED;
 use super::qmp::{Error, ErrorKind, Session, Ticket, Version, VmAddress};
 use super::qom::{Property, QomGet, QomList};
-use super::{Controller, ControllerKind, InfoLine, parse_info_usb};
+use super::{Controller, ControllerKind, InfoLine, Layout, parse_info_usb};
 use crate::usb::{Address, DeviceId};
 
 /// Where QEMU keeps the devices of its user that have an id (QEMU,
@@ -76,6 +76,9 @@ const MAX_PORTS: u32 = 15;
 #[derive(Debug)]
 pub struct Vm {
     pub(super) session: Session,
+    /// What is known of its controllers and ports, from this conversation or an
+    /// earlier one with the same QEMU.
+    pub layout: Option<Layout>,
 }
 
 /// An object in one of the containers.
@@ -120,7 +123,7 @@ impl Vm {
     ///
     /// As for [`Session::connect`].
     pub async fn connect(address: &VmAddress, time: Duration) -> Result<Vm, Error> {
-        Ok(Vm { session: Session::connect(address, time).await? })
+        Ok(Vm { session: Session::connect(address, time).await?, layout: None })
     }
 
     /// Connects as soon as the monitor is free; `time` begins then.
@@ -129,7 +132,7 @@ impl Vm {
     ///
     /// As for [`Session::connect_when_free`].
     pub async fn connect_when_free(address: &VmAddress, time: Duration) -> Result<Vm, Error> {
-        Ok(Vm { session: Session::connect_when_free(address, time).await? })
+        Ok(Vm { session: Session::connect_when_free(address, time).await?, layout: None })
     }
 
     /// Connects when the monitor is free, within `turn`; `time` begins then.
@@ -142,7 +145,7 @@ impl Vm {
         turn: Duration,
         time: Duration,
     ) -> Result<Vm, Error> {
-        Ok(Vm { session: Session::connect_in_turn(address, turn, time).await? })
+        Ok(Vm { session: Session::connect_in_turn(address, turn, time).await?, layout: None })
     }
 
     /// The session below, for what this module has no word for.
@@ -166,7 +169,11 @@ impl Vm {
     ///
     /// As for [`Vm::remove`].
     pub async fn detach(&mut self, id: &DeviceId) -> Result<bool, Error> {
-        self.remove(id.as_str()).await
+        let is_detached = self.remove(id.as_str()).await?;
+        if let (true, Some(layout)) = (is_detached, &mut self.layout) {
+            layout.free(id);
+        }
+        Ok(is_detached)
     }
 
     /// Removes a device by its id, or by its place in the object tree; false

@@ -95,11 +95,14 @@ pub async fn port(
         (Step::Detach(_), _) if vms.dry_run => {
             Ok(given.and_then(leftover).map_or(Done::Nothing(in_vm), Done::Detached))
         }
-        (Step::Detach(_), _) => match attach::detach_leftover(vms.host, vm, &id, None).await? {
-            Detached::Leftover(why) => Ok(Done::Detached(why)),
-            Detached::NotThere => Ok(Done::Nothing(None)),
-            Detached::Stays => Ok(Done::Nothing(in_vm)),
-        },
+        (Step::Detach(_), _) => {
+            let Some(given) = given else { return Ok(Done::Nothing(None)) };
+            match attach::detach_if_left_over(vms.host, vm, &id, &given).await? {
+                Detached::Leftover(why) => Ok(Done::Detached(why)),
+                Detached::NotThere => Ok(Done::Nothing(None)),
+                Detached::Stays => Ok(Done::Nothing(in_vm)),
+            }
+        }
         (Step::Attach | Step::Nothing, _) => Ok(Done::Nothing(in_vm)),
     }
 }
