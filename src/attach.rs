@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep, timeout_at};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::error::Error;
 use crate::host::{self, Claim, Claims, Holder, Host, Life, Look, Node, UsedBy, blocking};
@@ -265,7 +265,8 @@ async fn rehearse(
     if let (false, Some(used)) = (options.force, host.uses(&device.port).into_iter().next()) {
         return Err(host::Error::InUse(Box::new(used)).into());
     }
-    if host.is_locked(device.address) == Some(true) {
+    let is_locked = host.is_locked(device.address) == Some(true);
+    if is_locked && host.strangers(device.address).is_none() {
         return Err(held(host, device));
     }
     refuse_owned(host, device, options)?;
@@ -290,7 +291,10 @@ fn may_add(options: &Options) -> bool {
 }
 
 fn held(host: &Host, device: &Device) -> Error {
-    let holders = host.holders(device.address);
+    let mut holders = host.holders(device.address);
+    if holders.is_empty() {
+        holders = host.lockers(device.address);
+    }
     host::Error::Held { device: device.clone(), holders }.into()
 }
 
@@ -344,6 +348,11 @@ async fn open(
                 match (life, node) {
                     (Some(Life::Alive | Life::Unknown), _) => return Ok(None),
                     (_, Node::Ours(claim)) => {
+                        if let Some(stranger) = claim.strangers().first() {
+                            warn!(%device, "{stranger} has locked the node of {device} and may only \
+                                   read it, which keeps nobody from the device; README, Security, \
+                                   says how to keep it from the node");
+                        }
                         return Ok(Some(Ready { claims, claim: Some(claim) }));
                     }
                     (_, Node::NotPermitted) => return Ok(Some(Ready { claims, claim: None })),

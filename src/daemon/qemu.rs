@@ -25,8 +25,11 @@ pub struct Qemu {
     pub handled: Handled,
     /// Its controllers and ports, as the last conversation with it left them.
     pub layout: Option<Layout>,
-    /// What it has of ours.
+    /// What it has of ours, as it says itself.
     pub attached: BTreeMap<Port, Address>,
+    /// What was given to it, whatever it says: by this daemon, or by its rules.
+    /// Only that goes back to the host's drivers when it ends.
+    pub given: BTreeMap<Port, Address>,
 }
 
 impl Qemu {
@@ -67,15 +70,15 @@ impl Qemu {
         }
     }
 
-    /// Gives what it had back to the host's drivers. What another process
+    /// Gives what it was given back to the host's drivers. What another process
     /// holds by now, or still, is left alone. This may wait for the hardware.
     pub async fn give_back(self, host: &Host) {
-        if self.attached.is_empty() {
+        if self.given.is_empty() {
             return;
         }
         let host = host.clone();
         let give_back = move || {
-            for (port, address) in self.attached {
+            for (port, address) in self.given {
                 let is_there = matches!(host.device(&port), Ok(Some(d)) if d.address == address);
                 if is_there && matches!(host.open(address), Ok(Node::Ours(_))) {
                     host.probe_drivers(&port);

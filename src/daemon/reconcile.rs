@@ -193,12 +193,16 @@ impl Worker {
     fn note(&mut self, port: &Port, done: &Done) {
         let Some(qemu) = &mut self.qemu else { return };
         match done {
-            Done::Attached(device, _) => {
+            Done::Attached(device, how) => {
                 qemu.handled.insert(port.clone(), device.address);
                 qemu.attached.insert(port.clone(), device.address);
+                if let Attached::There(_) = how {
+                    qemu.given.insert(port.clone(), device.address);
+                }
             }
             Done::Detached(_) => {
                 qemu.attached.remove(port);
+                qemu.given.remove(port);
             }
             Done::Nothing(in_vm) => {
                 if in_vm.is_none() && qemu.attached.remove(port).is_some() {

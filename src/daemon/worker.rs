@@ -254,13 +254,14 @@ impl Worker {
         }
     }
 
-    /// A QEMU's devices go back to the host: those that it had, and those that
-    /// belong to its VM, for a person may have attached them, or its end have
-    /// cut an attach off.
+    /// A QEMU's devices go back to the host: those that this daemon attached,
+    /// and those that belong to its VM, for a person may have attached them, or
+    /// its end have cut an attach off. Not what else it says it had: that may
+    /// be anybody's.
     async fn give_back(&self, mut qemu: Qemu) {
         for (port, seen) in self.shared.table.borrow().iter() {
             if seen.assignment.as_ref().is_some_and(|assignment| assignment.vm == self.vm) {
-                qemu.attached.insert(port.clone(), seen.device.address);
+                qemu.given.insert(port.clone(), seen.device.address);
             }
         }
         qemu.give_back(&self.shared.host).await;

@@ -91,18 +91,32 @@ impl Host {
     /// which it lists in the first PID namespace alone (Linux, fs/locks.c,
     /// `locks_translate_pid`). `None` if that is so, or there is no node.
     pub fn is_locked(&self, address: Address) -> Option<bool> {
+        let is_listed = !self.locks(address)?.is_empty();
+        if is_listed || is_first_pid_namespace(self) { Some(is_listed) } else { None }
+    }
+
+    /// Of each lock on the node of the device at an address, the id of the
+    /// process that took it, as the kernel's list has it. `None` if there is no
+    /// such list, or no node.
+    pub(super) fn locks(&self, address: Address) -> Option<Vec<String>> {
         let node = fs::metadata(self.path(address.node())).ok()?;
         let locks = read_if_there(&self.path("/proc/locks")).ok()??;
         let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
         let file = format!("{major:02x}:{minor:02x}:{}", node.ino());
-        let is_listed = locks.lines().any(|line| {
+        let taker = |line: &str| {
             let mut fields = line.split_whitespace();
-            fields.nth(1) == Some("FLOCK") && fields.nth(3) == Some(file.as_str())
-        });
-        let namespace = || fs::read_link(self.path("/proc/self/ns/pid")).ok();
-        let lists_all = || namespace().is_some_and(|name| name.as_os_str() == FIRST_PID_NAMESPACE);
-        if is_listed || lists_all() { Some(is_listed) } else { None }
+            let is_lock = fields.nth(1) == Some("FLOCK");
+            let pid = fields.nth(2)?;
+            (is_lock && fields.next() == Some(file.as_str())).then(|| pid.to_owned())
+        };
+        Some(locks.lines().filter_map(taker).collect())
     }
+}
+
+/// Whether this process sees all others.
+pub(super) fn is_first_pid_namespace(host: &Host) -> bool {
+    let name = fs::read_link(host.path("/proc/self/ns/pid"));
+    name.is_ok_and(|name| name.as_os_str() == FIRST_PID_NAMESPACE)
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub mod proc;
 pub mod readable;
 mod release;
 mod signs;
+mod stranger;
 
 use std::fs;
 use std::io;

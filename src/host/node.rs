@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::fs::{FileType, FlockOperation, OFlags, flock, fstat, major, minor};
 
-use super::{Error, Host, USB_DEVICE_MAJOR};
+use super::{Error, Holder, Host, USB_DEVICE_MAJOR};
 use crate::usb::Address;
 
 /// What came of opening a node.
@@ -29,12 +29,19 @@ pub enum Node {
 pub struct Claim {
     node: OwnedFd,
     is_handed_over: bool,
+    strangers: Vec<Holder>,
 }
 
 impl Claim {
     /// The open node.
     pub fn node(&self) -> &OwnedFd {
         &self.node
+    }
+
+    /// Who has locked the node and has no right to the device, so that this
+    /// claim is the open node alone.
+    pub fn strangers(&self) -> &[Holder] {
+        &self.strangers
     }
 
     /// Whether the device has left: the kernel has removed its node (Linux,
@@ -95,8 +102,13 @@ impl Host {
             return Err(Error::NotTheNode { path, address });
         }
         match flock(&node, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Node::Ours(Claim { node, is_handed_over: false })),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(Node::Held),
+            Ok(()) => Ok(Node::Ours(Claim { node, is_handed_over: false, strangers: Vec::new() })),
+            // The node is open for writing before the others' are looked at: of
+            // two who come to the same end at once, one sees the other.
+            Err(rustix::io::Errno::WOULDBLOCK) => match self.strangers(address) {
+                Some(strangers) => Ok(Node::Ours(Claim { node, is_handed_over: false, strangers })),
+                None => Ok(Node::Held),
+            },
             Err(error) => Err(Error::Read { path, source: error.into() }),
         }
     }

@@ -5,6 +5,8 @@ use crate::tool::{self, run};
 use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_until;
+use std::fs;
+use std::process::Command;
 use std::thread;
 
 crate::tests![
@@ -16,7 +18,48 @@ crate::tests![
     a_busy_or_stopped_monitor_hangs_nobody,
     a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another,
     an_old_paused_qemu_that_keeps_what_it_gave_back_is_named,
+    a_lock_of_who_may_only_read_the_node_keeps_nobody_out,
 ];
+
+fn a_lock_of_who_may_only_read_the_node_keeps_nobody_out() {
+    let mut hardware = Hardware::open();
+    let (first, second) = (Vm::new("first").start(), Vm::new("second").start());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let node = stick.node();
+    let mut stranger = Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", "--reuid", "65534", "--clear-groups", "flock", "--no-fork"])
+        .arg(&node)
+        .args(["sleep", "3600"])
+        .spawn()
+        .unwrap();
+    let pid = stranger.id();
+    let info = format!("/proc/{pid}/fdinfo");
+    wait_until("the stranger has its lock", || {
+        let mut files = fs::read_dir(&info).into_iter().flatten().flatten();
+        files.any(|file| fs::read_to_string(file.path()).is_ok_and(|info| info.contains("FLOCK")))
+    });
+    // Who cannot see what it has open must believe the lock, and says whose it is.
+    let unseeing = ["setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"];
+    let refused = tool::run_in(&unseeing, ["attach", &*first.socket(), &*stick.port]).exits(7);
+    assert!(refused.stderr.contains(&format!("process {pid} (sleep)")), "{}", refused.stderr);
+    run(["attach", "--dry-run", &first.socket(), &stick.port]).succeeds();
+    let attached = run(["attach", &first.socket(), &stick.port]).succeeds();
+    let said = format!("process {pid} (sleep) has locked the node");
+    assert!(attached.stderr.contains(&said), "{}", attached.stderr);
+    first.gets(&[&stick]);
+    let refused = run(["attach", &second.socket(), &stick.port]).exits(7);
+    let holder = format!("VM first (process {})", first.pid());
+    assert!(refused.stderr.contains(&holder), "{}", refused.stderr);
+    run(["detach", &first.socket(), &stick.port]).succeeds();
+    run(["attach", &second.socket(), &stick.port]).succeeds();
+    second.gets(&[&stick]);
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    run(["attach", &first.socket(), &stick.port]).exits(7);
+    run(["detach", &second.socket(), &stick.port]).succeeds();
+    run(["attach", &first.socket(), &stick.port]).succeeds();
+    first.gets(&[&stick]);
+}
 
 fn a_second_vm_is_kept_out_until_the_first_is_killed() {
     let mut hardware = Hardware::open();

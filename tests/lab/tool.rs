@@ -43,6 +43,12 @@ where
     outcome(Command::new(PROGRAM).args(["--timeout", SECONDS]).args(arguments).envs(environment))
 }
 
+/// Below another program.
+pub fn run_in<'a>(wrapper: &[&str], arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+    let mut command = Command::new(wrapper[0]);
+    outcome(command.args(&wrapper[1..]).arg(PROGRAM).args(["--timeout", SECONDS]).args(arguments))
+}
+
 /// With so little time that it is over soon.
 pub fn run_hastily<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
     outcome(Command::new(PROGRAM).args(["--timeout", "0.5"]).args(arguments))

@@ -2,7 +2,7 @@
 
 use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, ehci, xhci};
-use crate::tool;
+use crate::tool::{self, run};
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use rustix::process::Signal;
@@ -17,6 +17,7 @@ use std::thread;
 
 crate::tests![
     a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts,
+    what_a_killed_vm_was_not_given_by_the_daemon_is_left_alone,
     a_stopped_vm_delays_no_other_and_gets_its_devices_later,
     a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
     a_socket_that_is_replaced_is_a_new_vm,
@@ -33,6 +34,25 @@ fn hold(socket: &str) -> UnixStream {
     BufReader::new(&stream).read_line(&mut greeting).unwrap();
     assert!(greeting.contains("QMP"), "{greeting}");
     stream
+}
+
+fn what_a_killed_vm_was_not_given_by_the_daemon_is_left_alone() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"2-4\""));
+    let daemon = Daemon::start();
+    let sticks = (3..=4).map(|n| (Stick::new(&format!("SN{n}")).into(), xhci(n)));
+    let sticks = hardware.plug_all(sticks.collect());
+    vm.gets(&[&sticks[1]]);
+    run(["attach", &vm.socket(), &sticks[0].port]).succeeds();
+    vm.gets(&[&sticks[0], &sticks[1]]);
+    // The daemon has seen both in the VM.
+    daemon.reload();
+    daemon.wait_for_status("1 VM, 1 running, 2 devices attached");
+    vm.kill();
+    // It goes through them by port.
+    wait_until("the driver is back", || sticks[1].driver().as_deref() == Some("usb-storage"));
+    assert_eq!(sticks[0].driver(), None);
 }
 
 fn a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts() {

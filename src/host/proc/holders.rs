@@ -110,7 +110,7 @@ impl Host {
 
 /// The address of the device whose node a file is. A node that has no name any
 /// more is that of an earlier device, which may have had the same address.
-fn address_of(file: &fs::Metadata) -> Option<Address> {
+pub(in crate::host) fn address_of(file: &fs::Metadata) -> Option<Address> {
     let (major, minor) = (rustix::fs::major(file.rdev()), rustix::fs::minor(file.rdev()));
     let is_node =
         file.file_type().is_char_device() && file.nlink() > 0 && major == USB_DEVICE_MAJOR;

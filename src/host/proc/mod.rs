@@ -7,5 +7,6 @@ mod qemus;
 mod sockets;
 
 pub use holders::Holder;
+pub(in crate::host) use holders::address_of;
 pub use qemus::Qemu;
 pub use sockets::{Reach, UnixSockets};
