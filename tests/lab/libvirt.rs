@@ -5,8 +5,10 @@ use crate::hardware::{Hardware, Stick, xhci};
 use crate::libvirtd::{Libvirtd, PERSON, Whose};
 use crate::tool::{PROGRAM, SECONDS, run, run_hastily};
 use crate::udev;
+use crate::vm::Vm;
 use crate::wait::wait_until;
 use rustix::process::Signal;
+use serde_json::json;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
@@ -15,6 +17,8 @@ crate::tests![
     a_domain_gets_a_device_by_hand: qemu_7,
     a_domain_gets_and_loses_a_device_by_rule_five_times: qemu_7,
     a_domain_that_watch_keeps_may_come_and_go_and_libvirtd_too: qemu_7,
+    a_domain_that_is_restored_gets_its_device_once_it_runs: qemu_7,
+    what_a_hostdev_has_is_refused: qemu_7,
     a_domain_of_a_users_own_gets_a_device_from_that_user_and_from_root: qemu_7,
 ];
 
@@ -111,6 +115,42 @@ fn a_domain_that_watch_keeps_may_come_and_go_and_libvirtd_too() {
     vm.must_have(&last);
     hardware.pull(&last);
     vm.loses_all();
+}
+
+fn a_domain_that_is_restored_gets_its_device_once_it_runs() {
+    let mut hardware = Hardware::open();
+    let libvirtd = Libvirtd::start(Whose::System);
+    let before = libvirtd.domain("test-1");
+    libvirtd.virsh(&["managedsave", "test-1"]);
+    drop(before);
+    fs::write(CONFIG, "[vm.a]\nlibvirt = \"test-1\"\n".to_owned() + &rule("a", "port = \"2-3\""))
+        .unwrap();
+    let daemon = Daemon::start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let vm = libvirtd.start_domain("test-1");
+    vm.gets(&[&stick]);
+    wait_until("libvirt lets it run", || vm.qmp("query-status", json!({}))["running"] == true);
+    vm.must_have(&stick);
+    daemon.wait_for_status("1 VM, 1 running, 1 device attached");
+}
+
+fn what_a_hostdev_has_is_refused() {
+    let mut hardware = Hardware::open();
+    let libvirtd = Libvirtd::start(Whose::System);
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let (bus, address) = (stick.bus, stick.address);
+    libvirtd.define(
+        "has",
+        &format!(
+            "<hostdev mode='subsystem' type='usb'><source><address bus='{bus}' device='{address}'/></source></hostdev>"
+        ),
+    );
+    let has = libvirtd.start_domain("has");
+    let wants = Vm::new("wants").start();
+    let held = run(["attach", &wants.socket(), &stick.port]).exits(7).stderr;
+    assert!(held.contains(&format!("VM has (process {})", has.pid())), "{held}");
+    assert!(has.open_nodes().contains(&stick.node()));
+    assert_eq!(stick.driver().as_deref(), Some("usbfs"));
 }
 
 fn a_domain_of_a_users_own_gets_a_device_from_that_user_and_from_root() {

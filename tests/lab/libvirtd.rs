@@ -178,7 +178,13 @@ pub fn clear() {
             wait_until("a libvirtd that was left ends", || !process.path().join("exe").exists());
         }
     }
-    for directory in ["/run/libvirt", "/etc/libvirt/qemu", "/run/person", "/run/user"] {
+    for directory in [
+        "/run/libvirt",
+        "/etc/libvirt/qemu",
+        "/var/lib/libvirt/qemu/save",
+        "/run/person",
+        "/run/user",
+    ] {
         let _ = fs::remove_dir_all(directory);
     }
     let _ = fs::remove_file(LOG);
