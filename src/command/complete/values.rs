@@ -5,6 +5,7 @@ use crate::command::Context;
 use crate::command::running::Running;
 use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Reach, Strings};
+use crate::qemu::qmp::Domain;
 use crate::qemu::{Vm, VmAddress};
 use crate::text::escape;
 use crate::usb::Device;
@@ -80,6 +81,9 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
 pub async fn in_vm(context: &Context, vm: &str, typed: &str) -> Vec<Candidate> {
     let ids = async {
         let address = context.typed_vm(vm).ok()?;
+        if address.domain().is_some_and(Domain::asks_for_password) {
+            return None;
+        }
         let mut vm = Vm::connect(&address, context.timeout).await.ok()?;
         vm.host_devices().await.ok()
     };

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use crate::command::running::Running;
 use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Holder, Host, Qemu, Reach};
-use crate::qemu::qmp::{self, ErrorKind, LibvirtError};
+use crate::qemu::qmp::{self, Domain, ErrorKind, LibvirtError};
 use crate::qemu::{Inventory, Vm, VmAddress};
 use crate::text::{chain, escape};
 
@@ -187,6 +187,13 @@ impl Monitors {
     /// greeting: a monitor that is held would act on it later.
     async fn ask(&self, qemu: Option<&Qemu>, monitor: &mut Monitor, left: Duration, inspect: bool) {
         let Some(address) = monitor.address.clone() else { return };
+        if address.domain().is_some_and(Domain::asks_for_password) {
+            monitor.state = State::Forbidden;
+            monitor.note = Some(
+                "libvirt would ask for a password; root and the group libvirt need none".into(),
+            );
+            return;
+        }
         let mut vm = match connect(&address, left).await {
             Ok(Some(vm)) => vm,
             Ok(None) => {

@@ -120,6 +120,13 @@ impl Domain {
         text.trim().parse().ok().filter(|pid| *pid > 0)
     }
 
+    /// Whether its libvirt may ask this user for a password, by a window perhaps:
+    /// root and the group `libvirt` need none (libvirt, docs/auth.rst).
+    pub fn asks_for_password(&self) -> bool {
+        let is_root = rustix::process::geteuid().is_root();
+        self.of == Owner::System && !is_root && !is_in_group_libvirt()
+    }
+
     /// Whether its QEMU's process is there, as far as this user may see it.
     pub(super) fn runs(&self) -> bool {
         let process = self.pid().and_then(Pid::from_raw);
@@ -153,11 +160,24 @@ fn is_user(user: &str) -> bool {
     !user.is_empty() && !user.contains([':', '/']) && escape(user) == user
 }
 
+fn is_in_group_libvirt() -> bool {
+    let mut own: Vec<u32> =
+        rustix::process::getgroups().unwrap_or_default().into_iter().map(|g| g.as_raw()).collect();
+    own.push(rustix::process::getegid().as_raw());
+    numbers("/etc/group").any(|(name, gid)| name == "libvirt" && own.contains(&gid))
+}
+
 /// The local users and their numbers (passwd(5)).
 fn users() -> impl Iterator<Item = (String, u32)> {
+    numbers("/etc/passwd")
+}
+
+/// The names in a table, each with the number in its third field.
+fn numbers(table: &str) -> impl Iterator<Item = (String, u32)> + use<> {
+    let file = table;
     let mut table = Vec::new();
     // What is not read is not there.
-    let _ = File::open("/etc/passwd").and_then(|file| file.take(MAX_USERS).read_to_end(&mut table));
+    let _ = File::open(file).and_then(|file| file.take(MAX_USERS).read_to_end(&mut table));
     let table = String::from_utf8_lossy(&table).into_owned();
     let user = |line: &str| {
         let mut fields = line.split(':');

@@ -136,8 +136,8 @@ impl fmt::Display for Error {
             ErrorKind::NoGreeting { waited } | ErrorKind::NoReply { waited } if by_libvirt => {
                 write!(
                     f,
-                    "VM {vm}: no answer within {waited:?}; libvirt is stopped, another job holds the domain \
-                 (`virsh domjobinfo` says which), or its QEMU is stopped: try again, or give it more time \
+                    "VM {vm}: no answer within {waited:?}; libvirt is stopped or waits for a password, another \
+                 job holds the domain (`virsh domjobinfo` says which), or its QEMU is stopped: try again, or give it more time \
                  with --timeout"
                 )
             }
