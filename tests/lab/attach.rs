@@ -12,8 +12,8 @@ crate::tests![
     a_name_that_fits_several_devices_lists_them,
     a_dry_run_changes_nothing_and_neither_does_a_repeat,
     what_can_be_done_is_done_and_the_rest_reported,
-    options_reach_qemu,
-    an_old_qemu_can_open_the_device_by_its_address,
+    options_reach_qemu: every_qemu,
+    an_old_qemu_can_open_the_device_by_its_address: every_qemu,
     a_user_who_may_not_open_the_node_leaves_that_to_qemu,
 ];
 

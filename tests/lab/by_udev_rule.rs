@@ -6,9 +6,9 @@ use crate::wait::wait_until;
 use crate::{tool, udev};
 
 crate::tests![
-    a_stick_comes_and_goes_five_times_at_one_port,
+    a_stick_comes_and_goes_five_times_at_one_port: every_qemu,
     a_rule_on_the_product_attaches_and_detaches,
-    six_devices_plugged_at_once_all_arrive_and_all_leave,
+    six_devices_plugged_at_once_all_arrive_and_all_leave: every_qemu,
     what_was_plugged_in_before_arrives_when_udev_replays,
 ];
 

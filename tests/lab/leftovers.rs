@@ -7,12 +7,12 @@ use crate::wait::wait_until;
 use std::fs;
 
 crate::tests![
-    a_leftover_is_replaced_by_what_is_plugged_in_now,
-    a_leftover_is_replaced_even_if_its_address_came_round_again,
+    a_leftover_is_replaced_by_what_is_plugged_in_now: every_qemu,
+    a_leftover_is_replaced_even_if_its_address_came_round_again: every_qemu,
     a_leftover_can_be_named_in_every_way_that_is_left,
-    the_host_gets_its_driver_back,
-    failed_attaches_leave_no_descriptor_behind,
-    a_failed_attach_does_not_keep_other_vms_out,
+    the_host_gets_its_driver_back: every_qemu,
+    failed_attaches_leave_no_descriptor_behind: every_qemu,
+    a_failed_attach_does_not_keep_other_vms_out: every_qemu,
 ];
 
 fn a_leftover_is_replaced_by_what_is_plugged_in_now() {

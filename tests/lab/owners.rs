@@ -12,17 +12,17 @@ use std::fs;
 use std::process::{Child, Command, Stdio};
 
 crate::tests![
-    what_another_qemu_took_by_itself_is_refused_and_named,
+    what_another_qemu_took_by_itself_is_refused_and_named: every_qemu,
     what_another_guest_has_not_got_to_yet_is_refused_by_hand,
     what_a_program_has_claimed_is_refused_and_named,
     a_program_that_only_has_it_open_is_no_owner,
     a_rule_and_the_daemon_refuse_what_is_claimed,
     what_is_not_authorized_is_refused_until_it_is,
     what_the_vm_has_under_another_id_is_there_already,
-    what_the_vm_has_found_by_itself_is_there_already,
+    what_the_vm_has_found_by_itself_is_there_already: every_qemu,
     every_name_finds_what_the_vm_has_whatever_its_id,
     a_device_is_taken_from_the_vm_that_has_it,
-    what_a_vm_has_twice_leaves_it_as_a_whole,
+    what_a_vm_has_twice_leaves_it_as_a_whole: every_qemu,
     what_has_no_room_or_no_monitor_is_not_taken,
     release_gives_a_device_back_whoever_has_it,
 ];

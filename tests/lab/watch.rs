@@ -15,7 +15,7 @@ crate::tests![
     a_plug_and_a_pull_are_logged_with_all_fields,
     devices_that_swap_their_ports_stay_with_their_vms,
     ports_keep_their_vms_when_devices_swap,
-    a_device_that_left_and_came_back_at_once_is_there_again,
+    a_device_that_left_and_came_back_at_once_is_there_again: every_qemu,
     either_name_of_a_usb3_socket_means_both,
     a_detach_by_hand_stands_until_the_next_plug,
     what_a_person_attached_leaves_when_it_is_pulled,

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 crate::tests![
-    a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts,
+    a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts: every_qemu,
     what_a_killed_vm_was_not_given_by_the_daemon_is_left_alone,
     a_stopped_vm_delays_no_other_and_gets_its_devices_later,
     a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
