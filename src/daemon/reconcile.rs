@@ -13,8 +13,8 @@ use crate::attach::Attached;
 use crate::error::Error;
 use crate::host::{Life, Look};
 use crate::policy::{HostDevice, Policy};
-use crate::qemu::Vm;
 use crate::qemu::qmp::ErrorKind;
+use crate::qemu::{Vm, VmAddress};
 use crate::reconcile::{self, Done, InVm, Vms};
 use crate::text::{chain, escape};
 use crate::usb::{Address, Device, DeviceId, Port};
@@ -33,11 +33,11 @@ impl Worker {
             match timeout(limit, &mut connecting).await {
                 Ok(vm) => vm?,
                 Err(_) => {
-                    info!(
-                        vm = name,
-                        "{name} does not answer: another client holds its monitor, or it is \
-                         stopped; waiting"
-                    );
+                    let why = match &self.address {
+                        VmAddress::Socket(_) => "another client holds its monitor",
+                        VmAddress::Libvirt(_) => "libvirt is stopped, or busy with it",
+                    };
+                    info!(vm = name, "{name} does not answer: {why}, or it is stopped; waiting");
                     self.synced();
                     connecting.await?
                 }
