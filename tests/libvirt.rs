@@ -177,6 +177,21 @@ async fn who_may_not_is_told_how_to() {
 }
 
 #[tokio::test]
+async fn whatever_keeps_polkit_from_allowing_it_is_told() {
+    let (text, code) = refused(|mut peer| {
+        let list = peer.next(66);
+        peer.give(&list, &words(&[1, 2]));
+        let polkit = peer.next(70);
+        peer.fail(&polkit, 1, "no system bus");
+    })
+    .await;
+    assert!(
+        code == 1 && text.contains("does not allow it: no system bus; do it as root"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
 async fn what_libvirt_says_no_to_has_its_exit_code_and_its_next_step() {
     for (code, message, exit, next) in [
         (42, "Domain not found", 4, "virsh list --all"),

@@ -137,7 +137,12 @@ impl Libvirt {
         if !kinds.contains(&POLKIT) {
             return Err(LibvirtError::Forbidden("it asks for a password".into()).into());
         }
-        self.remote(AUTH_POLKIT, Xdr::default()).await.map(|_| ())
+        match self.remote(AUTH_POLKIT, Xdr::default()).await {
+            Err(ErrorKind::Libvirt(LibvirtError::Failed { message, .. })) => {
+                Err(LibvirtError::Forbidden(message).into())
+            }
+            done => done.map(|_| ()),
+        }
     }
 
     async fn open(&mut self) -> Result<(), ErrorKind> {
