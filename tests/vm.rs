@@ -318,6 +318,25 @@ async fn one_set_serves_all_attaches_through_a_socket() {
 }
 
 #[tokio::test]
+async fn it_is_the_same_set_however_the_sockets_path_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let link = directory.path().join("link.qmp");
+    std::os::unix::fs::symlink("vm.qmp", &link).unwrap();
+    let served = std::thread::spawn(move || {
+        let serve = |qemu: Qemu, _| qemu.serve(Peer::new(listener.accept().unwrap().0));
+        (0..3).fold(Qemu::default(), serve)
+    });
+    for path in [path.clone(), link, directory.path().join("./vm.qmp")] {
+        let mut vm = Vm::connect(&path.into(), ENOUGH).await.unwrap();
+        attach_descriptor(&mut vm, &["1"]).await.unwrap();
+        assert!(vm.detach(&id()).await.unwrap());
+    }
+    assert_eq!(served.join().unwrap().sets.len(), 1);
+}
+
+#[tokio::test]
 async fn a_port_in_use_is_passed_over() {
     let qemu = Qemu { in_use: vec!["1", "2"], ..Qemu::default() };
     let (mut vm, served, _directory) = vm(qemu, ENOUGH).await;

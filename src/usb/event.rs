@@ -139,6 +139,19 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_is_being_reset_is_known_by_its_node() {
+        let with = |more: &[(&str, &str)]| {
+            let mut variables = PLUG.to_vec();
+            variables.retain(|(name, _)| !["DEVNUM", "DEVNAME"].contains(name));
+            variables.extend([("DEVNUM", "000"), ("DEVNAME", "/dev/bus/usb/001/000")]);
+            variables.extend(more);
+            event(&variables).unwrap().unwrap().address
+        };
+        assert_eq!(with(&[("MAJOR", "189"), ("MINOR", "36")]), Some("1:37".parse().unwrap()));
+        assert_eq!(with(&[]), None);
+    }
+
+    #[test]
     fn bus_and_device_typed_by_hand_are_enough() {
         let typed = [("ACTION", "remove"), ("BUSNUM", "1"), ("DEVNUM", "37")];
         let event = event(&typed).unwrap().unwrap();

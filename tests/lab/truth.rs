@@ -32,6 +32,7 @@ crate::tests![
     the_daemon_says_of_its_own_vms_device_that_it_is_there,
     what_an_attach_left_that_was_killed_goes_with_the_next_word,
     an_attach_that_is_stopped_or_late_claims_nothing,
+    what_qemu_attached_too_late_is_attached_again,
     a_device_that_leaves_during_its_attach_is_not_called_attached,
     a_node_without_its_device_is_not_passed_on,
     a_lock_that_passes_is_waited_for,
@@ -416,6 +417,22 @@ fn an_attach_that_is_stopped_or_late_claims_nothing() {
     assert_eq!(*reached.lock().unwrap(), 3);
     assert!(!is_locked(&mouse.node()));
     run(["attach", &vm.socket(), &mouse.port]).succeeds();
+    assert!(is_connected_to(&vm, &[&mouse]));
+}
+
+fn what_qemu_attached_too_late_is_attached_again() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    proxy::listen(
+        vm.socket(),
+        |moment| !matches!(moment, Moment::Answered(text) if text.contains("device_add")),
+    );
+    tool::run_hastily(["attach", proxy::SOCKET, &mouse.port]).exits(5);
+    wait_until("QEMU has done it", || vm.ids() == [mouse.id_in_vm()]);
+    assert!(!is_locked(&mouse.node()));
+    let shown = run(["attach", &vm.socket(), &mouse.port]).succeeds().stdout;
+    assert!(shown.contains("attached 1-3"), "{shown}");
     assert!(is_connected_to(&vm, &[&mouse]));
 }
 
