@@ -485,10 +485,7 @@ fn a_lock_that_passes_is_waited_for() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
     let mouse = hardware.plug(Device::Mouse, xhci(3));
-    let node = mouse.node();
-    let locked: OwnedFd = File::open(&node).unwrap().into();
-    flock(&locked, FlockOperation::LockExclusive).unwrap();
-    let locked = Arc::new(Mutex::new(Some(locked)));
+    let locked = Arc::new(Mutex::new(Some(open_locked(&mouse))));
     let until = locked.clone();
     // Held until the tool has met it and asks the VM again.
     proxy::listen(vm.socket(), move |moment| {

@@ -1,32 +1,28 @@
 //! The two operations: a host device into a VM, and out again. Both are safe
 //! to repeat, and every command is a trigger for one of them.
 
-use std::time::Duration;
+mod claim;
+mod detach;
 
 use serde_json::{Map, Value};
-use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{debug, warn};
 
+use self::claim::{Ready, held, open, open_once, refuse_owned};
 use crate::error::Error;
-use crate::host::{self, Claim, Claims, Holder, Host, Life, Look, Node, UsedBy, blocking};
+use crate::host::{self, Claim, Host, Look, Node};
 use crate::passed;
-use crate::presence::{Leftover, opened, presence};
+use crate::presence::presence;
 use crate::qemu::qmp::Version;
 use crate::qemu::{
     Access, Attachment, Given, GuestPort, NoGuestPort, Placement, Probe, Status, Vm, is_misplaced,
 };
-use crate::usb::{Address, Device, DeviceId};
+use crate::usb::{Device, DeviceId};
+
+pub use self::detach::{Detached, detach_if_left_over, detach_leftover};
 
 /// The first QEMU whose `hostdevice` works (QEMU, hw/usb/host-libusb.c; 5.1
 /// has the property, but takes every device for a slow one).
 const HOSTDEVICE_SINCE: Version = Version { major: 5, minor: 2, micro: 0 };
-
-/// How long a lock or a claim may be that is only passing: an attach through
-/// another monitor, or a device on its way back to the host's drivers.
-const PASSING: Duration = Duration::from_millis(500);
-
-/// How long to wait before trying such a lock again. Nothing tells when it ends.
-const PAUSE: Duration = Duration::from_millis(10);
 
 /// How QEMU gets at a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -118,7 +114,7 @@ pub async fn attach(
         return rehearse(host, vm, device, &id, probe, options).await;
     }
     let found = open(host, vm, device, &id, &probe, options).await?;
-    let Some(Ready { claims, claim }) = found else { return Ok(Attached::Already) };
+    let Some(ready) = found else { return Ok(Attached::Already) };
     refuse_owned(host, device, options)?;
     if probe.present.is_some() {
         // Who looked for the device may have done it long ago.
@@ -138,7 +134,7 @@ pub async fn attach(
         guest_ports => guest_ports,
     };
     let guest_ports = guest_ports.map_err(no_guest_port)?;
-    let guest_port = plug_in(host, vm, device, &id, options, (claims, claim), &guest_ports).await?;
+    let guest_port = plug_in(host, vm, device, &id, options, ready, &guest_ports).await?;
     let guest_port = guest_port.ok_or_else(|| no_guest_port(NoGuestPort::Full(Vec::new())))?;
     Ok(Attached::There(guest_port))
 }
@@ -158,16 +154,16 @@ async fn attach_as_known(
         return Ok(None);
     };
     let deadline = vm.session().deadline();
-    let (claims, claim) = match open_once(host, device, options, deadline).await? {
+    let ready = match open_once(host, device, options, deadline).await? {
         (_, Node::Held) => return Ok(None),
-        (claims, Node::Ours(claim)) => (claims, Some(claim)),
-        (claims, Node::NotPermitted) => (claims, None),
+        (claims, Node::Ours(claim)) => Ready { claims, claim: Some(claim) },
+        (claims, Node::NotPermitted) => Ready { claims, claim: None },
     };
     // It may be this very VM that has it, by another id.
     if refuse_owned(host, device, options).is_err() {
         return Ok(None);
     }
-    match plug_in(host, vm, device, id, options, (claims, claim), &[best]).await {
+    match plug_in(host, vm, device, id, options, ready, &[best]).await {
         Err(Error::Qmp(error)) if is_misplaced(&error) => {
             debug!("the VM is not as it was known, asking it: {error}");
             Ok(None)
@@ -184,7 +180,7 @@ async fn plug_in(
     device: &Device,
     id: &DeviceId,
     options: &Options,
-    (claims, claim): (Claims, Option<Claim>),
+    Ready { claims, claim }: Ready,
     guest_ports: &[GuestPort],
 ) -> Result<Option<GuestPort>, Error> {
     let by_address = options.open == Open::Address || vm.session().version() < HOSTDEVICE_SINCE;
@@ -196,6 +192,11 @@ async fn plug_in(
             // (QEMU, hw/usb/host-libusb.c, `usb_host_realize`).
             if claim.is_gone() {
                 return Err(host::Error::Gone(device.address).into());
+            }
+            if let Some(stranger) = claim.strangers().first() {
+                warn!(%device, "{stranger} has locked the node of {device} and may only read it, which \
+                       keeps nobody from the device; README, Security, says how to keep it from the \
+                       node");
             }
             Access::Descriptor(claim.node())
         }
@@ -223,18 +224,6 @@ async fn plug_in(
         _ => {}
     }
     Ok(Some(guest_port))
-}
-
-/// Refuses what somebody has that our lock does not tell of. To be asked while
-/// nobody else has the lock.
-fn refuse_owned(host: &Host, device: &Device, options: &Options) -> Result<(), Error> {
-    match host.owner(device, options.look) {
-        Some(owner) if !options.force => {
-            let (device, owner) = (device.clone(), Box::new(owner));
-            Err(host::Error::Claimed { device, owner }.into())
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Whether a device has left its port.
@@ -288,207 +277,4 @@ async fn rehearse(
 /// the user's to make.
 fn may_add(options: &Options) -> bool {
     options.add_controller && options.placement.bus.is_none()
-}
-
-fn held(host: &Host, device: &Device) -> Error {
-    let mut holders = host.holders(device.address);
-    if holders.is_empty() {
-        holders = host.lockers(device.address);
-    }
-    host::Error::Held { device: device.clone(), holders }.into()
-}
-
-/// A device that is ready to go.
-struct Ready {
-    /// From here to the end of the attach, nobody mounts its disks.
-    claims: Claims,
-    /// Its node; `None` if only QEMU may open it.
-    claim: Option<Claim>,
-}
-
-/// Opens and claims a device; `None` if the VM has it already. What another
-/// process has is tried again, as long as that may be passing.
-async fn open(
-    host: &Host,
-    vm: &mut Vm,
-    device: &Device,
-    id: &DeviceId,
-    probe: &Probe,
-    options: &Options,
-) -> Result<Option<Ready>, Error> {
-    let pid = vm.pid();
-    let same = |given: &Given| given.address == Some(device.address);
-    let mut present = probe.present.filter(same);
-    if present.is_some() {
-        // The lock may be that of an attach that was cut off, not the object's.
-        vm.drop_descriptors().await?;
-    }
-    let (start, deadline) = (Instant::now(), vm.session().deadline());
-    let half = deadline.saturating_duration_since(start) / 2;
-    let mut is_first = true;
-    loop {
-        let life = present.map(|given| host.life(device, pid, opened(Some(id), &given)));
-        if life == Some(Life::Alive) {
-            return Ok(None);
-        }
-        let error = match open_once(host, device, options, deadline).await {
-            Ok((claims, node)) => {
-                // Whether we have got the lock is the last word on it.
-                let locked = match &node {
-                    Node::Ours(_) => Some(false),
-                    Node::Held => Some(true),
-                    Node::NotPermitted => None,
-                };
-                let life = match (life, present) {
-                    (Some(Life::Unknown), Some(given)) => {
-                        Some(host.life_if(device, pid, opened(Some(id), &given), locked))
-                    }
-                    (life, _) => life,
-                };
-                match (life, node) {
-                    (Some(Life::Alive | Life::Unknown), _) => return Ok(None),
-                    (_, Node::Ours(claim)) => {
-                        if let Some(stranger) = claim.strangers().first() {
-                            warn!(%device, "{stranger} has locked the node of {device} and may only \
-                                   read it, which keeps nobody from the device; README, Security, \
-                                   says how to keep it from the node");
-                        }
-                        return Ok(Some(Ready { claims, claim: Some(claim) }));
-                    }
-                    (_, Node::NotPermitted) => return Ok(Some(Ready { claims, claim: None })),
-                    (_, Node::Held) => None,
-                }
-            }
-            Err(Error::Host(host::Error::InUse(used))) if used.by == UsedBy::Unknown => {
-                Some(host::Error::InUse(used).into())
-            }
-            Err(error) => return Err(error),
-        };
-        if error.is_none() && is_first {
-            // What it had before, and what an attach left that was cut off.
-            vm.drop_descriptors().await?;
-        } else {
-            let holders = host.holders(device.address);
-            let patience = if holders.iter().any(is_us) { half } else { half.min(PASSING) };
-            let is_final = holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
-            if is_final || start.elapsed() >= patience {
-                return match error {
-                    Some(error) => Err(error),
-                    None => Err(refused(host, vm, device, probe.status).await?),
-                };
-            }
-            sleep(PAUSE).await;
-        }
-        // Somebody else may just have attached it, to this VM.
-        present = vm.given(id).await?.filter(same);
-        is_first = false;
-    }
-}
-
-/// Whether a process is this tool: what it holds it soon gives back.
-fn is_us(holder: &Holder) -> bool {
-    holder.program == env!("CARGO_PKG_NAME")
-}
-
-/// Why a device is held, after all.
-async fn refused(
-    host: &Host,
-    vm: &mut Vm,
-    device: &Device,
-    status: Status,
-) -> Result<Error, Error> {
-    let holds = match vm.pid().and_then(|pid| host.holds(pid, device.address)) {
-        Some(holds) => holds,
-        // Who may not look at the process can ask it.
-        None => vm.keeps_descriptors().await?,
-    };
-    if holds {
-        let is_paused = status == Status::Stopped;
-        return Ok(Error::StillHeld { vm: vm.name(), device: device.clone(), is_paused });
-    }
-    Ok(held(host, device))
-}
-
-/// Claims a device's disks and opens its node. Whoever opens a disk that does
-/// not answer waits for it as long as the kernel does, so a thread does that.
-async fn open_once(
-    host: &Host,
-    device: &Device,
-    options: &Options,
-    deadline: Instant,
-) -> Result<(Claims, Node), Error> {
-    let guard = !options.force && (options.blocking || host.has_disk(&device.port));
-    let (host, device) = (host.clone(), device.clone());
-    let silent = Error::Silent(device.clone());
-    let open = move || -> Result<(Claims, Node), Error> {
-        let claims = if guard { host.claim_disks(&device.port)? } else { Claims::default() };
-        Ok((claims, host.open(device.address)?))
-    };
-    if !guard && !options.blocking {
-        return open();
-    }
-    match timeout_at(deadline, blocking(open)).await {
-        Ok(opened) => opened.map_err(|source| Error::Setup {
-            what: "open the device on a thread of its own",
-            source,
-        })?,
-        Err(_) => Err(silent),
-    }
-}
-
-/// What came of a detach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Detached {
-    /// It was a leftover, and is not in the VM any more.
-    Leftover(Leftover),
-    /// The VM does not have it.
-    NotThere,
-    /// The VM has it, and it is no leftover, as far as can be known.
-    Stays,
-}
-
-/// Detaches what a device has left in a VM, and only that: the host is looked
-/// at now, and what is doubtful stays. Where an address is given, it is only
-/// about the device that was there: a newer one may have taken the id since.
-///
-/// # Errors
-///
-/// As for [`Vm::detach`].
-pub async fn detach_leftover(
-    host: &Host,
-    vm: &mut Vm,
-    id: &DeviceId,
-    address: Option<Address>,
-) -> Result<Detached, Error> {
-    let Some(given) = vm.given(id).await? else {
-        vm.drop_descriptors().await?;
-        return Ok(Detached::NotThere);
-    };
-    if address.is_some() && given.address != address {
-        debug!(%id, "a newer device has the id");
-        return Ok(Detached::NotThere);
-    }
-    detach_if_left_over(host, vm, id, &given).await
-}
-
-/// As [`detach_leftover`], for who has just read what the VM was given.
-///
-/// # Errors
-///
-/// As for [`Vm::detach`].
-pub async fn detach_if_left_over(
-    host: &Host,
-    vm: &mut Vm,
-    id: &DeviceId,
-    given: &Given,
-) -> Result<Detached, Error> {
-    let presence = presence(host, vm.pid(), Some(id), given).0;
-    match presence.leftover() {
-        Some(why) if vm.detach(id).await? => Ok(Detached::Leftover(why)),
-        Some(_) => Ok(Detached::NotThere),
-        None => {
-            debug!(%id, ?presence, "it stays");
-            Ok(Detached::Stays)
-        }
-    }
 }

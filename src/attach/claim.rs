@@ -1,0 +1,176 @@
+//! A device's lock and disks: claimed for its attach. What is only passing is
+//! waited for.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::Options;
+use crate::error::Error;
+use crate::host::{self, Claim, Claims, Holder, Host, Life, Node, UsedBy, blocking};
+use crate::presence::opened;
+use crate::qemu::{Given, Probe, Status, Vm};
+use crate::usb::{Device, DeviceId};
+
+/// How long a lock or a claim may be that is only passing: an attach through
+/// another monitor, or a device on its way back to the host's drivers.
+const PASSING: Duration = Duration::from_millis(500);
+
+/// How long to wait before trying such a lock again. Nothing tells when it ends.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// A device that is ready to go.
+pub(super) struct Ready {
+    /// From here to the end of the attach, nobody mounts its disks.
+    pub claims: Claims,
+    /// Its node; `None` if only QEMU may open it.
+    pub claim: Option<Claim>,
+}
+
+/// Opens and claims a device; `None` if the VM has it already. What another
+/// process has is tried again, as long as that may be passing.
+pub(super) async fn open(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    id: &DeviceId,
+    probe: &Probe,
+    options: &Options,
+) -> Result<Option<Ready>, Error> {
+    let pid = vm.pid();
+    let same = |given: &Given| given.address == Some(device.address);
+    let mut present = probe.present.filter(same);
+    if present.is_some() {
+        // The lock may be that of an attach that was cut off, not the object's.
+        vm.drop_descriptors().await?;
+    }
+    let (start, deadline) = (Instant::now(), vm.session().deadline());
+    let half = deadline.saturating_duration_since(start) / 2;
+    let mut is_first = true;
+    loop {
+        let life = present.map(|given| host.life(device, pid, opened(Some(id), &given)));
+        if life == Some(Life::Alive) {
+            return Ok(None);
+        }
+        let error = match open_once(host, device, options, deadline).await {
+            Ok((claims, node)) => {
+                // Whether we have got the lock is the last word on it.
+                let locked = match &node {
+                    // Whose lock others keep us from is not known.
+                    Node::Ours(claim) if !claim.strangers().is_empty() => None,
+                    Node::Ours(_) => Some(false),
+                    Node::Held => Some(true),
+                    Node::NotPermitted => None,
+                };
+                let life = match (life, present) {
+                    (Some(Life::Unknown), Some(given)) => {
+                        Some(host.life_if(device, pid, opened(Some(id), &given), locked))
+                    }
+                    (life, _) => life,
+                };
+                match (life, node) {
+                    (Some(Life::Alive | Life::Unknown), _) => return Ok(None),
+                    (_, Node::Ours(claim)) => {
+                        return Ok(Some(Ready { claims, claim: Some(claim) }));
+                    }
+                    (_, Node::NotPermitted) => return Ok(Some(Ready { claims, claim: None })),
+                    (_, Node::Held) => None,
+                }
+            }
+            Err(Error::Host(host::Error::InUse(used))) if used.by == UsedBy::Unknown => {
+                Some(host::Error::InUse(used).into())
+            }
+            Err(error) => return Err(error),
+        };
+        if error.is_none() && is_first {
+            // What it had before, and what an attach left that was cut off.
+            vm.drop_descriptors().await?;
+        } else {
+            let holders = host.holders(device.address);
+            let patience = if holders.iter().any(is_us) { half } else { half.min(PASSING) };
+            let is_final = holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
+            if is_final || start.elapsed() >= patience {
+                return match error {
+                    Some(error) => Err(error),
+                    None => Err(refused(host, vm, device, probe.status).await?),
+                };
+            }
+            sleep(PAUSE).await;
+        }
+        // Somebody else may just have attached it, to this VM.
+        present = vm.given(id).await?.filter(same);
+        is_first = false;
+    }
+}
+
+/// Whether a process is this tool: what it holds it soon gives back.
+fn is_us(holder: &Holder) -> bool {
+    holder.program == env!("CARGO_PKG_NAME")
+}
+
+/// Why a device is held, after all.
+async fn refused(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    status: Status,
+) -> Result<Error, Error> {
+    let holds = match vm.pid().and_then(|pid| host.holds(pid, device.address)) {
+        Some(holds) => holds,
+        // Who may not look at the process can ask it.
+        None => vm.keeps_descriptors().await?,
+    };
+    if holds {
+        let is_paused = status == Status::Stopped;
+        return Ok(Error::StillHeld { vm: vm.name(), device: device.clone(), is_paused });
+    }
+    Ok(held(host, device))
+}
+
+/// Refuses what somebody has that our lock does not tell of. To be asked while
+/// nobody else has the lock.
+pub(super) fn refuse_owned(host: &Host, device: &Device, options: &Options) -> Result<(), Error> {
+    match host.owner(device, options.look) {
+        Some(owner) if !options.force => {
+            let (device, owner) = (device.clone(), Box::new(owner));
+            Err(host::Error::Claimed { device, owner }.into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The error that names who holds a device.
+pub(super) fn held(host: &Host, device: &Device) -> Error {
+    let mut holders = host.holders(device.address);
+    if holders.is_empty() {
+        holders = host.lockers(device.address);
+    }
+    host::Error::Held { device: device.clone(), holders }.into()
+}
+
+/// Claims a device's disks and opens its node. Whoever opens a disk that does
+/// not answer waits for it as long as the kernel does, so a thread does that.
+pub(super) async fn open_once(
+    host: &Host,
+    device: &Device,
+    options: &Options,
+    deadline: Instant,
+) -> Result<(Claims, Node), Error> {
+    let guard = !options.force && (options.blocking || host.has_disk(&device.port));
+    let (host, device) = (host.clone(), device.clone());
+    let silent = Error::Silent(device.clone());
+    let open = move || -> Result<(Claims, Node), Error> {
+        let claims = if guard { host.claim_disks(&device.port)? } else { Claims::default() };
+        Ok((claims, host.open(device.address)?))
+    };
+    if !guard && !options.blocking {
+        return open();
+    }
+    match timeout_at(deadline, blocking(open)).await {
+        Ok(opened) => opened.map_err(|source| Error::Setup {
+            what: "open the device on a thread of its own",
+            source,
+        })?,
+        Err(_) => Err(silent),
+    }
+}
