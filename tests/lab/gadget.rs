@@ -11,33 +11,28 @@
 //!
 //! `dummy_hcd` has no isochronous endpoints, so no camera and no USB audio, but MIDI.
 
+use crate::configfs::{self, FILES, GADGETS};
 use crate::hardware::{Plugged, Socket};
-use crate::host::{load, mount, must, unload};
+use crate::host::{load, unload};
 use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-
-const CONFIGFS: &str = "/sys/kernel/config";
-const GADGETS: &str = "/sys/kernel/config/usb_gadget";
-const FILES: &str = "/run/gadgets";
+use std::path::Path;
 
 /// What a device says of itself, and its functions: interface 0 and up, in the order in which they were added.
 #[derive(Clone)]
 pub struct Gadget {
-    attributes: Vec<(&'static str, String)>,
-    strings: Vec<(&'static str, Vec<u8>)>,
-    functions: Vec<Function>,
+    pub attributes: Vec<(&'static str, String)>,
+    pub strings: Vec<(&'static str, Vec<u8>)>,
+    pub functions: Vec<Function>,
 }
 
 #[derive(Clone)]
-struct Function {
-    kind: &'static str,
-    attributes: Vec<(&'static str, Vec<u8>)>,
+pub struct Function {
+    pub kind: &'static str,
+    pub attributes: Vec<(&'static str, Vec<u8>)>,
     /// The sizes of its disks in MiB.
-    luns: Vec<u64>,
+    pub luns: Vec<u64>,
     /// The class of an interface that a program plays.
-    played: Option<u8>,
+    pub played: Option<u8>,
 }
 
 impl Gadget {
@@ -75,7 +70,7 @@ impl Gadget {
         Gadget { strings, ..self }
     }
 
-    /// A mass storage with disks of these sizes in MiB.
+    /// A mass storage with disks of these sizes in MiB. Plugged into the same socket again, they have their content.
     pub fn storage(self, luns: &[u64]) -> Gadget {
         self.add(Function { luns: luns.to_vec(), ..Function::new("mass_storage", &[]) })
     }
@@ -149,23 +144,19 @@ pub struct Gadgets {
 impl Gadgets {
     /// Sockets for high-speed devices, at most 32.
     pub fn load(sockets: u32) -> Gadgets {
-        Gadgets::load_with(sockets, "is_high_speed=1")
-    }
-
-    /// Sockets with a USB 2 and a USB 3 half; gadgets appear on the SuperSpeed one.
-    pub fn load_super_speed(sockets: u32) -> Gadgets {
-        Gadgets::load_with(sockets, "is_super_speed=1")
-    }
-
-    fn load_with(sockets: u32, parameter: &str) -> Gadgets {
-        load("dummy_hcd", &[&format!("num={sockets}"), parameter]);
+        load("dummy_hcd", &[&format!("num={sockets}")]);
         load("libcomposite", &[]);
-        mount("configfs", "configfs", Path::new(CONFIGFS));
+        configfs::prepare();
         Gadgets { played: Vec::new() }
     }
 
     pub fn plug(&mut self, gadget: Gadget, socket: u32) -> Plugged {
         self.insert(gadget, socket);
+        self.arrived(socket)
+    }
+
+    /// Waits until the kernel and udevd have seen what was inserted.
+    pub fn arrived(&self, socket: u32) -> Plugged {
         let place = Socket::new("", &format!("dummy_hcd.{socket}"), 1);
         Plugged::arrived(name(socket), &place)
     }
@@ -177,7 +168,10 @@ impl Gadgets {
 
     /// Plugs it in and does not wait until anybody has seen it.
     pub fn insert(&mut self, gadget: Gadget, socket: u32) {
-        self.try_insert(gadget, socket).unwrap_or_else(|error| panic!("socket {socket}: {error}"));
+        let name = name(socket);
+        let played = configfs::create(&name, &gadget, socket);
+        let played = played.unwrap_or_else(|error| panic!("{name}: {error}"));
+        self.played.extend(played.into_iter().map(|file| (name.clone(), file)));
     }
 
     /// Pulls out what is in a socket and does not wait until the kernel has noticed.
@@ -186,42 +180,10 @@ impl Gadgets {
     }
 
     fn take_out(&mut self, name: &str) {
-        let _ = fs::write(Path::new(GADGETS).join(name).join("UDC"), "\n");
+        let directory = Path::new(GADGETS).join(name);
+        configfs::unplug(&directory);
         self.played.retain(|(gadget, _)| gadget != name);
-        remove(Path::new(GADGETS).join(name));
-    }
-
-    fn try_insert(&mut self, gadget: Gadget, socket: u32) -> io::Result<()> {
-        let directory = Path::new(GADGETS).join(name(socket));
-        fs::create_dir(&directory)?;
-        for (name, value) in &gadget.attributes {
-            fs::write(directory.join(name), value)?;
-        }
-        if !gadget.strings.is_empty() {
-            fs::create_dir(directory.join("strings/0x409"))?;
-        }
-        for (name, value) in &gadget.strings {
-            fs::write(directory.join("strings/0x409").join(name), value)?;
-        }
-        let configuration = directory.join("configs/c.1");
-        fs::create_dir(&configuration)?;
-        for (number, function) in gadget.functions.iter().enumerate() {
-            let instance = format!("{}.s{socket}n{number}", function.kind);
-            let path = directory.join("functions").join(&instance);
-            fs::create_dir(&path)?;
-            for (name, value) in &function.attributes {
-                fs::write(path.join(name), value)?;
-            }
-            for (lun, size) in function.luns.iter().enumerate() {
-                add_lun(&path, lun, &format!("{instance}.{lun}"), *size)?;
-            }
-            if let Some(class) = function.played {
-                let control = play(&format!("s{socket}n{number}"), class)?;
-                self.played.push((name(socket), control));
-            }
-            symlink(&path, configuration.join(&instance))?;
-        }
-        fs::write(directory.join("UDC"), format!("dummy_udc.{socket}"))
+        configfs::remove(&directory);
     }
 }
 
@@ -229,74 +191,10 @@ fn name(socket: u32) -> String {
     format!("socket{socket}")
 }
 
-fn add_lun(function: &Path, lun: usize, name: &str, size: u64) -> io::Result<()> {
-    fs::create_dir_all(FILES)?;
-    let image = Path::new(FILES).join(name);
-    File::create(&image)?.set_len(size << 20)?;
-    let directory = function.join(format!("lun.{lun}"));
-    if lun > 0 {
-        fs::create_dir(&directory)?;
-    }
-    fs::write(directory.join("removable"), "1")?;
-    fs::write(directory.join("file"), image.as_os_str().as_encoded_bytes())
-}
-
-/// Says what the interface is (Linux, include/uapi/linux/usb/functionfs.h), which lasts as long as the file is open.
-fn play(instance: &str, class: u8) -> io::Result<File> {
-    let directory = Path::new(FILES).join(instance);
-    mount("functionfs", instance, &directory);
-    let interface = [9, 4, 0, 0, 1, class, 0, 0, 1];
-    let endpoint = |size: u16| [7, 5, 0x81, 2, size.to_le_bytes()[0], size.to_le_bytes()[1], 0];
-    let mut descriptors = Vec::new();
-    for size in [64, 512] {
-        descriptors.extend(interface);
-        descriptors.extend(endpoint(size));
-    }
-    let (magic, both_speeds, each) = (3_u32, 3_u32, 2_u32);
-    let length = 5 * 4 + descriptors.len() as u32;
-    let head = [magic, length, both_speeds, each, each];
-    let mut head: Vec<u8> = head.iter().flat_map(|word| word.to_le_bytes()).collect();
-    head.append(&mut descriptors);
-    let mut control = File::options().read(true).write(true).open(directory.join("ep0"))?;
-    control.write_all(&head)?;
-    // One language, and the interface's name in it.
-    let name = b"\x09\x04played\0";
-    let (magic, length) = (2_u32, 4 * 4 + name.len() as u32);
-    let head = [magic, length, 1, 1];
-    let mut strings: Vec<u8> = head.iter().flat_map(|word| word.to_le_bytes()).collect();
-    strings.extend(name);
-    control.write_all(&strings)?;
-    Ok(control)
-}
-
-/// Takes a gadget apart, in the only order that configfs allows.
-fn remove(gadget: PathBuf) {
-    let _ = fs::write(gadget.join("UDC"), "\n");
-    let configuration = gadget.join("configs/c.1");
-    for entry in fs::read_dir(&configuration).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_symlink()) {
-            fs::remove_file(entry.path()).expect("a function of a gadget");
-        }
-    }
-    let _ = fs::remove_dir(configuration);
-    for function in fs::read_dir(gadget.join("functions")).into_iter().flatten().flatten() {
-        for lun in (1..8).map(|lun| function.path().join(format!("lun.{lun}"))) {
-            let _ = fs::remove_dir(lun);
-        }
-        let instance = function.file_name().into_string().expect("text");
-        fs::remove_dir(function.path()).expect("a function that is in no configuration");
-        if let Some(instance) = instance.strip_prefix("ffs.") {
-            must("umount", &[Path::new(FILES).join(instance).to_str().expect("text")]);
-        }
-    }
-    let _ = fs::remove_dir(gadget.join("strings/0x409"));
-    fs::remove_dir(gadget).expect("an empty gadget");
-}
-
 /// Removes what an earlier test has left, and the sockets.
 pub fn clear() {
     for gadget in fs::read_dir(GADGETS).into_iter().flatten().flatten() {
-        remove(gadget.path());
+        configfs::remove(&gadget.path());
     }
     unload("dummy_hcd");
     let _ = fs::remove_dir_all(FILES);

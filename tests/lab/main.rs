@@ -36,11 +36,13 @@
 #![allow(dead_code)]
 
 mod attach;
+mod bursts;
 mod by_hand;
 mod by_udev_rule;
 mod claims;
 mod completions;
 mod composite;
+mod configfs;
 mod controllers;
 mod daemon;
 mod demo;
@@ -66,6 +68,7 @@ mod qmp;
 mod refused;
 mod remote;
 mod remote_hub;
+mod remote_wire;
 mod rule;
 mod service;
 mod sockets;
@@ -169,6 +172,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         zoo::TESTS,
         composite::TESTS,
         strings::TESTS,
+        bursts::TESTS,
         sync::TESTS,
         watch::TESTS,
         waiting::TESTS,

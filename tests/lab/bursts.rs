@@ -1,0 +1,114 @@
+//! Devices that come and go faster than anybody follows, and addresses that come round.
+
+use crate::daemon::{Daemon, configure, rule};
+use crate::gadget::{Gadget, Gadgets};
+use crate::hardware::Plugged;
+use crate::inside;
+use crate::tool::run;
+use crate::vm::Vm;
+use serde_json::Value;
+use std::thread;
+use std::time::Duration;
+
+crate::tests![
+    what_comes_and_goes_at_random_ends_where_it_belongs,
+    an_address_that_comes_round_is_another_device: long,
+];
+
+const SOCKETS: u32 = 4;
+
+fn what_comes_and_goes_at_random_ends_where_it_belongs() {
+    let steps = std::env::var(inside::CYCLES).map_or(60, |cycles| cycles.parse().unwrap());
+    let mut random = Random::new(20);
+    let mut gadgets = Gadgets::load(SOCKETS);
+    let (first, second) = (Vm::new("first").start(), Vm::new("second").start());
+    let rules = ["first", "second"]
+        .map(|vm| rule(vm, &format!("vendor = \"1209\"\nproduct = \"{}\"", product_of(vm))));
+    configure(&["first", "second"], &rules.concat());
+    let daemon = Daemon::start();
+    let mut plugged = [None; SOCKETS as usize];
+    for step in 0..steps {
+        let socket = random.below(SOCKETS);
+        let place = &mut plugged[socket as usize];
+        if place.take().is_some() {
+            gadgets.remove(socket);
+        } else {
+            // The third belongs to nobody.
+            let product = 1 + random.below(3) as u16;
+            let gadget = Gadget::new(0x1209, product);
+            let gadget = if product == 1 { gadget.keyboard() } else { gadget.serial_port() };
+            gadgets.insert(gadget, socket);
+            *place = Some(product);
+        }
+        eprintln!("{step}: {plugged:?}");
+        // Now and then long enough for the kernel, and for an attach.
+        let longest = if random.below(3) == 0 { 1500 } else { 100 };
+        thread::sleep(Duration::from_millis(random.below(longest).into()));
+    }
+    let end_with_what_is_theirs = || {
+        for (vm, product) in [(&first, 1), (&second, 2)] {
+            let here = (0..).zip(&plugged).filter(|(_, here)| **here == Some(product));
+            let here: Vec<Plugged> = here.map(|(socket, _)| gadgets.arrived(socket)).collect();
+            vm.gets(&here.iter().collect::<Vec<_>>());
+            vm.must_have_no_spare_descriptors();
+        }
+    };
+    end_with_what_is_theirs();
+    // Nothing of what is over happens later.
+    daemon.is_idle();
+    end_with_what_is_theirs();
+}
+
+fn product_of(vm: &str) -> &'static str {
+    if vm == "first" { "0001" } else { "0002" }
+}
+
+fn an_address_that_comes_round_is_another_device() {
+    let mut gadgets = Gadgets::load(1);
+    let vm = Vm::new("a").start();
+    let keyboard = || Gadget::new(0x1209, 0x0001).keyboard();
+    let first = gadgets.plug(keyboard(), 0);
+    run(["attach", &vm.socket(), &first.port]).succeeds();
+    vm.gets(&[&first]);
+    gadgets.pull(&first);
+    let start = std::time::Instant::now();
+    // Nobody detaches. Linux gives 127 addresses in turn, and the hub has one (drivers/usb/core/hub.c, choose_devnum).
+    let again = (0..127)
+        .map(|_| {
+            let next = gadgets.plug(keyboard(), 0);
+            if next.address != first.address {
+                gadgets.pull(&next);
+            }
+            next
+        })
+        .find(|next| next.address == first.address)
+        .expect("the first's address comes round");
+    eprintln!("{:?}", start.elapsed());
+
+    // Bus, address and id are right, and what the VM has is not this device.
+    let json = run(["inspect", &vm.socket(), "--json"]).succeeds().stdout;
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["devices"][0]["host"]["state"], "dead", "{json}");
+    run(["attach", &vm.socket(), &again.port]).succeeds();
+    vm.gets(&[&again]);
+    let json = run(["inspect", &vm.socket(), "--json"]).succeeds().stdout;
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["devices"][0]["host"]["state"], "present", "{json}");
+}
+
+/// Numbers that look random and are the same in each run (Marsaglia, "Xorshift RNGs").
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Random {
+        eprintln!("seed {seed}");
+        Random(seed)
+    }
+
+    fn below(&mut self, end: u32) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 32) as u32 % end
+    }
+}
