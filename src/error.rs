@@ -271,6 +271,7 @@ impl Error {
             Error::Host(host::Error::RootHub(_)) => 7,
             Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
             Error::Host(host::Error::Claimed { .. } | host::Error::NotAuthorized(_)) => 7,
+            Error::Host(host::Error::DefaultRoute { .. }) => 7,
             Error::Host(_) | Error::Write { .. } | Error::Setup { .. } => 1,
             Error::Install { .. } | Error::BadRule { .. } | Error::Silent(_) => 1,
             // As shells say it (bash(1), "Exit status").

@@ -5,17 +5,19 @@ mod claim;
 mod detach;
 
 use serde_json::{Map, Value};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use self::claim::{Ready, held, open, open_once, refuse_owned};
 use crate::error::Error;
-use crate::host::{self, Claim, Host, Look, Node};
+use crate::host::uses::listed;
+use crate::host::{self, Claim, Host, Look, Node, OtherUse};
 use crate::passed;
 use crate::presence::presence;
 use crate::qemu::qmp::Version;
 use crate::qemu::{
     Access, Attachment, Given, GuestPort, NoGuestPort, Placement, Probe, Status, Vm, is_misplaced,
 };
+use crate::text::escape;
 use crate::usb::{Device, DeviceId};
 
 pub use self::detach::{Detached, detach_if_left_over, detach_leftover};
@@ -67,6 +69,18 @@ pub enum Attached {
     /// It was in the VM before, under this name: an id, or a place in QEMU's
     /// object tree.
     Otherwise(String),
+}
+
+/// Logs what a device was used for here that a VM has now. A host that lost its
+/// network by a rule finds out why.
+pub fn tell_uses(vm: &str, device: &Device, uses: &[OtherUse]) {
+    let Some(shown) = listed(uses) else { return };
+    let (vm, port) = (escape(vm), &device.port);
+    if uses.iter().any(|used| matches!(used, OtherUse::DefaultRoute(_))) {
+        warn!(%vm, %port, "{device} was in use on this host when {vm} got it: {shown}");
+    } else {
+        info!(%vm, %port, "{device} was in use on this host when {vm} got it: {shown}");
+    }
 }
 
 /// Attaches a device to a VM, as the id of its port. If the VM's layout is known

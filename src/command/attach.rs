@@ -1,12 +1,13 @@
 //! `attach VM DEVICE...`
 
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{Context, options, take};
 use crate::attach::{self, Attached, Options};
 use crate::cli::Attach;
 use crate::error::{Error, Until};
-use crate::host::Look;
+use crate::host::uses::listed;
+use crate::host::{self, Look, OtherUse};
 use crate::qemu::{Vm, VmAddress};
 use crate::text::escape;
 use crate::ui::output::together;
@@ -70,6 +71,17 @@ async fn attach(
     let (id, name) = (DeviceId::for_port(&device.port), vm.name());
     let name = escape(&name);
     debug!(qemu = %vm.session().version(), "attaching {device} to {name}");
+    let uses = context.host.other_uses(&device.port, Look::Thorough);
+    let default_route = uses.iter().find_map(|used| match used {
+        OtherUse::DefaultRoute(adapter) if !options.force => Some(adapter.clone()),
+        _ => None,
+    });
+    if let Some(adapter) = default_route {
+        return Err(host::Error::DefaultRoute { device: device.clone(), adapter }.into());
+    }
+    if let Some(uses) = listed(&uses) {
+        warn!("{device} is in use on this host: {uses}");
+    }
     let attached = attach::attach(&context.host, vm, device, options);
     let what = || format!("attaching {device} to {name}");
     let attached = context.during(what, attached).await?;

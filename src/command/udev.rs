@@ -72,6 +72,7 @@ async fn add(
     if device.is_hub() {
         return Err(Error::Hub(device.clone()));
     }
+    let uses = context.host.other_uses(&device.port, Look::Quick);
     let mut vm = connect(context, address).await?;
     let attached = attach::attach(&context.host, &mut vm, device, options).await?;
     let (name, id, ms) = (vm.name(), DeviceId::for_port(&device.port), start.elapsed().as_millis());
@@ -79,6 +80,7 @@ async fn add(
     match attached {
         Attached::There(guest_port) => {
             info!(%vm, port = %device.port, %id, ms, "attached {device} to {vm} at {guest_port} in {ms} ms");
+            attach::tell_uses(&name, device, &uses);
         }
         Attached::Otherwise(other) => {
             let other = escape(&other);

@@ -45,6 +45,11 @@ impl Host {
         usb::classes(&self.descriptors(port))
     }
 
+    /// Whether the device at a port is a keyboard, or has one in it.
+    pub fn is_keyboard(&self, port: &Port) -> bool {
+        usb::is_keyboard(&self.descriptors(port))
+    }
+
     /// The descriptors of the device at a port, which are there before its
     /// interfaces are (Linux, drivers/usb/core/sysfs.c, `descriptors_read`).
     pub(super) fn descriptors(&self, port: &Port) -> Vec<u8> {

@@ -66,6 +66,15 @@ pub enum Error {
     #[error("{0} is not authorized on this host, so that no guest could use it; write 1 to \
              /sys/bus/usb/devices/{port}/authorized, or have USBGuard do it (or use --force)", port = .0.port)]
     NotAuthorized(Device),
+    /// The host reaches the network through the device.
+    #[error("{device}: {adapter} has the default route, and this host would lose its network; give it \
+             another way out first, or use --force", adapter = escape(.adapter))]
+    DefaultRoute {
+        /// The device.
+        device: Device,
+        /// The name of its network adapter.
+        adapter: String,
+    },
     /// Another process holds the device.
     #[error("{device} is held by {}; detach it there first", held_by(.holders))]
     Held {

@@ -19,6 +19,7 @@ pub mod readable;
 mod release;
 mod signs;
 mod stranger;
+pub mod uses;
 
 use std::fs;
 use std::io;
@@ -36,6 +37,7 @@ pub use node::{Claim, Node};
 pub use owner::{CLAIMED, Look, Owner};
 pub use proc::{Holder, Qemu, Reach, UnixSockets};
 pub use signs::Signs;
+pub use uses::OtherUse;
 
 use crate::text::escape;
 use crate::usb::{self, Address, CLASS_HUB, Device, HotplugEvent, Port, Selector, Speed};

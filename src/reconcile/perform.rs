@@ -115,7 +115,11 @@ async fn attach(
 ) -> Result<Done, Error> {
     let Vms { dry_run, look, .. } = vms;
     let options = Options { dry_run, look, ..options(vms.policy, assignment) };
+    let uses = vms.host.other_uses(&device.port, look);
     let attached = attach::attach(vms.host, vm, device, &options).await?;
+    if matches!(attached, Attached::There(_)) && !dry_run {
+        attach::tell_uses(&vm.name(), device, &uses);
+    }
     Ok(Done::Attached(device.clone(), attached))
 }
 

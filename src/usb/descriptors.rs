@@ -14,22 +14,36 @@ const INTERFACE: u8 = 4;
 /// A device may send anything; what is cut off or out of order is passed over.
 pub fn classes(descriptors: &[u8]) -> Vec<u8> {
     let mut classes: Vec<u8> = Vec::new();
-    let mut rest = descriptors;
-    // Each begins with its length and its type.
-    while let [length, kind, ..] = rest {
-        // No descriptor is shorter than these two.
-        let Some((descriptor, after)) = rest.split_at_checked(usize::from(*length).max(2)) else {
-            break;
-        };
-        let class = match *kind {
+    for (kind, descriptor) in all(descriptors) {
+        let class = match kind {
             DEVICE => descriptor.get(4),
             INTERFACE => descriptor.get(5),
             _ => None,
         };
         classes.extend(class.filter(|class| !classes.contains(class)));
-        rest = after;
     }
     classes
+}
+
+/// Each descriptor with its type.
+fn all(descriptors: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+    let mut rest = descriptors;
+    std::iter::from_fn(move || {
+        // Each begins with its length and its type, and none is shorter.
+        let [length, kind, ..] = rest else { return None };
+        let (descriptor, after) = rest.split_at_checked(usize::from(*length).max(2))?;
+        rest = after;
+        Some((*kind, descriptor))
+    })
+}
+
+/// Whether these are the descriptors of a keyboard: one that works before there
+/// is an operating system has such an interface (HID 1.11, section 4.2 and
+/// appendix B.1: class 3, subclass 1, protocol 1).
+pub fn is_keyboard(descriptors: &[u8]) -> bool {
+    all(descriptors).any(|(kind, descriptor)| {
+        kind == INTERFACE && descriptor.get(5..8).is_some_and(|class| class == [3, 1, 1])
+    })
 }
 
 /// Whether these are the descriptors of a hub: by its own class or by that of an
@@ -65,6 +79,13 @@ mod tests {
             &interface(8),
         ];
         assert_eq!(classes(&all.concat()), [0, 8, 0xff]);
+    }
+
+    #[test]
+    fn a_keyboard_says_so_in_an_interface() {
+        let hid = |protocol| [9, 4, 0, 0, 1, 3, 1, protocol, 0];
+        assert!(is_keyboard(&[&DEVICE_OF_CLASS_0[..], &interface(8), &hid(1)].concat()));
+        assert!(!is_keyboard(&[&DEVICE_OF_CLASS_0[..], &hid(2)].concat()), "a mouse");
     }
 
     #[test]

@@ -11,7 +11,7 @@ mod speed;
 use std::fmt;
 use std::str::FromStr;
 
-pub use descriptors::{classes, is_hub};
+pub use descriptors::{classes, is_hub, is_keyboard};
 pub use event::{Action, EventError, HotplugEvent};
 pub use name::{DeviceId, Selector};
 pub use path::{BusPath, NO_REVISION, PortPath};

@@ -60,8 +60,8 @@ fn every_device_is_shown_where_it_is() {
         assert_eq!(vm.qmp("qom-get", json!({"path": path, "property": "type"})), device["driver"]);
         if device["driver"] == "usb-host" {
             let host = json!({
-                "bus": stick.bus, "address": stick.address, "port": "2-3", "vendor": "46f4",
-                "product": "0001", "serial": "SN1", "state": "present",
+                "bus": stick.bus, "address": stick.address, "port": "2-3",
+                "path": "pci-0000:00:14.0-usbv3-0:3", "vendor": "46f4", "product": "0001", "serial": "SN1", "state": "present",
             });
             assert_eq!(device["host"], host);
         } else {

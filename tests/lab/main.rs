@@ -79,6 +79,7 @@ mod truth;
 mod udev;
 mod units;
 mod usbip;
+mod uses;
 mod vm;
 mod vms;
 mod wait;
@@ -163,6 +164,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         rule::TESTS,
         port_names::TESTS,
         hubs::TESTS,
+        uses::TESTS,
         inspect::TESTS,
         man::TESTS,
         leftovers::TESTS,

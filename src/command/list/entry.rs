@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::host::{Bus, CLAIMED, Holder, Host, Strings};
+use crate::host::{Bus, CLAIMED, Holder, Host, Look, OtherUse, Strings};
 use crate::policy::rule::{self, Effect};
 use crate::policy::{Policy, Reading};
 use crate::text::escape;
@@ -29,6 +29,10 @@ pub struct Entry {
     pub speed_mbps: Option<Speed>,
     pub drivers: Vec<String>,
     pub in_use: Vec<UseReport>,
+    /// What this host uses it for besides.
+    pub other_use: Vec<OtherUseReport>,
+    /// Whether the kernel lets anybody use it.
+    pub authorized: bool,
     /// Whether a program has it, even one that this user may not see.
     pub held: bool,
     pub held_by: Vec<HolderReport>,
@@ -46,6 +50,31 @@ pub struct UseReport {
     pub what: Option<String>,
     #[serde(skip)]
     text: String,
+}
+
+/// A use that is not one of a disk.
+#[derive(Debug, Clone, Serialize)]
+pub struct OtherUseReport {
+    /// The network adapter or the node, `ttyUSB0`.
+    pub name: Option<String>,
+    /// `default-route`, `address`, `program` or `only-keyboard`.
+    pub by: &'static str,
+    /// The program.
+    pub what: Option<String>,
+    #[serde(skip)]
+    text: String,
+}
+
+impl From<OtherUse> for OtherUseReport {
+    fn from(used: OtherUse) -> Self {
+        let (by, text) = (used.word(), used.to_string());
+        let (name, what) = match used {
+            OtherUse::DefaultRoute(name) | OtherUse::Address(name) => (Some(name), None),
+            OtherUse::Program(name, holder) => (Some(name), Some(holder.to_string())),
+            OtherUse::OnlyKeyboard => (None, None),
+        };
+        OtherUseReport { name, by, what, text }
+    }
 }
 
 /// A process that has the device's node open.
@@ -137,6 +166,12 @@ impl Entry {
             serial: strings.serial,
             speed_mbps: host.speed(port),
             in_use: if device.is_hub() { Vec::new() } else { uses(host, port) },
+            other_use: if device.is_hub() {
+                Vec::new()
+            } else {
+                host.other_uses(port, Look::Thorough).into_iter().map(Into::into).collect()
+            },
+            authorized: host.is_authorized(port),
             held: !holders.is_empty()
                 || drivers.iter().any(|driver| driver == CLAIMED)
                 || host.is_locked(device.address) == Some(true),
@@ -164,7 +199,10 @@ impl Entry {
 
     /// `sda1 is mounted on /mnt`
     pub fn uses(&self) -> Vec<String> {
-        self.in_use.iter().map(|used| used.text.clone()).collect()
+        let disks = self.in_use.iter().map(|used| used.text.clone());
+        let others = self.other_use.iter().map(|used| used.text.clone());
+        let authorized = (!self.authorized).then(|| "it is not authorized".to_owned());
+        disks.chain(others).chain(authorized).collect()
     }
 
     /// `VM win11 (process 1234)`

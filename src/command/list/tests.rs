@@ -139,6 +139,7 @@ fn json_has_all_of_it() {
             "vendor_name": "日本製", "product_name": "USB to ATA/ATAPI bridge 日本語",
             "serial": "0123", "speed_mbps": 480, "drivers": ["usb-storage"],
             "in_use": [{"disk": "sdb", "by": "mount", "what": "/media/my stick"}],
+            "other_use": [], "authorized": true,
             "held": false, "held_by": [],
             "rule": {"line": 4, "deny": false, "vm": "win11"},
         })

@@ -2,6 +2,7 @@
 //! device or a port to a VM.
 
 mod install;
+mod keyboard;
 mod learn;
 mod serial;
 mod socket;
@@ -53,6 +54,7 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
         info!("{what}: hubs stay with the host, what is behind them goes to the VM");
     }
     warn_of_numbers(&context.host, &what);
+    keyboard::warn_of_keyboards(&context.host, &what);
     if arguments.toml {
         return print(&toml::configuration(context, &what, &vm)?);
     }

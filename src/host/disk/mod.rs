@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
+pub(super) use programs::number_of;
 pub use uses::{Kind, Told, Use, UsedBy};
 
 use self::stack::Tables;
@@ -176,12 +177,12 @@ fn node_of(part: &Path) -> String {
 }
 
 /// The directories in a directory, links left out.
-fn directories(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+pub(super) fn directories(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(path).into_iter().flatten().flatten();
     entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path())
 }
 
-fn name(path: &Path) -> String {
+pub(super) fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 

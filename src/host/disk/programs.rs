@@ -23,6 +23,27 @@ impl Host {
         let blocks = storage.blocks().filter_map(node(true));
         let nodes: Vec<(bool, u64, String)> =
             blocks.chain(storage.characters.iter().filter_map(node(false))).collect();
+        let found = self.open_in(&nodes);
+        let holders = found.into_iter().map(|(name, pid)| (name, Some(self.holder(pid))));
+        let is_udev = |holder: &Holder| UDEV.contains(&holder.program.as_str());
+        let mut programs: Vec<_> =
+            holders.filter(|(_, holder)| !holder.as_ref().is_some_and(is_udev)).collect();
+        for part in storage.blocks() {
+            let lock = self.lock_on(part).map(|pid| (name(part), pid.map(|pid| self.holder(pid))));
+            let is_told = |(told, _): &(String, Option<Holder>)| *told == name(part);
+            if !programs.iter().any(is_told) {
+                programs.extend(lock);
+            }
+        }
+        programs
+    }
+
+    /// The processes that have one of these nodes open, by the node's name: each
+    /// node is a block device or not, its number, and its name.
+    pub(in crate::host) fn open_in(
+        &self,
+        nodes: &[(bool, u64, String)],
+    ) -> BTreeSet<(String, i32)> {
         let mut found = BTreeSet::new();
         let this = i32::try_from(std::process::id()).ok();
         for pid in self.processes() {
@@ -39,18 +60,7 @@ impl Host {
                 found.extend(nodes.iter().find(is_it).map(|(_, _, name)| (name.clone(), pid)));
             }
         }
-        let holders = found.into_iter().map(|(name, pid)| (name, Some(self.holder(pid))));
-        let is_udev = |holder: &Holder| UDEV.contains(&holder.program.as_str());
-        let mut programs: Vec<_> =
-            holders.filter(|(_, holder)| !holder.as_ref().is_some_and(is_udev)).collect();
-        for part in storage.blocks() {
-            let lock = self.lock_on(part).map(|pid| (name(part), pid.map(|pid| self.holder(pid))));
-            let is_told = |(told, _): &(String, Option<Holder>)| *told == name(part);
-            if !programs.iter().any(is_told) {
-                programs.extend(lock);
-            }
-        }
-        programs
+        found
     }
 
     /// Whether a program has locked a disk's node, as QEMU does with its
@@ -72,7 +82,7 @@ impl Host {
 }
 
 /// The number of a block or character device, by its directory.
-fn number_of(part: &Path) -> Option<u64> {
+pub(in crate::host) fn number_of(part: &Path) -> Option<u64> {
     let text = read_if_there(&part.join("dev")).ok()??;
     let (major, minor) = text.trim_end().split_once(':')?;
     Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
