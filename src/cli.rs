@@ -425,8 +425,9 @@ pub struct How {
     #[arg(long, value_enum, default_value_t)]
     pub open: Open,
 
-    /// Attach a device even if this host uses its disk. What was not written
-    /// is lost. Never attaches a hub.
+    /// Attach a device even if this host uses its disk, and what was not
+    /// written is lost, or has its default route through it. Never attaches a
+    /// hub.
     #[arg(long)]
     pub force: bool,
 }

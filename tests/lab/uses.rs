@@ -27,10 +27,11 @@ fn listed(device: &Plugged) -> String {
 fn adapter(device: &Plugged) -> String {
     let directory = device.sysfs.join(format!("{}:1.0/net", device.port));
     wait_for("a network adapter", || {
-        let adapter = fs::read_dir(&directory).ok()?.flatten().next()?.path();
-        let index = fs::read_to_string(adapter.join("ifindex")).ok()?;
+        let adapter = || Some(fs::read_dir(&directory).ok()?.flatten().next()?.path());
+        let index = fs::read_to_string(adapter()?.join("ifindex")).ok()?;
         let is_known = fs::exists(format!("/run/udev/data/n{}", index.trim())).unwrap();
-        is_known.then(|| adapter.file_name().unwrap().to_str().unwrap().to_owned())
+        let adapter = if is_known { adapter()? } else { return None };
+        Some(adapter.file_name()?.to_str()?.to_owned())
     })
 }
 
@@ -85,8 +86,8 @@ fn a_serial_port_that_a_program_has_open_is_told() {
     assert!(listed(&device).contains(&told), "{}", listed(&device));
     let attached = run(["attach", &vm.socket(), &device.port]).succeeds().stderr;
     assert!(attached.contains(&told), "{attached}");
-    run(["detach", &vm.socket(), &device.port]).succeeds();
     drop(port);
+    run(["detach", &vm.socket(), &device.port]).succeeds();
     wait_for("the serial port", open);
     let attached = run(["attach", &vm.socket(), &device.port]).succeeds().stderr;
     assert_eq!(attached, "");
