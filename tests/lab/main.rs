@@ -57,6 +57,7 @@ mod journal;
 mod leftovers;
 mod libvirt;
 mod libvirtd;
+mod linux_guest;
 mod list;
 mod machine;
 mod man;
@@ -175,6 +176,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         composite::TESTS,
         strings::TESTS,
         bursts::TESTS,
+        linux_guest::TESTS,
         sync::TESTS,
         watch::TESTS,
         waiting::TESTS,
