@@ -250,6 +250,7 @@ fn peer_in(answer: &[u8], inode: u32) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::proc::cmdline::CommandLine;
     use proptest::prelude::*;
     use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -291,6 +292,38 @@ garbage
         assert!(known.iter().all(|holder| holder.pid == own), "{known:?}");
         drop((client, server));
         assert_eq!(clients(), None);
+    }
+
+    #[test]
+    fn a_socket_that_no_command_line_names_may_be_a_monitor() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("added,later.qmp");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let path = path.to_str().unwrap().to_owned();
+        let monitors = |arguments: &[String], command_line: CommandLine| {
+            let pid = i32::try_from(std::process::id()).unwrap();
+            let (program, arguments) = (String::new(), arguments.to_vec());
+            let qemu = Qemu {
+                pid,
+                program,
+                user: None,
+                uid: None,
+                is_stopped: false,
+                command_line,
+                arguments,
+            };
+            Host::default().monitors(&qemu)
+        };
+        let found = Endpoint::Listening(path.clone());
+        assert!(monitors(&[], CommandLine::default()).contains(&found));
+        let named = format!("unix:{},server=on", path.replace(',', ",,"));
+        assert!(!monitors(&["-serial".into(), named], CommandLine::default()).contains(&found));
+        let chardevs = vec![Endpoint::Unix(path)];
+        let in_a_file = CommandLine { chardevs, ..CommandLine::default() };
+        assert!(!monitors(&[], in_a_file).contains(&found));
+        let libvirts = Some(Endpoint::Descriptor(23));
+        let of_libvirt = CommandLine { libvirts, ..CommandLine::default() };
+        assert_eq!(monitors(&[], of_libvirt), []);
     }
 
     #[test]
