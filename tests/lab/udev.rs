@@ -26,7 +26,7 @@ pub fn forget_rules() {
 
 /// Waits until udevd has dealt with every event so far, RUN programs included.
 pub fn settle() {
-    udevadm(&["settle", "--timeout=60"]);
+    udevadm(&["settle", "--timeout=180"]);
 }
 
 /// Replays an event for a device.

@@ -24,7 +24,6 @@ crate::tests![
     it_ends_at_once_and_what_is_attached_stays,
     it_takes_its_devices_along_where_that_is_wanted,
     idle_it_never_wakes,
-    it_needs_no_more_than_its_unit_gives,
 ];
 
 fn it_is_ready_when_the_first_sync_is_done_and_says_how_things_stand() {
@@ -215,28 +214,4 @@ fn idle_it_never_wakes() {
     thread::sleep(Duration::from_secs(5));
     assert_eq!(daemon.switches(), before);
     drop(holder);
-}
-
-fn it_needs_no_more_than_its_unit_gives() {
-    let unit = include_str!("../../contrib/systemd/usb-qmp-hotplug.service");
-    let value = |name: &str| unit.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-    let writable = value("ReadWritePaths=-");
-    // As ProtectKernelTunables= and ReadWritePaths= do.
-    let cage = format!(
-        "touch /run/writable && mount --bind {writable} /run/writable && mount --bind /sys /sys && \
-         mount -o remount,bind,ro /sys && mount --bind /run/writable {writable} && \
-         exec \"$@\""
-    );
-    let mut hardware = Hardware::open();
-    let vm = Vm::new("a").unprivileged().start();
-    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
-    stick.disk();
-    configure(&["a"], &rule("a", "serial = \"SN1\""));
-    let wrapper = ["unshare", "--mount", "sh", "-c", &cage, "sh"];
-    let daemon = Daemon::launch_in(&wrapper, &["--timeout", tool::SECONDS], &[]);
-    daemon.wait_until_it_says("READY=1");
-    vm.must_have(&stick);
-    vm.kill();
-    wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
-    daemon.wait_for_status("1 VM, 0 running, 0 devices attached");
 }
