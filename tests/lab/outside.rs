@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// From the oldest to the newest; `contrib/setup` unpacks them.
 const QEMU_VERSIONS: [&str; 4] = ["5.2", "7.2", "10.0", "11.1"];
@@ -127,6 +127,7 @@ struct Machine {
 #[derive(Default)]
 struct Progress {
     reports: HashMap<String, Report>,
+    seconds: Vec<(f64, String)>,
     /// What the machine said before it was gone.
     ended: Option<String>,
 }
@@ -148,8 +149,23 @@ impl Machine {
         }
     }
 
+    /// Says which tests take long, so that somebody can make them shorter.
+    fn tell_times(&self, all: Duration) {
+        let mut times = self.progress.lock().unwrap().seconds.clone();
+        times.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let longest = times.iter().take(5).map(|(seconds, test)| format!("{test} {seconds:.0} s"));
+        eprintln!(
+            "lab: QEMU {}: {} tests in {} s; the longest: {}",
+            self.version,
+            times.len(),
+            all.as_secs(),
+            longest.collect::<Vec<_>>().join(", ")
+        );
+    }
+
     /// Boots it, has it run its tests, and waits until it is gone with all it left.
     fn run(&self, cpus: &str) {
+        let start = Instant::now();
         let boot = Duration::from_secs(120);
         let timeout = boot + self.tests.iter().map(Test::deadline).sum::<Duration>();
         // The thread that starts it waits for it, so the lab dies when this program is killed.
@@ -178,11 +194,15 @@ impl Machine {
         for line in BufReader::new(lab.stdout.take().expect("piped")).lines().map_while(Result::ok)
         {
             if let Ok(report) = serde_json::from_str::<Report>(&line) {
-                self.progress.lock().unwrap().reports.insert(report.test.clone(), report);
+                let mut progress = self.progress.lock().unwrap();
+                progress.seconds.push((report.seconds, report.test.clone()));
+                progress.reports.insert(report.test.clone(), report);
+                drop(progress);
                 self.news.notify_all();
             }
         }
         let status = lab.wait().expect("a child");
+        self.tell_times(start.elapsed());
         let complaints = complaints.join().unwrap_or_default();
         self.progress.lock().unwrap().ended = Some(format!("{complaints}contrib/lab: {status}"));
         self.news.notify_all();
