@@ -75,13 +75,14 @@ impl Libvirt {
         Err(nobody.unwrap_or_else(|| LibvirtError::NoUser.into()))
     }
 
-    /// The same over a stream that is connected already.
+    /// The same over a stream that is connected already. Whoever listens must be
+    /// the user whose libvirt it is, or systemd on that user's behalf.
     pub async fn on_stream(
         stream: UnixStream,
         domain: &Domain,
     ) -> Result<(Self, Version), ErrorKind> {
         let peer = stream.peer_cred().map_err(ErrorKind::Connect)?.uid();
-        if peer != 0 && Some(peer) != domain.uid() {
+        if Some(peer) != domain.uid() {
             return Err(LibvirtError::Stranger { uid: peer }.into());
         }
         let mut libvirt = Libvirt {
