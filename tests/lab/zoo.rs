@@ -1,12 +1,14 @@
 //! Devices of every kind.
 
+use crate::daemon::{Daemon, configure, rule};
 use crate::gadget::{Gadget, Gadgets};
-use crate::hardware::Plugged;
-use crate::remote::{self, Device, Remotes, VENDOR};
+use crate::hardware::{self, Hardware, Plugged, xhci};
+use crate::remote::{self, Answer, Device, Remotes, VENDOR};
 use crate::remote_hub;
 use crate::tool::run;
 use crate::vm::Vm;
-use crate::wait::{wait_for, wait_until};
+use crate::wait::{PATIENCE, wait_at_most, wait_for, wait_until};
+use rustix::process::Signal;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -17,6 +19,7 @@ crate::tests![
     devices_of_every_class_come_and_go,
     a_usb_3_hub_has_two_halves_and_each_port_of_it_a_twin,
     a_device_that_hangs_in_probe_keeps_its_readers_waiting,
+    a_device_that_leaves_at_any_moment_leaves_nothing,
 ];
 
 fn devices_of_every_class_come_and_go() {
@@ -94,6 +97,40 @@ fn a_device_that_hangs_in_probe_keeps_its_readers_waiting() {
     assert!(!reader.is_finished(), "{:?}", reader.join());
     remotes.remove(&id);
     wait_until("the reader goes on", || reader.is_finished());
+}
+
+fn a_device_that_leaves_at_any_moment_leaves_nothing() {
+    let mut hardware = Hardware::open();
+    let mut remotes = Remotes::load();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"*\""));
+    let mut daemon = Daemon::start();
+    // The kernel asks a few times, then QEMU does.
+    let leave = (1..=10).map(|moment| {
+        let mut asked = 0;
+        let device = Device::new(0x1209, 0x0001).interface(&VENDOR).answers(move |_| {
+            asked += 1;
+            (asked == moment).then_some(Answer::Disconnect)
+        });
+        remotes.insert(device, moment)
+    });
+    let mut leave: Vec<String> = leave.collect();
+    leave.push(remotes.insert(Device::new(0x1209, 0x0002).interface(&VENDOR), 11));
+    // The kernel tries each of them several times.
+    wait_at_most(4 * PATIENCE, "the one that stays to be attached", || {
+        vm.ids().iter().any(|id| id.ends_with("-11")).then_some(())
+    });
+    let mouse = hardware.plug(hardware::Device::Mouse, xhci(3));
+    wait_until("and another device", || vm.ids().contains(&mouse.id_in_vm()));
+    for id in leave {
+        remotes.remove(&id);
+    }
+    vm.gets(&[&mouse]);
+    daemon.is_idle();
+    vm.gets(&[&mouse]);
+    vm.must_have_no_spare_descriptors();
+    daemon.signal(Signal::TERM);
+    assert!(daemon.wait().success());
 }
 
 /// What `list --json` says of it.
