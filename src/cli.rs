@@ -213,6 +213,10 @@ pub struct Attach {
     #[arg(long)]
     pub take: bool,
 
+    /// Unmount first what this host has mounted from the device.
+    #[arg(long, conflicts_with = "force")]
+    pub unmount: bool,
+
     /// Show what would be done, and do nothing.
     #[arg(long)]
     pub dry_run: bool,

@@ -207,6 +207,7 @@ impl Error {
     pub fn until(&self) -> Option<Until> {
         match self {
             Error::Host(host::Error::InUse(used)) => Some(Until::DisksFree(used.by.told())),
+            Error::Host(host::Error::Unmount { .. }) => Some(Until::DisksFree(Told::Always)),
             Error::Host(host::Error::Held { .. } | host::Error::Claimed { .. }) => {
                 Some(Until::LetGo)
             }
@@ -272,6 +273,7 @@ impl Error {
             Error::Host(host::Error::InUse(_) | host::Error::Held { .. }) => 7,
             Error::Host(host::Error::Claimed { .. } | host::Error::NotAuthorized(_)) => 7,
             Error::Host(host::Error::DefaultRoute { .. }) => 7,
+            Error::Host(host::Error::Unmount { .. }) => 7,
             Error::Host(_) | Error::Write { .. } | Error::Setup { .. } => 1,
             Error::Install { .. } | Error::BadRule { .. } | Error::Silent(_) => 1,
             // As shells say it (bash(1), "Exit status").

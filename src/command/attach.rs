@@ -7,7 +7,7 @@ use crate::attach::{self, Attached, Options};
 use crate::cli::Attach;
 use crate::error::{Error, Until};
 use crate::host::uses::listed;
-use crate::host::{self, Look, OtherUse};
+use crate::host::{self, Look, OtherUse, blocking};
 use crate::qemu::{Vm, VmAddress};
 use crate::text::escape;
 use crate::ui::output::together;
@@ -29,37 +29,63 @@ pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
         }
     }
     for device in devices {
-        errors.extend(one(context, &address, &device, &options, arguments.take).await.err());
+        errors.extend(one(context, &address, &device, &options, arguments).await.err());
     }
     together(errors, selectors.len())
 }
 
-/// Attaches a device; if another VM has it and that is asked for, it is
-/// detached there first.
+/// Attaches a device. What is in the way is removed first, if that is asked
+/// for: each thing once.
 async fn one(
     context: &Context,
     address: &VmAddress,
     device: &Device,
     options: &Options,
-    takes: bool,
+    arguments: &Attach,
 ) -> Result<(), Error> {
-    // A conversation each, so that one device has the whole time.
-    let mut vm = context.connect(address).await?;
-    let refused = match attach(context, &mut vm, device, options).await {
-        Err(error) if takes && error.until() == Some(Until::LetGo) => error,
-        done => return done,
-    };
-    let pid = vm.pid();
-    drop(vm);
-    let taken = take::take(context, device, pid, options.dry_run).await?.ok_or(refused)?;
-    let (from, name) = (escape(&taken.vm), taken.names());
-    if options.dry_run {
-        let line = format_args!("would take {device} ({name}) from {from}, and attach it");
-        return context.say(line);
+    let (mut may_take, mut may_unmount) = (arguments.take, arguments.unmount);
+    loop {
+        // A conversation each, so that one device has the whole time.
+        let mut vm = context.connect(address).await?;
+        let refused = match attach(context, &mut vm, device, options).await {
+            Err(error) => error,
+            Ok(()) => return Ok(()),
+        };
+        let pid = vm.pid();
+        drop(vm);
+        match refused.until() {
+            Some(Until::LetGo) if may_take => {
+                let taken = take::take(context, device, pid, options.dry_run).await?;
+                let taken = taken.ok_or(refused)?;
+                let (from, name) = (escape(&taken.vm), taken.names());
+                let took = if options.dry_run { "would take" } else { "took" };
+                context.say(format_args!("{took} {device} ({name}) from {from}"))?;
+                may_take = false;
+            }
+            Some(Until::DisksFree(_)) if may_unmount => {
+                unmount(context, device, options.dry_run).await?;
+                may_unmount = false;
+            }
+            _ => return Err(refused),
+        }
+        if options.dry_run {
+            let vm = escape(&arguments.vm);
+            return context.say(format_args!("would then attach {device} to {vm}"));
+        }
     }
-    context.say(format_args!("took {device} ({name}) from {from}"))?;
-    let mut vm = context.connect(address).await?;
-    attach(context, &mut vm, device, options).await
+}
+
+async fn unmount(context: &Context, device: &Device, dry_run: bool) -> Result<(), Error> {
+    let (host, port) = (context.host.clone(), device.port.clone());
+    let work = move || if dry_run { host.mounted(&port) } else { host.unmount(&port) };
+    let what = || format!("unmounting what is mounted from {device}");
+    let failed = |source| Error::Setup { what: "unmount on a thread of its own", source };
+    let places = context.during(what, blocking(work)).await.map_err(failed)??;
+    for place in places {
+        let unmounted = if dry_run { "would unmount" } else { "unmounted" };
+        context.say(format_args!("{unmounted} {}", escape(&place)))?;
+    }
+    Ok(())
 }
 
 async fn attach(

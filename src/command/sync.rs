@@ -181,8 +181,15 @@ impl Job {
 
     /// Makes one port right, in a conversation of its own.
     async fn port(&self, name: &str, address: &VmAddress, port: &Port) -> Result<Done, Error> {
-        let mut vm = Vm::connect(address, self.timeout).await?;
-        reconcile::port(self.vms(), &mut vm, name, port, self.table.get(port), false).await
+        let seen = self.table.get(port);
+        let once = async || {
+            let mut vm = Vm::connect(address, self.timeout).await?;
+            reconcile::port(self.vms(), &mut vm, name, port, seen, false).await
+        };
+        match once().await {
+            Err(error) if reconcile::unmount(self.vms(), seen, &error).await? => once().await,
+            done => done,
+        }
     }
 
     /// What is reported of a step; nothing if it was not needed any more.

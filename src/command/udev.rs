@@ -3,13 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::{Context, options};
 use crate::attach::{self, Attached, Detached, Options};
 use crate::cli::Udev;
 use crate::error::Error;
-use crate::host::Look;
+use crate::host::{self, Look};
 use crate::qemu::{Vm, VmAddress};
 use crate::text::{chain, escape};
 use crate::usb::{Action, Device, DeviceId, HotplugEvent};
@@ -23,7 +23,7 @@ const TURN: Duration = Duration::from_secs(60);
 pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
     let variable = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
     let start = Instant::now();
-    let event = HotplugEvent::from_variables(variable)?;
+    let event = HotplugEvent::from_variables(|name| as_of_device(variable, name))?;
     let Some(event) = event.filter(|event| event.action != Action::Bind) else {
         debug!("not an event of ours");
         return Ok(());
@@ -34,8 +34,41 @@ pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
             info!(%vm, "nothing to do, the VM is not running: {}", chain(&error));
             Ok(())
         }
+        Err(Error::Host(host::Error::NotAuthorized(device))) => {
+            warn!(port = %device.port, "{}", after_authorizing(&device, &arguments.vm));
+            Err(host::Error::NotAuthorized(device).into())
+        }
         done => done,
     }
+}
+
+/// A variable of an event. The kernel adds the interfaces of a device that was
+/// not authorized when it is, and says nothing of the device itself (Linux,
+/// drivers/usb/core/hub.c, `usb_authorize_device`); so the `add` of an
+/// interface, where a rule asks for it, is taken for that of its device.
+fn as_of_device(get: impl Fn(&str) -> Option<String>, name: &str) -> Option<String> {
+    let is = |name, value| get(name).as_deref() == Some(value);
+    if !is("DEVTYPE", "usb_interface") || !is("ACTION", "add") {
+        return get(name);
+    }
+    match name {
+        "DEVTYPE" => Some("usb_device".to_owned()),
+        "DEVPATH" => Some(get(name)?.rsplit_once('/')?.0.to_owned()),
+        "PRODUCT" | "TYPE" => None,
+        name => get(name),
+    }
+}
+
+/// What to add to a rule that met a device before it was authorized.
+fn after_authorizing(device: &Device, vm: &str) -> String {
+    let program = std::env::current_exe().unwrap_or_else(|_| env!("CARGO_PKG_NAME").into());
+    format!(
+        "to attach {device} once it is authorized, add a rule: SUBSYSTEM==\"usb\", \
+         ENV{{DEVTYPE}}==\"usb_interface\", ACTION==\"add\", DEVPATH==\"*/{}/*\", RUN+=\"{} udev {}\"",
+        device.port,
+        escape(&program.to_string_lossy()),
+        escape(vm)
+    )
 }
 
 async fn act(
@@ -128,4 +161,34 @@ async fn remove(
         _ => info!(%vm, port = %what, "nothing to do, {what} is not in {vm}"),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_that_is_added_stands_for_its_device() {
+        let event = |action: &'static str| {
+            let get = move |name: &str| {
+                let value = match name {
+                    "ACTION" => action,
+                    "SUBSYSTEM" => "usb",
+                    "DEVTYPE" => "usb_interface",
+                    "DEVPATH" => "/devices/pci0000:00/0000:00:04.0/usb1/1-1/1-1.2/1-1.2:1.0",
+                    "PRODUCT" => "152d/2338/100",
+                    "TYPE" => "0/0/0",
+                    _ => return None,
+                };
+                Some(value.to_owned())
+            };
+            HotplugEvent::from_variables(|name| as_of_device(get, name)).unwrap()
+        };
+        let added = event("add").unwrap();
+        assert!(added.device().is_none());
+        assert_eq!((added.action, added.port), (Action::Add, Some("1-1.2".parse().unwrap())));
+        for action in ["remove", "bind", "unbind", "change"] {
+            assert_eq!(event(action), None, "{action}");
+        }
+    }
 }

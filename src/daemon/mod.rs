@@ -29,6 +29,7 @@ use crate::error::Error;
 use crate::host::Host;
 use crate::host::events::{Batch, Events, Source};
 use crate::policy::config::Config;
+use crate::policy::rule::{Effect, Rule};
 use crate::policy::{self, HostDevice, Policy};
 use crate::qemu::VmAddress;
 use crate::text::{chain, escape};
@@ -160,6 +161,20 @@ fn on(kind: SignalKind) -> Result<Signal, Error> {
     signal(kind).map_err(failed("handle signals"))
 }
 
+/// Says when rules want unmounted what this process may not unmount.
+fn warn_of_unmount(policy: &Policy, host: &Host) {
+    let wants = |rule: &&Rule| matches!(&rule.effect, Effect::Attach(to) if to.unmount);
+    if let (Some(rule), false) = (policy.config().rules.iter().find(wants), host.can_unmount()) {
+        warn!(
+            rule = rule.line,
+            "the rule at line {} has `unmount`, and this process may not unmount: it is not root in \
+             the host's own mount namespace, and there is no systemd to do it; `usb-qmp-hotplug \
+             sync`, run by root, does",
+            rule.line
+        );
+    }
+}
+
 /// Tells systemd, if it is there (sd_notify(3)).
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
@@ -195,6 +210,7 @@ impl<'a> Watch<'a> {
         if self.events.source != source {
             self.events = listen(source)?;
         }
+        warn_of_unmount(&policy, &self.shared.host);
         let table = policy.table(&self.shared.host)?;
         let vms: BTreeMap<String, VmAddress> =
             policy.config().vms.iter().map(|vm| (vm.name.clone(), vm.address.clone())).collect();

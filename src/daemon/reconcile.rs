@@ -109,8 +109,21 @@ impl Worker {
         Vms { host: &self.shared.host, policy, dry_run: false, look: Look::Quick }
     }
 
-    /// Makes one port right.
+    /// Makes one port right. What its rule wants unmounted is unmounted first.
     pub(super) async fn port(&mut self, port: &Port) -> Result<(), Error> {
+        let error = match self.port_as_it_is(port).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        let seen = self.shared.table.borrow().get(port).cloned();
+        let policy = self.shared.policy();
+        match reconcile::unmount(self.vms(&policy), seen.as_ref(), &error).await? {
+            true => self.port_as_it_is(port).await,
+            false => Err(error),
+        }
+    }
+
+    async fn port_as_it_is(&mut self, port: &Port) -> Result<(), Error> {
         let start = Instant::now();
         if self.is_handled(port) {
             return Ok(());

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::{Absent, Holder, Owner, Use};
 use crate::text::escape;
-use crate::usb::{Address, Device, ParseError, Selector};
+use crate::usb::{Address, Device, ParseError, Port, Selector};
 
 /// What can go wrong on the host's side.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +54,16 @@ pub enum Error {
     /// Something uses a disk of the device.
     #[error("{0}; {advice} first, or use --force and lose what was not written", advice = .0.advice())]
     InUse(Box<Use>),
+    /// What is mounted from a device could not be unmounted.
+    #[error("{port}: cannot unmount {}; `fuser -vm` shows what uses it", escape(.place))]
+    Unmount {
+        /// The device's port.
+        port: Port,
+        /// Where it is mounted.
+        place: String,
+        /// The reason.
+        source: io::Error,
+    },
     /// A program, or a VM that got it without this tool, has the device.
     #[error("{device} is in use by {owner}; {}", .owner.advice())]
     Claimed {

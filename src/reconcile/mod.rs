@@ -12,7 +12,7 @@ use crate::policy::{HostDevice, Table};
 use crate::presence::Leftover;
 use crate::usb::{Address, Port};
 
-pub use perform::{Done, Vms, look, port};
+pub use perform::{Done, Vms, look, port, unmount};
 
 /// What was done for the devices at these ports already, since the VM
 /// started. A device that was attached once and is not in the VM any more was

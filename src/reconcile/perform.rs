@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::{AtPort, InVm, Step, decide};
 use crate::attach::{self, Attached, Detached, Options};
-use crate::error::Error;
-use crate::host::{Host, Life, Look};
+use crate::error::{Error, Until};
+use crate::host::{Host, Life, Look, blocking};
 use crate::policy::{Assignment, HostDevice, Policy};
 use crate::presence::{Leftover, Presence, presence};
 use crate::qemu::{Given, Placement, Vm};
@@ -121,6 +121,32 @@ async fn attach(
         attach::tell_uses(&vm.name(), device, &uses);
     }
     Ok(Done::Attached(device.clone(), attached))
+}
+
+/// Unmounts what keeps a device with the host, if its rule says so; true if the
+/// attach is to be tried again. To be done without a conversation, for it may
+/// take long.
+///
+/// # Errors
+///
+/// As for [`Host::unmount`].
+pub async fn unmount(
+    vms: Vms<'_>,
+    seen: Option<&HostDevice>,
+    error: &Error,
+) -> Result<bool, Error> {
+    let assignment = seen.and_then(|seen| seen.assignment.as_ref());
+    let target = assignment.and_then(|assignment| vms.policy.target(assignment));
+    let (Some(seen), Some(true)) = (seen, target.map(|target| target.unmount)) else {
+        return Ok(false);
+    };
+    if vms.dry_run || !matches!(error.until(), Some(Until::DisksFree(_))) {
+        return Ok(false);
+    }
+    let (host, port) = (vms.host.clone(), seen.device.port.clone());
+    let failed = |source| Error::Setup { what: "unmount on a thread of its own", source };
+    let unmounted = blocking(move || host.unmount(&port)).await.map_err(failed)??;
+    Ok(!unmounted.is_empty())
 }
 
 /// How the rule of a device wants it attached.

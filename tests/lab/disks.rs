@@ -1,5 +1,6 @@
 //! Who uses a disk, beyond mounts and swap space: it is found and named, and the advice fits.
 
+use crate::daemon::{CONFIG, Daemon, configure, rule};
 use crate::hardware::{Hardware, Plugged, Stick, xhci};
 use crate::tool::{Outcome, run};
 use crate::vm::Vm;
@@ -14,9 +15,13 @@ crate::tests![
     a_disk_that_is_another_vms_drive_is_refused,
     a_character_device_of_a_disk_that_is_open_is_refused,
     a_mount_in_another_namespace_is_named,
+    what_is_mounted_is_unmounted_first_if_that_is_asked_for,
+    what_cannot_be_unmounted_cleanly_stays,
+    a_rule_may_have_it_unmounted_first,
 ];
 
 const MOUNT_POINT: &str = "/run/mount";
+const OTHER: &str = "/run/other";
 
 fn a_disk_behind_a_loop_device_is_refused() {
     let (_hardware, vm, stick, disk) = stick_with_filesystem();
@@ -108,6 +113,89 @@ fn a_mount_in_another_namespace_is_named() {
     drop(elsewhere.stdin.take());
     elsewhere.wait().unwrap();
     attach(&vm, &stick).succeeds();
+}
+
+fn what_is_mounted_is_unmounted_first_if_that_is_asked_for() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    must("mount", &[&disk, MOUNT_POINT]);
+    fs::create_dir_all(OTHER).unwrap();
+    must("mount", &["--bind", MOUNT_POINT, OTHER]);
+    fs::write(Path::new(OTHER).join("file"), "precious").unwrap();
+    let unmount = |options: &[&str]| {
+        run(["attach", "--unmount", &vm.socket(), &stick.port].iter().chain(options))
+    };
+    let said = unmount(&["--dry-run"]).succeeds().stdout;
+    assert!(said.contains("would unmount /run/") && said.contains("would then attach"), "{said}");
+    assert!(is_mounted(&disk));
+    let said = unmount(&[]).succeeds().stdout;
+    for place in [MOUNT_POINT, OTHER] {
+        assert!(said.contains(&format!("unmounted {place}\n")), "{said}");
+    }
+    vm.gets(&[&stick]);
+    run(["detach", &vm.socket(), &stick.port]).succeeds();
+    let disk = stick.disk().to_str().unwrap().to_owned();
+    must("fsck.ext4", &["-fn", &disk]);
+    must("mount", &[&disk, MOUNT_POINT]);
+    assert_eq!(fs::read_to_string(Path::new(MOUNT_POINT).join("file")).unwrap(), "precious");
+    must("umount", &[MOUNT_POINT]);
+    // Through a loop device that goes with its mount.
+    must("modprobe", &["loop"]);
+    must("mount", &["-o", "loop", &disk, MOUNT_POINT]);
+    unmount(&[]).succeeds();
+    vm.gets(&[&stick]);
+}
+
+fn what_cannot_be_unmounted_cleanly_stays() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    must("mount", &[&disk, MOUNT_POINT]);
+    let file = fs::File::create(Path::new(MOUNT_POINT).join("open")).unwrap();
+    let unmount = || run(["attach", "--unmount", &vm.socket(), &stick.port]);
+    let refused = unmount().exits(7).stderr;
+    let why = format!("cannot unmount {MOUNT_POINT}; `fuser -vm` shows what uses it");
+    assert!(refused.contains(&why) && refused.contains("busy"), "{refused}");
+    assert!(is_mounted(&disk));
+    vm.loses_all();
+    drop(file);
+    // Where something else keeps it, nothing is unmounted for nothing.
+    must("modprobe", &["sg"]);
+    wait_until("sg0 is there", || Path::new("/dev/sg0").exists());
+    let mut holder = Command::new("sh").args(["-c", "exec sleep 1000 <>/dev/sg0"]).spawn().unwrap();
+    opens(&holder, "/dev/sg0");
+    let refused = unmount().exits(7).stderr;
+    assert!(refused.contains("sg0 is open in process"), "{refused}");
+    assert!(is_mounted(&disk));
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    unmount().succeeds();
+    vm.gets(&[&stick]);
+}
+
+fn a_rule_may_have_it_unmounted_first() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    must("mount", &[&disk, MOUNT_POINT]);
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let sync = || run(["--config", CONFIG, "sync"]);
+    sync().exits(7);
+    assert!(is_mounted(&disk));
+    configure(&["a"], &rule("a", "port = \"2-3\"\nunmount = true"));
+    sync().succeeds();
+    vm.gets(&[&stick]);
+    run(["detach", &vm.socket(), &stick.port]).succeeds();
+    let disk = stick.disk().to_str().unwrap().to_owned();
+    must("mount", &[&disk, MOUNT_POINT]);
+    let daemon = Daemon::start();
+    vm.gets(&[&stick]);
+    daemon.wait_for_log(&["unmounted", MOUNT_POINT]);
+    drop(daemon);
+    // With the rights of the unit, and no systemd, it cannot, and says so.
+    let unit = "setpriv --bounding-set -all,+dac_override --inh-caps -all --no-new-privs";
+    let unit: Vec<&str> = unit.split(' ').collect();
+    let daemon = Daemon::launch_in(&unit, &["--timeout", crate::tool::SECONDS], &[]);
+    daemon.wait_for_log(&["rule at line 3", "may not unmount", "`usb-qmp-hotplug sync`"]);
+}
+
+fn is_mounted(disk: &str) -> bool {
+    fs::read_to_string("/proc/mounts").unwrap().contains(disk)
 }
 
 fn stick_with_filesystem() -> (Hardware, Vm, Plugged, String) {

@@ -18,6 +18,7 @@ crate::tests![
     a_program_that_only_has_it_open_is_no_owner,
     a_rule_and_the_daemon_refuse_what_is_claimed,
     what_is_not_authorized_is_refused_until_it_is,
+    a_rule_and_the_daemon_attach_what_is_authorized_later,
     what_the_vm_has_under_another_id_is_there_already,
     what_the_vm_has_found_by_itself_is_there_already: every_qemu,
     every_name_finds_what_the_vm_has_whatever_its_id,
@@ -135,6 +136,35 @@ fn what_is_not_authorized_is_refused_until_it_is() {
     fs::write(&authorized, "1").unwrap();
     run(["attach", &vm.socket(), &mouse.port]).succeeds();
     vm.gets(&[&mouse]);
+}
+
+fn a_rule_and_the_daemon_attach_what_is_authorized_later() {
+    let mut hardware = Hardware::open();
+    let journal = Journal::journald();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let default = |value| fs::write("/sys/bus/usb/devices/usb1/authorized_default", value).unwrap();
+    default("0");
+    udev::rules(&tool::rule(r#"DEVPATH=="*/1-3""#, &a));
+    configure(&["b"], &rule("b", "port = \"1-4\""));
+    let daemon = Daemon::start();
+    let [by_rule, by_daemon] = [3, 4].map(|port| hardware.plug(Device::Mouse, xhci(port)));
+    default("1");
+    let hint = &journal.wait_for("once it is authorized, add a rule: ")["MESSAGE"];
+    daemon.wait_for_log(&["1-4", "not authorized"]);
+    a.loses_all();
+    b.loses_all();
+    // The rule as it was printed.
+    let added = hint.split_once("add a rule: ").unwrap().1;
+    udev::rules(&format!("{}{added}\n", tool::rule(r#"DEVPATH=="*/1-3""#, &a)));
+    for mouse in [&by_rule, &by_daemon] {
+        fs::write(mouse.sysfs.join("authorized"), "1").unwrap();
+    }
+    a.gets(&[&by_rule]);
+    b.gets(&[&by_daemon]);
+    // A detach adds no interface: it stays with the host.
+    run(["detach", &a.socket(), "1-3"]).succeeds();
+    udev::settle();
+    a.loses_all();
 }
 
 fn what_the_vm_has_under_another_id_is_there_already() {

@@ -4,6 +4,7 @@
 mod mounts;
 mod programs;
 mod stack;
+mod unmount;
 mod uses;
 
 use std::fs;

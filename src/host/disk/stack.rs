@@ -33,8 +33,8 @@ impl Tables {
     pub fn read(host: &Host) -> Self {
         let text = |path: &Path| read_if_there(path).ok().flatten().unwrap_or_default();
         // A container's view may lack what the host's has, and the reverse.
-        let mut mounts = host.mounts("self");
-        mounts.extend(host.mounts("1"));
+        let mut mounts = host.mounts("1");
+        mounts.extend(host.mounts("self"));
         // proc(5), `/proc/swaps`.
         let swaps = text(&host.path("/proc/swaps"));
         let swaps = swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next());
@@ -105,11 +105,11 @@ impl Host {
             });
         }
         let number = read_if_there(&part.join("dev")).ok()??;
-        if let Some(place) = tables.places(number.trim_end(), &node).last() {
+        if let Some(place) = tables.places(number.trim_end(), &node).next() {
             return Some(UsedBy::Mount(place.to_owned()));
         }
         if let Some(mut members) = tables.members(part) {
-            let place = members.find_map(|node| tables.places("", &node).last().map(str::to_owned));
+            let place = members.find_map(|node| tables.places("", &node).next().map(str::to_owned));
             return Some(UsedBy::Btrfs(place));
         }
         if tables.swaps.contains(&node) {

@@ -232,14 +232,12 @@ impl UsedBy {
         }
     }
 
-    /// Whether it is free once all that is mounted is unmounted.
-    pub fn ends_with_its_mounts(&self) -> bool {
+    /// Where it is mounted, if it is free once that is unmounted.
+    pub fn mount(&self) -> Option<&str> {
         match self {
-            UsedBy::Mount(_) | UsedBy::Btrfs(Some(_)) => true,
-            UsedBy::Part { kind: Kind::Loop { autoclear: true }, by: Some(by), .. } => {
-                by.ends_with_its_mounts()
-            }
-            _ => false,
+            UsedBy::Mount(place) | UsedBy::Btrfs(Some(place)) => Some(place),
+            UsedBy::Part { kind: Kind::Loop { autoclear: true }, by, .. } => by.as_ref()?.mount(),
+            _ => None,
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::text::escape;
 const MATCH: [&str; 6] = ["port", "vendor", "product", "serial", "class", "property"];
 
 /// The keys that say how a device is attached.
-const GUEST: [&str; 4] = ["guest_bus", "guest_port", "add_controller", "options"];
+const GUEST: [&str; 5] = ["guest_bus", "guest_port", "add_controller", "unmount", "options"];
 
 /// A rule is compared with so many earlier ones to see whether they leave it
 /// anything; with all of them, the longest files would take seconds.
@@ -190,6 +190,7 @@ fn target(section: &mut Section, vms: &[&str]) -> Option<Target> {
         guest_bus: section.read("guest_bus", value::guest_bus),
         guest_port: section.read("guest_port", value::guest_port),
         add_controller: section.read("add_controller", value::boolean).unwrap_or(false),
+        unmount: section.read("unmount", value::boolean).unwrap_or(false),
         options: options(section),
     };
     if target.add_controller && section.has("guest_bus") {

@@ -58,6 +58,8 @@ pub struct Target {
     pub guest_port: Option<String>,
     /// Whether the VM gets a controller if it has no port for the device.
     pub add_controller: bool,
+    /// Whether what the host has mounted from the device is unmounted first.
+    pub unmount: bool,
     /// More properties of `usb-host`: booleans, integers and strings.
     pub options: serde_json::Map<String, serde_json::Value>,
 }
