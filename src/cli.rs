@@ -99,8 +99,10 @@ pub enum Command {
     /// Attach devices to a VM.
     ///
     /// Safe to repeat: a device that is in the VM stays as it is, and what an
-    /// earlier device left behind at the same port is replaced. Hubs, and
-    /// devices with a disk that this host uses, are refused.
+    /// earlier device left behind at the same port is replaced. Refused are hubs,
+    /// devices that are not authorized, that another VM or a program has, and
+    /// whose disks are in use: mounted, swapped on, part of an array, open in a
+    /// program.
     Attach(Attach),
     /// Detach devices from a VM.
     ///
@@ -209,11 +211,13 @@ pub struct Attach {
     #[command(flatten)]
     pub how: How,
 
-    /// Take the device from the VM that has it: detach it there first.
+    /// Take the device from the VM that has it: detach it there first, by
+    /// whatever id it has. Not from a program.
     #[arg(long)]
     pub take: bool,
 
-    /// Unmount first what this host has mounted from the device.
+    /// Unmount first what this host has mounted from the device: cleanly, or
+    /// not at all.
     #[arg(long, conflicts_with = "force")]
     pub unmount: bool,
 
@@ -429,9 +433,9 @@ pub struct How {
     #[arg(long, value_enum, default_value_t)]
     pub open: Open,
 
-    /// Attach a device even if this host uses its disk, and what was not
-    /// written is lost, or has its default route through it. Never attaches a
-    /// hub.
+    /// Attach a device even if it is in use: a disk, and what was not written
+    /// is lost; the default route; claimed by a program; or not authorized.
+    /// Never attaches a hub.
     #[arg(long)]
     pub force: bool,
 }

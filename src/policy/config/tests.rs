@@ -27,7 +27,7 @@ fn every_key_arrives() {
     let text = rule(
         "vm = 'a'\nport = '1-1.*'\ntwin = false\nvendor = '152D'\nproduct = '0001'\n\
          serial = 'x?'\nclass = 'fF'\nproperty = { B = 'b', A = '*' }\nguest_bus = 'xhci.0'\n\
-         guest_port = '1.2'\nadd_controller = false\noptions = { guest-reset = false, isobufs = 0x10, pcap = '/p' }\n\
+         guest_port = '1.2'\nadd_controller = false\nunmount = true\noptions = { guest-reset = false, isobufs = 0x10, pcap = '/p' }\n\
          [[rule]]\ndeny = true\nserial = '*'\n[vm.\"0.b\"]\nqmp = '/b'\n",
     );
     let config = parse(&text).unwrap();
@@ -48,9 +48,10 @@ fn every_key_arrives() {
     assert_eq!(target.vm, "a");
     assert_eq!(target.guest_bus.as_deref(), Some("xhci.0"));
     assert_eq!(target.guest_port.as_deref(), Some("1.2"));
+    assert!(target.unmount && !target.add_controller);
     let options = serde_json::json!({ "guest-reset": false, "isobufs": 16, "pcap": "/p" });
     assert_eq!(serde_json::Value::from(target.options.clone()), options);
-    assert_eq!((second.line, second.twin, &second.effect), (16, true, &Effect::Deny));
+    assert_eq!((second.line, second.twin, &second.effect), (17, true, &Effect::Deny));
 }
 
 #[test]

@@ -149,6 +149,7 @@ fn every_mistake_in_what_a_rule_does_is_told() {
         ("vm = 'a'\nguest_bus = ''", "5:13: rule 1, key `guest_bus`: `\"\"` is not the name of a USB bus in the guest in quotes, like `\"xhci.0\"`".into()),
         ("vm = 'a'\nguest_port = '01'", "5:14: rule 1, key `guest_port`: `\"01\"` is not a port on a guest's bus in quotes, like `\"3\"`, or `\"1.2\"` behind a hub".into()),
         ("vm = 'a'\nguest_bus = 'x.0'\nadd_controller = true", "6:1: rule 1, key `add_controller`: it adds a bus of its own; remove it, or `guest_bus`".into()),
+        ("deny = true\nunmount = true", "5:1: rule 1, key `unmount`: it has no meaning with `deny`; remove it".into()),
         ("deny = true\nadd_controller = true", "5:1: rule 1, key `add_controller`: it has no meaning with `deny`; remove it".into()),
         ("vm = 'a'\nguest_port = 3", "5:14: rule 1, key `guest_port`: `3` is not a port on a guest's bus in quotes, like `\"3\"`, or `\"1.2\"` behind a hub".into()),
         ("vm = 'a'\noptions = 1", "5:11: rule 1, key `options`: `1` is not a table of properties of `usb-host`, like `{ guest-reset = false }`".into()),
