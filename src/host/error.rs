@@ -55,7 +55,7 @@ pub enum Error {
     #[error("{0}; {advice} first, or use --force and lose what was not written", advice = .0.advice())]
     InUse(Box<Use>),
     /// What is mounted from a device could not be unmounted.
-    #[error("{port}: cannot unmount {}; `fuser -vm` shows what uses it", escape(.place))]
+    #[error("{port}: cannot unmount {}{}", escape(.place), hint(.place, .source))]
     Unmount {
         /// The device's port.
         port: Port,
@@ -93,6 +93,14 @@ pub enum Error {
         /// Who holds it; empty if that could not be seen.
         holders: Vec<Holder>,
     },
+}
+
+/// What shows why a filesystem could not be unmounted.
+fn hint(place: &str, source: &io::Error) -> String {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => String::new(),
+        _ => format!(" (`fuser -vm {}` shows what uses it)", escape(place)),
+    }
 }
 
 fn listed(devices: &[Device]) -> String {

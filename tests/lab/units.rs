@@ -10,6 +10,7 @@ use crate::wait::wait_until;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 
 crate::tests![
@@ -19,6 +20,7 @@ crate::tests![
     the_service_gives_a_killed_vm_its_device_again: systemd,
     the_service_waits_for_a_busy_monitor: systemd,
     the_service_refuses_a_disk_that_the_host_uses: systemd,
+    the_service_has_systemd_unmount_what_its_rule_wants_unmounted: systemd,
     the_service_of_a_user_does_the_same_for_the_users_vm: systemd,
 ];
 
@@ -136,6 +138,29 @@ fn the_service_refuses_a_disk_that_the_host_uses() {
     assert!(vm.ids().is_empty());
     must("umount", &["/run/stick"]);
     vm.gets(&[&stick]);
+}
+
+fn the_service_has_systemd_unmount_what_its_rule_wants_unmounted() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1").mebibytes(4), xhci(3));
+    let disk = stick.disk();
+    let disk = disk.to_str().unwrap();
+    must("mkfs.ext4", &["-q", disk]);
+    fs::create_dir_all("/run/a stick").unwrap();
+    must("mount", &[disk, "/run/a stick"]);
+    let busy = fs::File::create("/run/a stick/open").unwrap();
+    let service = Service::of_the_machine();
+    service.configure(&["a"], &rule("a", "port = \"2-3\"\nunmount = true"));
+    service.start();
+    service.wait_for_log(&["cannot unmount /run/a stick"]);
+    assert!(vm.ids().is_empty() && Path::new("/run/a stick/open").exists());
+    drop(busy);
+    service.reload();
+    service.wait_for_log(&["unmounted /run/a stick"]);
+    vm.gets(&[&stick]);
+    assert!(!Path::new("/run/a stick/open").exists());
+    assert!(!service.log().contains("may not unmount"), "{}", service.log());
 }
 
 fn the_service_of_a_user_does_the_same_for_the_users_vm() {
