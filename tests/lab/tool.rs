@@ -49,9 +49,14 @@ pub fn run_in<'a>(wrapper: &[&str], arguments: impl IntoIterator<Item = &'a str>
     outcome(command.args(&wrapper[1..]).arg(PROGRAM).args(["--timeout", SECONDS]).args(arguments))
 }
 
+/// With this many seconds.
+pub fn run_within<'a>(seconds: &str, arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+    outcome(Command::new(PROGRAM).args(["--timeout", seconds]).args(arguments))
+}
+
 /// With so little time that it is over soon.
 pub fn run_hastily<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
-    outcome(Command::new(PROGRAM).args(["--timeout", "0.5"]).args(arguments))
+    run_within("0.5", arguments)
 }
 
 /// Where the kernel lets it start no thread and no process (Linux, Documentation/admin-guide/cgroup-v2.rst, `pids`).

@@ -245,6 +245,8 @@ fn what_qemu_opened_itself_is_dead_when_the_host_drives_it_again() {
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     rebind_xhci();
     let stick = stick.again();
+    // QEMU finds it only when udev has told of it.
+    udev::settle();
     run(["attach", "--open", "address", &vm.socket(), &stick.port]).succeeds();
     assert_eq!(state(&vm), "present");
     assert!(run(["attach", &vm.socket(), &stick.port]).succeeds().stdout.contains("already"));
@@ -428,7 +430,7 @@ fn what_qemu_attached_too_late_is_attached_again() {
         vm.socket(),
         |moment| !matches!(moment, Moment::Answered(text) if text.contains("device_add")),
     );
-    tool::run_hastily(["attach", proxy::SOCKET, &mouse.port]).exits(5);
+    tool::run_within("4", ["attach", proxy::SOCKET, &mouse.port]).exits(5);
     wait_until("QEMU has done it", || vm.ids() == [mouse.id_in_vm()]);
     assert!(!is_locked(&mouse.node()));
     let shown = run(["attach", &vm.socket(), &mouse.port]).succeeds().stdout;
