@@ -132,17 +132,25 @@ async fn remove(
 ) -> Result<(), Error> {
     let mut vm = connect(context, address).await?;
     let (host, address) = (&context.host, event.address);
-    let id = match &event.port {
-        Some(port) => Some(DeviceId::for_port(port)),
-        // Typed by hand, and the hardware may be gone: the VM knows the id.
+    let (id, is_detached) = match &event.port {
+        Some(port) => {
+            let id = DeviceId::for_port(port);
+            match attach::detach_leftover(host, &mut vm, &id, address).await? {
+                Detached::Leftover(_) => (Some(id), true),
+                Detached::NotThere => (None, false),
+                // Somebody has made the event up: `udevadm trigger`.
+                Detached::Stays => (Some(id), false),
+            }
+        }
+        // Typed by hand, by a person who means it. The hardware may be gone: the
+        // VM knows the id.
         None => {
             let in_vm = vm.host_devices().await?.into_iter();
-            in_vm.filter(|(_, given)| given.address == address).map(|(id, _)| id).next()
+            match in_vm.filter(|(_, given)| given.address == address).map(|(id, _)| id).next() {
+                Some(id) if vm.detach(&id).await? => (Some(id), true),
+                _ => (None, false),
+            }
         }
-    };
-    let detached = match &id {
-        Some(id) => attach::detach_leftover(host, &mut vm, id, address).await?,
-        None => Detached::NotThere,
     };
     let (name, ms) = (vm.name(), start.elapsed().as_millis());
     let vm = escape(&name);
@@ -151,14 +159,14 @@ async fn remove(
         (None, address) => address.map(|address| address.to_string()).unwrap_or_default(),
     };
     match id {
-        Some(id) if matches!(detached, Detached::Leftover(_)) => {
+        Some(id) if is_detached => {
             info!(%vm, port = %what, %id, ms, "detached {what} from {vm} in {ms} ms")
         }
-        Some(id) if detached == Detached::Stays => info!(
+        Some(id) => info!(
             %vm, port = %what, %id,
             "nothing to do, {what} is still plugged in; `usb-qmp-hotplug detach` detaches it"
         ),
-        _ => info!(%vm, port = %what, "nothing to do, {what} is not in {vm}"),
+        None => info!(%vm, port = %what, "nothing to do, {what} is not in {vm}"),
     }
     Ok(())
 }
