@@ -116,6 +116,12 @@ enum BusName {
     Asked(Ticket<QomList>),
 }
 
+impl From<Session> for Vm {
+    fn from(session: Session) -> Self {
+        Vm { session, layout: None }
+    }
+}
+
 impl Vm {
     /// Connects to the VM's monitor; `time` is for the whole conversation.
     ///
@@ -123,7 +129,7 @@ impl Vm {
     ///
     /// As for [`Session::connect`].
     pub async fn connect(address: &VmAddress, time: Duration) -> Result<Vm, Error> {
-        Ok(Vm { session: Session::connect(address, time).await?, layout: None })
+        Ok(Session::connect(address, time).await?.into())
     }
 
     /// Connects as soon as the monitor is free; `time` begins then.
@@ -132,7 +138,7 @@ impl Vm {
     ///
     /// As for [`Session::connect_when_free`].
     pub async fn connect_when_free(address: &VmAddress, time: Duration) -> Result<Vm, Error> {
-        Ok(Vm { session: Session::connect_when_free(address, time).await?, layout: None })
+        Ok(Session::connect_when_free(address, time).await?.into())
     }
 
     /// Connects when the monitor is free, within `turn`; `time` begins then.
@@ -145,7 +151,7 @@ impl Vm {
         turn: Duration,
         time: Duration,
     ) -> Result<Vm, Error> {
-        Ok(Vm { session: Session::connect_in_turn(address, turn, time).await?, layout: None })
+        Ok(Session::connect_in_turn(address, turn, time).await?.into())
     }
 
     /// The session below, for what this module has no word for.
