@@ -141,6 +141,12 @@ pub enum Error {
         /// The reason.
         source: std::io::Error,
     },
+    /// Others may change the program that a rule runs as root.
+    #[error(
+        "the rule is not installed: {0}, which udev would run as root; install the program in \
+             /usr/bin, and run it from there"
+    )]
+    Exposed(host::Exposed),
     /// udev does not take a rule.
     #[error("{} is not installed, udevadm says: {complaint}", escape(&.path.to_string_lossy()))]
     BadRule {
@@ -258,6 +264,7 @@ impl Error {
             Error::NotInVm { .. } | Error::NothingCame(_) => 3,
             Error::Qmp(error) => match error.kind {
                 ErrorKind::NoSocket(_) | ErrorKind::NotASocket | ErrorKind::NobodyListens(_) => 4,
+                ErrorKind::OtherUser { .. } => 4,
                 ErrorKind::NoGreeting { .. } | ErrorKind::NoReply { .. } => 5,
                 ErrorKind::Refused(_) => 6,
                 ErrorKind::Libvirt(ref error) => match error {
@@ -275,7 +282,10 @@ impl Error {
             Error::Host(host::Error::DefaultRoute { .. }) => 7,
             Error::Host(host::Error::Unmount { .. }) => 7,
             Error::Host(_) | Error::Write { .. } | Error::Setup { .. } => 1,
-            Error::Install { .. } | Error::BadRule { .. } | Error::Silent(_) => 1,
+            Error::Exposed(_)
+            | Error::Install { .. }
+            | Error::BadRule { .. }
+            | Error::Silent(_) => 1,
             // As shells say it (bash(1), "Exit status").
             Error::Stopped { number, .. } => u8::try_from(128 + number).unwrap_or(1),
             Error::Several { errors, .. } => errors.iter().map(Error::exit_code).max().unwrap_or(1),

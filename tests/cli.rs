@@ -299,3 +299,20 @@ fn no_colour_where_nobody_looks() {
         assert!(!(outcome.stdout + &outcome.stderr).contains('\u{1b}'), "{arguments:?}");
     }
 }
+
+#[test]
+fn a_vm_at_whose_socket_another_user_listens_counts_as_not_running() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("vm.qmp");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let config = directory.path().join("config.toml");
+    let text = format!("[vm.a]\nqmp = {socket:?}\nuser = \"4000000000\"\n");
+    std::fs::write(&config, text).unwrap();
+    let config = config.to_str().unwrap();
+    let words = ["a process of user ", "and not one of user 4000000000", "it gets nothing"];
+    run(["--config", config, "inspect", "a"]).fails(4, &words);
+    let event = [("ACTION", "remove"), ("BUSNUM", "900"), ("DEVNUM", "037")];
+    let outcome = outcome_of(program(["--config", config, "udev", "a"]).envs(event));
+    assert_eq!(outcome.code, 0, "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("counts as not running"), "{}", outcome.stderr);
+}

@@ -140,7 +140,11 @@ impl Job {
         let in_vm = match self.look(&address).await {
             Ok(in_vm) => in_vm,
             Err(Error::Qmp(error)) if error.is_not_running() && !named => {
-                info!(vm = report.vm, "nothing to do, VM {} is not running", report.vm);
+                if error.is_other_user() {
+                    warn!(vm = report.vm, "{}: {}", report.vm, chain(&error));
+                } else {
+                    info!(vm = report.vm, "nothing to do, VM {} is not running", report.vm);
+                }
                 report.running = false;
                 return (report, Vec::new());
             }

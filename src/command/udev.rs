@@ -29,6 +29,11 @@ pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
         return Ok(());
     };
     match act(context, arguments, &event, start).await {
+        Err(Error::Qmp(error)) if error.is_other_user() => {
+            let vm = escape(&arguments.vm);
+            warn!(%vm, "nothing to do, the VM counts as not running: {}", chain(&error));
+            Ok(())
+        }
         Err(Error::Qmp(error)) if error.is_not_running() => {
             let vm = escape(&arguments.vm);
             info!(%vm, "nothing to do, the VM is not running: {}", chain(&error));

@@ -203,8 +203,29 @@ impl<'a> Watch<'a> {
         Ok(watch)
     }
 
+    /// Tells who may have a device, or be root, by changing a file. Nothing is
+    /// refused for that: a VM that worked so goes on to.
+    fn warn_of_exposed(&self, policy: &Policy) {
+        let host = &self.shared.host;
+        if let Some(exposed) = host.exposed_file(&self.settings.config) {
+            warn!("{exposed}, and so which VM gets which device; take that right away");
+        }
+        for vm in &policy.config().vms {
+            let socket = vm.address.socket();
+            if let Some(exposed) = socket.and_then(|socket| host.exposed_socket(socket)) {
+                let name = &vm.name;
+                warn!(
+                    vm = name,
+                    "{exposed}, and listen in {name}'s place; use another directory, \
+                      or set the VM's `user`"
+                );
+            }
+        }
+    }
+
     /// Puts a configuration in force: a worker for each VM, and a sync.
     fn apply(&mut self, policy: Policy) -> Result<(), Error> {
+        self.warn_of_exposed(&policy);
         // First hear, then look: so nothing is missed.
         let source = source(&policy);
         if self.events.source != source {
@@ -219,7 +240,9 @@ impl<'a> Watch<'a> {
         // Here, too.
         let start = |(vm, address): (&String, &VmAddress)| (vm.clone(), address.start());
         self.sockets.watch(vms.iter().map(start).collect());
-        self.workers.retain(|vm, handle| vms.get(vm) == Some(&handle.address));
+        self.workers.retain(|vm, handle| {
+            vms.get(vm).is_some_and(|address| address.is_as_before(&handle.address))
+        });
         self.shared.status.borrow_mut().retain(|vm, _| self.workers.contains_key(vm));
         for (vm, address) in vms {
             self.workers.entry(vm.clone()).or_insert_with(|| {

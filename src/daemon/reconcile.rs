@@ -62,7 +62,8 @@ impl Worker {
                 Ok(vm) => return self.look(vm).await,
                 Err(error) => error,
             };
-            let is_early = matches!(&error, Error::Qmp(error) if error.is_not_running()
+            let is_early = matches!(&error, Error::Qmp(error)
+                if error.is_not_running() && !error.is_other_user()
                 || matches!(error.kind, ErrorKind::Connect(_)));
             if !is_early || Instant::now() >= give_up {
                 return Err(error);

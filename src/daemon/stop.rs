@@ -17,7 +17,7 @@ pub async fn detach_all(vms: Vec<(String, VmAddress)>, time: Duration) {
     for (name, address) in vms {
         running.spawn(async move {
             match detach(&name, &address, time).await {
-                Err(Error::Qmp(error)) if error.is_not_running() => {}
+                Err(Error::Qmp(error)) if error.is_not_running() && !error.is_other_user() => {}
                 Err(error) => warn!(vm = name, "{name}: not detached: {}", chain(&error)),
                 Ok(()) => {}
             }

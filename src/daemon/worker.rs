@@ -145,7 +145,10 @@ impl Worker {
             Err(error) => error,
         };
         let outcome = match &error {
-            Error::Qmp(error) if error.is_not_running() => return Outcome::NoVm,
+            Error::Qmp(error) if error.is_not_running() && !error.is_other_user() => {
+                return Outcome::NoVm;
+            }
+            Error::Qmp(error) if error.is_other_user() => Outcome::NoVm,
             Error::Qmp(error) => match error.kind {
                 ErrorKind::NoReply { .. } => Outcome::Later,
                 // QEMU ended in the middle of the conversation: the next try

@@ -19,6 +19,7 @@ pub mod readable;
 mod release;
 mod signs;
 mod stranger;
+mod trust;
 pub mod uses;
 
 use std::fs;
@@ -37,6 +38,7 @@ pub use node::{Claim, Node};
 pub use owner::{CLAIMED, Look, Owner};
 pub use proc::{Holder, Qemu, Reach, UnixSockets};
 pub use signs::Signs;
+pub use trust::Exposed;
 pub use uses::OtherUse;
 
 use crate::text::escape;

@@ -25,6 +25,6 @@ pub use ports::{
     CONTROLLER_XML, Controller, ControllerKind, GuestPort, Layout, NoGuestPort, Placement,
     guest_ports,
 };
-pub use qmp::VmAddress;
+pub use qmp::{Socket, VmAddress};
 pub use usb_host::{UsbHost, Wanted};
 pub use vm::{Given, Vm};

@@ -40,7 +40,8 @@ fn a_lock_of_who_may_only_read_the_node_keeps_nobody_out() {
     });
     // Who cannot see what it has open must believe the lock, and says whose it is.
     let unseeing = ["setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"];
-    let refused = tool::run_in(&unseeing, ["attach", &*first.socket(), &*stick.port]).exits(7);
+    let refused =
+        tool::run_in(&unseeing, tool::PROGRAM, ["attach", &*first.socket(), &*stick.port]).exits(7);
     assert!(refused.stderr.contains(&format!("process {pid} (sleep)")), "{}", refused.stderr);
     run(["attach", "--dry-run", &first.socket(), &stick.port]).succeeds();
     let attached = run(["attach", &first.socket(), &stick.port]).succeeds();

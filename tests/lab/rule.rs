@@ -8,6 +8,7 @@ use crate::vm::Vm;
 use crate::wait::{wait_for, wait_until};
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 
 crate::tests![
@@ -178,7 +179,16 @@ fn an_installed_rule_works_at_once_and_says_how_to_undo_it() {
     const FILE: &str = "/etc/udev/rules.d/90-usb-qmp-hotplug-a-pci-0000_00_14.0-usbv2-0_3.rules";
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    let install = || tool::run(["rule", "1-3", "--vm", &vm.socket(), "--install"]);
+    // Where only root may change it.
+    let program = "/usr/bin/usb-qmp-hotplug";
+    fs::copy(PROGRAM, program).unwrap();
+    let install =
+        || tool::run_in(&["env"], program, ["rule", "1-3", "--vm", &vm.socket(), "--install"]);
+    fs::set_permissions(program, fs::Permissions::from_mode(0o757)).unwrap();
+    let refused = install().exits(1);
+    assert!(refused.stderr.contains("any user may change /usr/bin/usb-qmp-hotplug"), "{refused:?}");
+    assert!(!fs::exists(FILE).unwrap(), "it was written before it was refused");
+    fs::set_permissions(program, fs::Permissions::from_mode(0o755)).unwrap();
     let said = install().succeeds().stdout;
     assert!(said.contains(&format!("rm {FILE} && udevadm control --reload")), "{said}");
     let mouse = hardware.plug(Device::Mouse, xhci(3));

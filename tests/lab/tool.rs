@@ -43,10 +43,14 @@ where
     outcome(Command::new(PROGRAM).args(["--timeout", SECONDS]).args(arguments).envs(environment))
 }
 
-/// Below another program.
-pub fn run_in<'a>(wrapper: &[&str], arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+/// The program at this path, below another one.
+pub fn run_in<'a>(
+    wrapper: &[&str],
+    program: &str,
+    arguments: impl IntoIterator<Item = &'a str>,
+) -> Outcome {
     let mut command = Command::new(wrapper[0]);
-    outcome(command.args(&wrapper[1..]).arg(PROGRAM).args(["--timeout", SECONDS]).args(arguments))
+    outcome(command.args(&wrapper[1..]).arg(program).args(["--timeout", SECONDS]).args(arguments))
 }
 
 /// With this many seconds.

@@ -32,7 +32,7 @@ pub fn vms(context: &Context, enough: bool) -> Vec<Candidate> {
         }
         let socket = |monitor: &Endpoint| match monitor {
             Endpoint::Unix(path) => match context.host.reach(vm.qemu.pid, path) {
-                Reach::Here(socket) => Some(VmAddress::Socket(socket)),
+                Reach::Here(socket) => Some(socket.into()),
                 Reach::Elsewhere(_) | Reach::Hidden => None,
             },
             _ => None,

@@ -55,12 +55,24 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
     }
     warn_of_numbers(&context.host, &what);
     keyboard::warn_of_keyboards(&context.host, &what);
+    warn_of_exposed(context, &vm);
     if arguments.toml {
         return print(&toml::configuration(context, &what, &vm)?);
     }
-    let rule = udev::rule(&what, &vm.name, &command(context, &vm)?)?;
+    let command = command(context, &vm)?;
+    let rule = udev::rule(&what, &vm.name, &command)?;
+    // udev runs it as root.
+    let exposed = command.first().and_then(|program| context.host.exposed_file(Path::new(program)));
     if !arguments.install {
+        if let Some(exposed) = exposed {
+            warn!(
+                "{exposed}, and so be root with this rule; install the program in /usr/bin first"
+            );
+        }
         return print(&rule);
+    }
+    if let Some(exposed) = exposed {
+        return Err(Error::Exposed(exposed));
     }
     install::install(context, &what, &vm.name, &rule)?;
     let ports = match &what {
@@ -71,6 +83,17 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
         info!("{device} is plugged in already; `attach` takes it now, or plug it in again");
     }
     Ok(())
+}
+
+/// Tells who may have a device by changing a file.
+fn warn_of_exposed(context: &Context, vm: &RuleVm) {
+    if let Some(exposed) = vm.address.socket().and_then(|path| context.host.exposed_socket(path)) {
+        let name = crate::text::escape(&vm.name);
+        warn!("{exposed}, and listen in the place of VM {name}; use another directory");
+    }
+    if let Some(exposed) = context.host.exposed_file(&context.config).filter(|_| vm.configured) {
+        warn!("{exposed}, and so where VMs are; take that right away");
+    }
 }
 
 /// Says once that a rule goes by bus number, and what would stay.
@@ -99,7 +122,7 @@ fn vm(context: &Context, vm: Option<&str>) -> Result<RuleVm, Error> {
     };
     // udev runs programs in its own directory, and as root.
     let address = match address {
-        VmAddress::Socket(socket) => std::path::absolute(&socket)
+        VmAddress::Socket(socket) => std::path::absolute(&socket.path)
             .map_err(|source| Error::Setup { what: "tell the current directory", source })?
             .into(),
         VmAddress::Libvirt(domain) => domain.of_user().into(),

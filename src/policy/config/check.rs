@@ -11,7 +11,7 @@ use super::section::Section;
 use super::value::{self, not, shown};
 use super::{Config, VmEntry};
 use crate::policy::rule::{Effect, Glob, Rule, Target, reserved_option};
-use crate::qemu::VmAddress;
+use crate::qemu::{Socket, VmAddress};
 use crate::text::escape;
 
 /// The keys that say which devices a rule matches.
@@ -75,7 +75,7 @@ fn vms<'t>(mut section: Section<'t, '_>) -> (Vec<VmEntry>, Vec<&'t str>) {
             "a table; write `[vm.NAME]` and below it `qmp = \"PATH\"` or `libvirt = \"NAME\"`";
         let who = format!("vm `{}`", shown(name));
         let Some(mut vm) = Section::named(who, item, expected, section.sink()) else { continue };
-        vm.allow(&["qmp", "libvirt"]);
+        vm.allow(&["qmp", "libvirt", "user"]);
         match (vm.has("qmp"), vm.has("libvirt")) {
             (false, false) => vm.complain_here(
                 "it is not said where it is; add `qmp = \"PATH\"`, the path of its socket, or `libvirt = \
@@ -94,7 +94,16 @@ fn vms<'t>(mut section: Section<'t, '_>) -> (Vec<VmEntry>, Vec<&'t str>) {
                 Err(format!("VM `{other}` has this {what} too; give each VM one of its own"))
             }
         };
-        let socket = vm.read("qmp", |path| once(value::socket(path)?.into(), "socket"));
+        let user = vm.read("user", value::user);
+        if vm.has("user") && !vm.has("qmp") {
+            vm.complain_at_key(
+                "user",
+                "it says who listens at `qmp`, which is not there; remove it",
+            );
+        }
+        let socket = vm.read("qmp", |path| {
+            once(VmAddress::Socket(Socket { path: value::socket(path)?, user }), "socket")
+        });
         let domain = vm.read("libvirt", |name| once(value::domain(name)?.into(), "domain"));
         let address = socket.or(domain);
         vms.extend(address.map(|address| VmEntry { name: name.to_owned(), address }));

@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::policy::rule::{Effect, Facts, Glob, first_match};
+use crate::qemu::VmAddress;
 
 mod mistakes;
 
@@ -67,6 +68,23 @@ fn a_port_can_have_either_name() {
     for text in ["1-1.2", "[12]-*", "*", "pci-0000:00:14.0-usbv2-0:1.2", "pci-*-usbv?-0:1.*"] {
         port(text).unwrap();
     }
+}
+
+#[test]
+fn a_user_is_a_name_or_a_number_that_this_host_knows() {
+    let user = |user: &str| {
+        let config = parse(&format!("[vm.a]\nqmp = '/a'\nuser = {user}\n"));
+        config.map(|config| match &config.vms[0].address {
+            VmAddress::Socket(socket) => socket.user,
+            VmAddress::Libvirt(_) => None,
+        })
+    };
+    assert_eq!(user("'root'").unwrap(), Some(0));
+    assert_eq!(user("'64055'").unwrap(), Some(64055));
+    assert!(user("'no such user'").unwrap_err().to_string().contains("this host has no user"));
+    assert!(user("64055").unwrap_err().to_string().contains("a user in quotes"));
+    let error = parse("[vm.a]\nlibvirt = 'a'\nuser = 'root'\n").unwrap_err().to_string();
+    assert!(error.contains("3:1: vm `a`, key `user`: it says who listens at `qmp`"), "{error}");
 }
 
 #[test]

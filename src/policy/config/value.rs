@@ -7,7 +7,7 @@ use serde_json::Value;
 use toml::de::DeValue;
 
 use crate::policy::rule::Glob;
-use crate::qemu::qmp::Domain;
+use crate::qemu::qmp::{Domain, user_id};
 use crate::text::escape;
 use crate::usb::{NO_REVISION, Port, PortPath};
 
@@ -124,6 +124,15 @@ pub(super) fn socket(value: &DeValue) -> Result<PathBuf, String> {
         return Err(format!("the path has {length} bytes; a socket's has at most {MAX_SOCKET}"));
     }
     Ok(PathBuf::from(path))
+}
+
+/// A user's id, whose name this host must know.
+pub(super) fn user(value: &DeValue) -> Result<u32, String> {
+    let expected = "a user in quotes, by name like `\"libvirt-qemu\"`, or by number";
+    let user = text(value, expected, |user| !user.is_empty())?;
+    user_id(user).ok_or_else(|| {
+        format!("this host has no user `{}`; `getent passwd` shows them", shown(user))
+    })
 }
 
 pub(super) fn domain(value: &DeValue) -> Result<Domain, String> {

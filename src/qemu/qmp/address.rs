@@ -14,10 +14,48 @@ const LIBVIRT: &str = "libvirt:";
 /// writes; that is not escaped.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum VmAddress {
-    /// The path of a QMP socket.
-    Socket(PathBuf),
+    /// A QMP socket.
+    Socket(Socket),
     /// A domain of libvirt, which passes on what is said to its monitor.
     Libvirt(Domain),
+}
+
+/// A QMP socket, which is what its path says, whoever should listen there.
+#[derive(Debug, Clone)]
+pub struct Socket {
+    /// Its path.
+    pub path: PathBuf,
+    /// The id of the user whose process must listen there; if not set, anybody's
+    /// may.
+    pub user: Option<u32>,
+}
+
+impl std::ops::Deref for Socket {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl PartialEq for Socket {
+    fn eq(&self, other: &Self) -> bool {
+        self.path == other.path
+    }
+}
+
+impl Eq for Socket {}
+
+impl PartialOrd for Socket {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Socket {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.path.cmp(&other.path)
+    }
 }
 
 impl VmAddress {
@@ -30,7 +68,7 @@ impl VmAddress {
     pub fn read(text: &str) -> Result<Option<Self>, NotADomain> {
         match text.strip_prefix(LIBVIRT) {
             Some(domain) => Ok(Some(VmAddress::Libvirt(domain.parse()?))),
-            None if text.contains('/') => Ok(Some(VmAddress::Socket(text.into()))),
+            None if text.contains('/') => Ok(Some(Path::new(text).into())),
             None => Ok(None),
         }
     }
@@ -38,7 +76,7 @@ impl VmAddress {
     /// The path of the QMP socket, if it is one.
     pub fn socket(&self) -> Option<&Path> {
         match self {
-            VmAddress::Socket(path) => Some(path),
+            VmAddress::Socket(socket) => Some(&socket.path),
             VmAddress::Libvirt(_) => None,
         }
     }
@@ -51,24 +89,33 @@ impl VmAddress {
         }
     }
 
+    /// Whether it is the same VM, and the same user must listen there.
+    pub fn is_as_before(&self, before: &VmAddress) -> bool {
+        let user = |address: &VmAddress| match address {
+            VmAddress::Socket(socket) => socket.user,
+            VmAddress::Libvirt(_) => None,
+        };
+        self == before && user(self) == user(before)
+    }
+
     /// The file whose appearance tells that the VM starts.
     pub fn start(&self) -> PathBuf {
         match self {
-            VmAddress::Socket(path) => path.clone(),
+            VmAddress::Socket(socket) => socket.path.clone(),
             VmAddress::Libvirt(domain) => domain.pid_file(),
         }
     }
 }
 
 impl From<PathBuf> for VmAddress {
-    fn from(socket: PathBuf) -> Self {
-        VmAddress::Socket(socket)
+    fn from(path: PathBuf) -> Self {
+        VmAddress::Socket(Socket { path, user: None })
     }
 }
 
 impl From<&Path> for VmAddress {
-    fn from(socket: &Path) -> Self {
-        VmAddress::Socket(socket.to_owned())
+    fn from(path: &Path) -> Self {
+        path.to_owned().into()
     }
 }
 
@@ -81,7 +128,7 @@ impl From<Domain> for VmAddress {
 impl fmt::Display for VmAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            VmAddress::Socket(path) => write!(f, "{}", path.display()),
+            VmAddress::Socket(socket) => write!(f, "{}", socket.path.display()),
             VmAddress::Libvirt(domain) => write!(f, "{LIBVIRT}{domain}"),
         }
     }

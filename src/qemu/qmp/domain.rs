@@ -89,10 +89,7 @@ impl Domain {
         match &self.of {
             Owner::System => Some(0),
             Owner::Caller => Some(rustix::process::geteuid().as_raw()),
-            Owner::User(user) => user
-                .parse()
-                .ok()
-                .or_else(|| users().find(|(name, _)| name == user).map(|(_, uid)| uid)),
+            Owner::User(user) => user_id(user),
         }
     }
 
@@ -167,8 +164,15 @@ fn is_in_group_libvirt() -> bool {
     numbers("/etc/group").any(|(name, gid)| name == "libvirt" && own.contains(&gid))
 }
 
+/// The id of a user, by name or as a number; `None` for a name that the local
+/// table of users does not have (passwd(5)).
+pub fn user_id(user: &str) -> Option<u32> {
+    let by_name = || users().find(|(name, _)| name == user).map(|(_, id)| id);
+    user.parse().ok().or_else(by_name)
+}
+
 /// The local users and their numbers (passwd(5)).
-fn users() -> impl Iterator<Item = (String, u32)> {
+pub(super) fn users() -> impl Iterator<Item = (String, u32)> {
     numbers("/etc/passwd")
 }
 

@@ -32,10 +32,18 @@ impl Error {
         }
     }
 
-    /// Whether the VM is simply not there: no socket, or nobody listens.
+    /// Whether somebody listens there who must not.
+    pub fn is_other_user(&self) -> bool {
+        matches!(self.kind, ErrorKind::OtherUser { .. })
+    }
+
+    /// Whether the VM is simply not there: no socket, or nobody listens, or
+    /// somebody who must not.
     pub fn is_not_running(&self) -> bool {
         match &self.kind {
-            ErrorKind::NoSocket(_) | ErrorKind::NobodyListens(_) => true,
+            ErrorKind::NoSocket(_) | ErrorKind::NobodyListens(_) | ErrorKind::OtherUser { .. } => {
+                true
+            }
             ErrorKind::Libvirt(error) => error.is_not_running(),
             _ => false,
         }
@@ -51,6 +59,13 @@ pub enum ErrorKind {
     NobodyListens(io::Error),
     /// What is at the path is no socket.
     NotASocket,
+    /// Another user's process listens on the socket than should.
+    OtherUser {
+        /// The id of the user whose it should be.
+        wanted: u32,
+        /// The id of the user whose it is.
+        found: u32,
+    },
     /// The socket could not be reached for another reason.
     Connect(io::Error),
     /// No greeting before the deadline: another client holds the monitor, or
@@ -127,6 +142,14 @@ impl ErrorKind {
     }
 }
 
+/// A user as people know it: `libvirt-qemu (64055)`.
+fn user_name(id: u32) -> String {
+    match super::users().find(|(_, known)| *known == id) {
+        Some((name, _)) => format!("user {} ({id})", escape(&name)),
+        None => format!("user {id}"),
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let vm = self.vm.to_string();
@@ -159,6 +182,13 @@ impl fmt::Display for Error {
             ErrorKind::NobodyListens(_) => {
                 write!(f, "VM {vm}: nobody listens on the socket; start the VM")
             }
+            ErrorKind::OtherUser { wanted, found } => write!(
+                f,
+                "VM {vm}: a process of {} listens on the socket, and not one of {}, as the configuration \
+                 wants it; it gets nothing. Check who that is, or set the VM's `user`",
+                user_name(*found),
+                user_name(*wanted)
+            ),
             ErrorKind::NotASocket => {
                 write!(f, "VM {vm}: this is not a socket; give the path of its `-qmp` socket")
             }

@@ -35,8 +35,9 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::text::words;
-pub use address::VmAddress;
-pub use domain::{Domain, NotADomain};
+pub use address::{Socket, VmAddress};
+use domain::users;
+pub use domain::{Domain, NotADomain, user_id};
 pub use error::{Error, ErrorKind, LibvirtError, Refusal};
 use frame::{Frames, Message, Reply};
 use libvirt::Libvirt;
@@ -137,6 +138,14 @@ impl Session {
                 let stream = connected
                     .map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?
                     .map_err(|e| fail(ErrorKind::from_connect(e, socket)))?;
+                if let Some(wanted) = socket.user {
+                    // That of the process when it began to listen (unix(7),
+                    // `SO_PEERCRED`).
+                    let found = stream.peer_cred().map_err(|e| fail(ErrorKind::Connect(e)))?.uid();
+                    if found != wanted {
+                        return Err(fail(ErrorKind::OtherUser { wanted, found }));
+                    }
+                }
                 Session::greeted(stream, address, started, deadline).await
             }
             VmAddress::Libvirt(domain) => {

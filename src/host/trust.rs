@@ -1,0 +1,102 @@
+//! What other users may change: a socket's directory, a file that root reads,
+//! a program that root runs. Who may change it can have a device, or be root.
+
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::Host;
+use crate::text::escape;
+
+/// A file or directory that others may change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exposed {
+    /// Which.
+    pub path: PathBuf,
+    /// Who they are.
+    pub to: String,
+}
+
+impl fmt::Display for Exposed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} may change {}", self.to, escape(&self.path.to_string_lossy()))
+    }
+}
+
+impl Host {
+    /// Who, apart from root and this user, may change a file, or put another
+    /// one in its place. What cannot be looked at is passed over.
+    pub fn exposed_file(&self, path: &Path) -> Option<Exposed> {
+        let path = fs::canonicalize(self.path(path)).ok()?;
+        path.ancestors().find_map(exposed_to_some)
+    }
+
+    /// The directory of a socket's path that anybody may change. That a VM's
+    /// own user or group may is as it must be.
+    pub fn exposed_socket(&self, path: &Path) -> Option<Exposed> {
+        let directory = fs::canonicalize(self.path(path).parent()?).ok()?;
+        directory.ancestors().find_map(exposed_to_all)
+    }
+}
+
+fn exposed_to_all(path: &Path) -> Option<Exposed> {
+    let found = fs::symlink_metadata(path).ok()?;
+    // In a directory with the sticky bit anybody may make what is not there
+    // yet, and a socket is not there while its VM does not run.
+    (found.mode() & 0o002 != 0).then(|| Exposed { path: path.to_owned(), to: "any user".into() })
+}
+
+fn exposed_to_some(path: &Path) -> Option<Exposed> {
+    let found = fs::symlink_metadata(path).ok()?;
+    let this = rustix::process::geteuid().as_raw();
+    let exposed = |to: String| Some(Exposed { path: path.to_owned(), to });
+    // The sticky bit keeps what is there from others (inode(7)).
+    let is_sticky = found.is_dir() && found.mode() & 0o1000 != 0;
+    if ![0, this].contains(&found.uid()) {
+        return exposed(format!("user {}", found.uid()));
+    }
+    if found.mode() & 0o002 != 0 && !is_sticky {
+        return exposed("any user".into());
+    }
+    if found.mode() & 0o020 != 0 && found.gid() != 0 && !is_sticky {
+        return exposed(format!("group {}", found.gid()));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, chown};
+
+    #[test]
+    fn what_others_may_change_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("vm");
+        let file = directory.join("file");
+        fs::create_dir(&directory).unwrap();
+        fs::write(&file, "").unwrap();
+        let host = Host::at(root.path());
+        let mode = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        let told = |found: Option<Exposed>| found.map(|found| (found.path, found.to));
+        // A sticky directory above, like /tmp, keeps what is in it.
+        mode(root.path(), 0o1777);
+        assert_eq!(told(host.exposed_file(Path::new("/vm/file"))), None);
+        mode(&directory, 0o777);
+        let any = Some((fs::canonicalize(&directory).unwrap(), "any user".to_owned()));
+        assert_eq!(told(host.exposed_file(Path::new("/vm/file"))), any);
+        assert_eq!(told(host.exposed_socket(Path::new("/vm/not-there.qmp"))), any);
+        mode(&directory, 0o755);
+        mode(&file, 0o666);
+        let any = Some((fs::canonicalize(&file).unwrap(), "any user".to_owned()));
+        assert_eq!(told(host.exposed_file(Path::new("/vm/file"))), any);
+        mode(&file, 0o644);
+        if chown(&file, Some(65534), None).is_ok() {
+            let found = host.exposed_file(Path::new("/vm/file")).unwrap();
+            assert!(found.to_string().starts_with("user 65534 may change "), "{found}");
+        }
+    }
+}
