@@ -128,7 +128,8 @@ fn a_bad_configuration_is_told_and_no_obstacle() {
 
 fn plugs_and_pulls_are_followed() {
     let mut hardware = Hardware::open();
-    let here = hardware.plug(Stick::new("SN1"), xhci(3));
+    // With its serial number, a line has more columns than a terminal.
+    let here = hardware.plug(Stick::new("SN345678901234567890"), xhci(3));
     let (mut follower, lines) = follow(&[]);
     let (mut json, documents) = follow(&["--json"]);
     let hub = hardware.plug(Device::Hub, xhci(5));
@@ -151,6 +152,7 @@ fn plugs_and_pulls_are_followed() {
     assert!(line("plugged", mouse) < line("pulled", mouse), "{text}");
     line("pulled", stick);
     assert!(text.contains("QEMU USB HARDDRIVE"), "known from before: {text}");
+    assert!(text.contains("serial SN345678901234567890\n"), "no line is cut: {text}");
     for line in fs::read_to_string(documents).unwrap().lines() {
         let document: Value = serde_json::from_str(line).unwrap();
         assert!(document["device"]["port"].is_string(), "{line}");

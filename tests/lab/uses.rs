@@ -5,6 +5,7 @@ use crate::gadget::{Gadget, Gadgets};
 use crate::hardware::{Device, Hardware, Plugged, xhci};
 use crate::host::must;
 use crate::tool::run;
+use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_for;
 use std::fs;
@@ -26,13 +27,13 @@ fn listed(device: &Plugged) -> String {
 /// The network adapter of a device, once udev has given it its name.
 fn adapter(device: &Plugged) -> String {
     let directory = device.sysfs.join(format!("{}:1.0/net", device.port));
-    wait_for("a network adapter", || {
-        let adapter = || Some(fs::read_dir(&directory).ok()?.flatten().next()?.path());
-        let index = fs::read_to_string(adapter()?.join("ifindex")).ok()?;
-        let is_known = fs::exists(format!("/run/udev/data/n{}", index.trim())).unwrap();
-        let adapter = if is_known { adapter()? } else { return None };
-        Some(adapter.file_name()?.to_str()?.to_owned())
-    })
+    let adapter = || {
+        let adapter = fs::read_dir(&directory).ok()?.flatten().next()?;
+        Some(adapter.file_name().into_string().unwrap())
+    };
+    wait_for("a network adapter", adapter);
+    udev::settle();
+    adapter().unwrap()
 }
 
 fn an_adapter_with_the_default_route_is_refused_by_hand_and_told_in_the_log() {
