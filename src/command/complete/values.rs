@@ -7,7 +7,6 @@ use crate::host::proc::cmdline::Endpoint;
 use crate::host::{Reach, Strings};
 use crate::qemu::qmp::Domain;
 use crate::qemu::{Vm, VmAddress};
-use crate::text::escape;
 use crate::usb::Device;
 
 /// The VMs of the configuration, by name; those that run, by `libvirt:` and by
@@ -70,7 +69,7 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
             candidates.push(Candidate::new(device.id.to_string(), name.as_str()));
         }
         if let Some(serial) = context.host.strings(&device.port).serial {
-            candidates.push(Candidate::new(format!("serial={}", escape(&serial)), name));
+            candidates.push(Candidate::new(format!("serial={serial}"), name));
         }
     }
     candidates
