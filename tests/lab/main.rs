@@ -66,6 +66,7 @@ mod owners;
 mod port_names;
 mod proxy;
 mod qmp;
+mod recipes;
 mod refused;
 mod remote;
 mod remote_hub;
@@ -153,6 +154,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         by_udev_rule::TESTS,
         attach::TESTS,
         refused::TESTS,
+        recipes::TESTS,
         owners::TESTS,
         disks::TESTS,
         by_hand::TESTS,
