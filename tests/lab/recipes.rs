@@ -6,6 +6,7 @@ use crate::qmp::Qmp;
 use crate::tool::run;
 use crate::vm;
 use crate::wait::{wait_for, wait_until};
+use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::fs;
@@ -33,6 +34,8 @@ impl Drop for Started {
 fn start(words: &str) -> Started {
     fs::create_dir_all(vm::directory()).unwrap();
     let firmware = vm::firmware("recipe");
+    let pid_file = words.split_whitespace().skip_while(|word| *word != "-pidfile").nth(1).unwrap();
+    let _ = fs::remove_file(pid_file);
     let mut child = Command::new("qemu-system-x86_64")
         .args(words.split_whitespace())
         .args(["-accel", "tcg", "-display", "none", "-bios", &firmware])
@@ -41,7 +44,6 @@ fn start(words: &str) -> Started {
     if words.contains("-daemonize") {
         assert!(child.wait().unwrap().success(), "{words}");
     }
-    let pid_file = words.split_whitespace().skip_while(|word| *word != "-pidfile").nth(1).unwrap();
     let pid =
         wait_for("QEMU's process id", || fs::read_to_string(pid_file).ok()?.trim().parse().ok());
     Started(Pid::from_raw(pid).unwrap())
@@ -117,7 +119,7 @@ fn quickemu_gets_a_monitor_by_its_extra_arguments() {
         "-name win11,process=win11 -machine q35,smm=off,vmport=off -m 64 -pidfile {directory}/win11.pid \
          -device qemu-xhci,id=spicepass -device usb-mouse,bus=spicepass.0 -device usb-mouse,bus=spicepass.0 \
          -device usb-mouse,bus=spicepass.0 -device pci-ohci,id=smartpass -device usb-ccid \
-         -device qemu-xhci,id=input -device usb-kbd,bus=input.0 -device usb-tablet,bus=input.0 \
+         -device qemu-xhci,id=input -device usb-kbd,bus=input.0 -device usb-tablet,bus=input.0 -nic none \
          -monitor unix:{directory}/win11-monitor.socket,server,nowait"
     );
     {
@@ -126,6 +128,7 @@ fn quickemu_gets_a_monitor_by_its_extra_arguments() {
     }
     let socket = format!("{directory}/win11.qmp");
     let qemu = start(&format!("{words} -qmp unix:{socket},server=on,wait=off"));
+    wait_until("QEMU listens", || UnixStream::connect(&socket).is_ok());
     assert_eq!(monitors(&qemu, "free"), [socket.clone()]);
     let (bus, _) = attach_and_detach(&socket, &mouse);
     assert!(["input.0", "spicepass.0"].contains(&bus.as_str()), "{bus}");
@@ -147,6 +150,7 @@ fn qemu_in_dockurs_container_gets_a_monitor_by_its_arguments() {
          -device virtio-rng-pci,rng=objrng0,id=rng0,bus=pcie.0 \
          -qmp unix:{socket},server=on,wait=off"
     ));
+    wait_until("QEMU listens", || UnixStream::connect(&socket).is_ok());
     assert_eq!(monitors(&qemu, "free"), [socket.clone()]);
     assert_eq!(attach_and_detach(&socket, &stick), ("xhci.0".to_owned(), "7".to_owned()));
 }
@@ -162,17 +166,29 @@ fn podman_needs_no_privilege_and_no_device() {
         mount(&["-t", "cgroup2", "cgroup2", "/sys/fs/cgroup"]);
     }
     // This machine's own root stands for an image.
+    let socket = format!("{shared}/win11.qmp");
     let _podman = Container(
         Command::new("podman")
-            .args(["run", "--name", "win11", "--network", "none", "--cgroups", "disabled"])
+            .args([
+                "--storage-driver",
+                "vfs",
+                "run",
+                "--rm",
+                "--name",
+                "win11",
+                "--network",
+                "none",
+                "--cgroups",
+                "disabled",
+            ])
             .args(["--volume", &format!("{shared}:/run/qmp"), "--rootfs", image])
             .args(["qemu-system-x86_64", "-nodefaults", "-display", "none", "-accel", "tcg"])
             .args(["-m", "64", "-S", "-device", "qemu-xhci,id=xhci,p2=15,p3=15"])
             .args(["-qmp", "unix:/run/qmp/win11.qmp,server=on,wait=off"])
             .spawn()
             .unwrap(),
+        socket.clone(),
     );
-    let socket = format!("{shared}/win11.qmp");
     wait_until("QEMU listens", || UnixStream::connect(&socket).is_ok());
     let place = attach_and_detach(&socket, &stick);
     assert_eq!(place, ("xhci.0".to_owned(), "15".to_owned()));
@@ -182,11 +198,15 @@ fn mount(arguments: &[&str]) {
     assert!(Command::new("mount").args(arguments).status().unwrap().success(), "{arguments:?}");
 }
 
-struct Container(Child);
+/// A container, and the socket of the QEMU that is in it.
+struct Container(Child, String);
 
 impl Drop for Container {
     fn drop(&mut self) {
-        let _ = Command::new("podman").args(["rm", "--force", "--time", "0", "win11"]).status();
+        if let Ok(client) = UnixStream::connect(&self.1) {
+            let qemu = socket_peercred(&client).expect("QEMU's process").pid;
+            let _ = kill_process(qemu, Signal::KILL);
+        }
         let _ = self.0.wait();
         let _ = Command::new("umount").arg("/mnt/image").status();
     }
