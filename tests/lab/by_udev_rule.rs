@@ -4,13 +4,40 @@ use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use crate::{tool, udev};
+use std::fs;
+use std::process::Command;
 
 crate::tests![
     a_stick_comes_and_goes_five_times_at_one_port: every_qemu,
     a_rule_on_the_product_attaches_and_detaches,
     six_devices_plugged_at_once_all_arrive_and_all_leave: every_qemu,
     what_was_plugged_in_before_arrives_when_udev_replays,
+    where_interfaces_are_not_authorized_no_driver_of_the_host_sees_the_device,
 ];
+
+/// The README's recipe.
+fn where_interfaces_are_not_authorized_no_driver_of_the_host_sees_the_device() {
+    const DEFAULT: &str = "/sys/bus/usb/devices/usb2/interface_authorized_default";
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let authorize = r#"ACTION=="add", SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", DEVPATH=="*/2-3", RUN+="/bin/sh -c 'for i in /sys$devpath/*:*/authorized; do echo 1 > $$i; done'""#;
+    let rule = tool::rule(r#"DEVPATH=="*/2-3""#, &vm);
+    udev::rules(&format!("{authorize}\n{rule}"));
+    let before = fs::read_to_string(DEFAULT).unwrap();
+    fs::write(DEFAULT, "0").unwrap();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    vm.gets(&[&stick]);
+    let log = Command::new("dmesg").output().unwrap().stdout;
+    fs::write(DEFAULT, before).unwrap();
+    let log = String::from_utf8_lossy(&log);
+    let at_port = format!("usb-storage {}:1.0", stick.port);
+    let arrived = log.rfind("SerialNumber: SN1").expect("the kernel tells of the device");
+    assert!(!log[arrived..].contains(&at_port), "{}", &log[arrived..]);
+    let interface = format!("/sys/bus/usb/devices/{}:1.0/authorized", stick.port);
+    assert_eq!(fs::read_to_string(interface).unwrap(), "1\n");
+    hardware.pull(&stick);
+    vm.loses_all();
+}
 
 fn a_stick_comes_and_goes_five_times_at_one_port() {
     let mut hardware = Hardware::open();

@@ -172,6 +172,11 @@ impl Daemon {
         self.field("status", "VmRSS:").trim_end_matches(" kB").parse().unwrap()
     }
 
+    /// The most memory that it ever had, in kibibytes.
+    pub fn most_memory(&self) -> u64 {
+        self.field("status", "VmHWM:").trim_end_matches(" kB").parse().unwrap()
+    }
+
     /// Waits until nothing is left to do: no thread waits for the hardware, and it sleeps.
     pub fn is_idle(&self) {
         wait_until("it has one thread, which slept for a second", || {
