@@ -2,13 +2,24 @@
 //! exit code.
 
 use std::ffi::OsString;
+use std::io;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
 use clap::Parser;
+use tokio::runtime::{Builder, Runtime};
 use usb_qmp_hotplug::cli::{Cli, Command};
 use usb_qmp_hotplug::text::escape;
 use usb_qmp_hotplug::ui::{log, output};
 use usb_qmp_hotplug::{Error, command};
+
+/// What waits for the kernel's events. tokio panics where it gets none of the
+/// five descriptors that it needs, so they are tried first.
+fn runtime() -> io::Result<Runtime> {
+    let spare = [UnixStream::pair()?, UnixStream::pair()?, UnixStream::pair()?];
+    drop(spare);
+    Builder::new_current_thread().enable_io().enable_time().build()
+}
 
 fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().collect();
@@ -20,11 +31,11 @@ fn main() -> ExitCode {
     });
     let in_background = matches!(cli.command, Command::Udev(_) | Command::Watch);
     log::start(in_background, cli.global.quiet, cli.global.verbose);
-    let done = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build()
-        .map_err(|source| Error::Write { what: "to the kernel's event queue", source })
+    let done = runtime()
+        .map_err(|source| Error::Setup {
+            what: "wait for events (`ulimit -n` raises a limit)",
+            source,
+        })
         .and_then(|runtime| runtime.block_on(command::run(&cli)));
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -316,3 +316,21 @@ fn a_vm_at_whose_socket_another_user_listens_counts_as_not_running() {
     assert_eq!(outcome.code, 0, "{}", outcome.stderr);
     assert!(outcome.stderr.contains("counts as not running"), "{}", outcome.stderr);
 }
+
+#[test]
+fn without_descriptors_it_says_so() {
+    let mut refusals = 0;
+    for limit in 4..12 {
+        let script = format!("ulimit -n {limit}; exec \"$0\" inspect {NO_VM}");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script, tool::PROGRAM]).env_clear();
+        let Outcome { code, stderr, .. } = outcome_of(&mut shell);
+        match code {
+            1 if stderr.contains("Too many open files") => refusals += 1,
+            // The linker found no library.
+            127 => {}
+            _ => assert_eq!(code, 4, "{limit}: {stderr}"),
+        }
+    }
+    assert!(refusals > 0);
+}

@@ -159,7 +159,14 @@ pub(super) async fn open_once(
     let guard = !options.force && (options.blocking || host.has_disk(&device.port));
     let (host, device) = (host.clone(), device.clone());
     let silent = Error::Silent(device.clone());
+    let is_patient = options.blocking;
     let open = move || -> Result<(Claims, Node), Error> {
+        if is_patient {
+            // An open of the node would wait as well, but so that the process
+            // cannot end before it (Linux, drivers/usb/core/devio.c,
+            // `usbdev_open`); a read of an attribute can be broken off.
+            host.wait_for_drivers(&device.port);
+        }
         let claims = if guard { host.claim_disks(&device.port)? } else { Claims::default() };
         Ok((claims, host.open(device.address)?))
     };

@@ -54,8 +54,8 @@ pub struct Options {
     pub look: Look,
     /// Do all but change, claim or lock something.
     pub dry_run: bool,
-    /// Open the device on a thread of its own, disk or not: for who has other
-    /// VMs to serve while the kernel waits for a device that does not answer.
+    /// Open the device on a thread of its own, disk or not, so that the
+    /// deadline holds while drivers start for it, or it does not answer.
     pub blocking: bool,
 }
 

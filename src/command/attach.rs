@@ -17,6 +17,7 @@ use crate::usb::{Device, DeviceId, Selector};
 pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
     let address = context.typed_vm(&arguments.vm)?;
     let options = options::options(&arguments.how, arguments.dry_run, Look::Thorough)?;
+    let options = Options { blocking: true, ..options };
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
     let mut errors = Vec::new();

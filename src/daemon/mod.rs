@@ -14,6 +14,7 @@ mod worker;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,13 +23,13 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
-use tokio::time::Interval;
+use tokio::time::{Interval, timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::error::Error;
-use crate::host::Host;
 use crate::host::events::{Batch, Events, Source};
-use crate::policy::config::Config;
+use crate::host::{Host, blocking};
+use crate::policy::config::{self, Config};
 use crate::policy::rule::{Effect, Rule};
 use crate::policy::{self, HostDevice, Policy};
 use crate::qemu::VmAddress;
@@ -66,7 +67,13 @@ struct Watch<'a> {
     sockets: Sockets,
     /// Whether the last configuration that was read is not in force.
     is_outdated: bool,
+    /// The configuration that is being read, on a thread: it may be a pipe that
+    /// nobody writes to.
+    reading: Option<Reading>,
 }
+
+/// A configuration that is being read.
+type Reading = Pin<Box<dyn Future<Output = Result<Config, Error>>>>;
 
 /// A worker at work.
 struct WorkerHandle {
@@ -116,6 +123,7 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
                 }
                 () = tick(watchdog.as_mut()) => notify(&[NotifyState::Watchdog]),
                 _ = reload.recv() => watch.reload(),
+                config = read(&mut watch.reading) => watch.reloaded(config),
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
             }
@@ -182,6 +190,14 @@ fn notify(states: &[NotifyState<'_>]) {
     }
 }
 
+/// Waits until a configuration has been read, for ever if none is.
+async fn read(reading: &mut Option<Reading>) -> Result<Config, Error> {
+    match reading {
+        Some(reading) => reading.await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits until the watchdog is to be told, for ever if there is none.
 async fn tick(watchdog: Option<&mut Interval>) {
     match watchdog {
@@ -198,7 +214,8 @@ impl<'a> Watch<'a> {
         let sockets = Sockets::new().map_err(failed("watch for sockets"))?;
         let workers = BTreeMap::new();
         let events = listen(source(&policy))?;
-        let mut watch = Watch { settings, events, shared, workers, sockets, is_outdated: false };
+        let mut watch =
+            Watch { settings, events, shared, workers, sockets, is_outdated: false, reading: None };
         watch.apply(policy)?;
         Ok(watch)
     }
@@ -376,12 +393,26 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Reads the configuration again. A bad one changes nothing.
+    /// Reads the configuration again.
     fn reload(&mut self) {
         let mut states = vec![NotifyState::Reloading];
         states.extend(NotifyState::monotonic_usec_now().ok());
         notify(&states);
-        let done = self.settings.config().map(Policy::new).and_then(|rules| self.apply(rules));
+        let (path, limit) = (self.settings.config.clone(), self.settings.timeout);
+        self.reading = Some(Box::pin(async move {
+            let failed = |source| config::Error::Io { path: path.clone(), source };
+            let file = path.clone();
+            match timeout(limit, blocking(move || Config::read(&file))).await {
+                Ok(config) => Ok(config.map_err(failed)??),
+                Err(_) => Err(failed(std::io::ErrorKind::TimedOut.into()).into()),
+            }
+        }));
+    }
+
+    /// Puts what was read in force. A bad configuration changes nothing.
+    fn reloaded(&mut self, config: Result<Config, Error>) {
+        self.reading = None;
+        let done = config.map(Policy::new).and_then(|rules| self.apply(rules));
         self.is_outdated = done.is_err();
         match done {
             Ok(()) => info!("reloaded the configuration: {}", self.status()),

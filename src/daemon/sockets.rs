@@ -1,18 +1,18 @@
-//! Notices that a VM starts: its socket appears, or the file with the process id
-//! of a libvirt domain, which is as good as a socket here. inotify(7) watches the
-//! socket's directory, or as long as there is none, the nearest one above. It
-//! does not tell that something is mounted over a directory; the kernel's list
-//! of mounts does.
+//! Notices that a VM starts: its socket appears. inotify(7) watches each
+//! directory that the way to the socket depends on: the socket's own, or as
+//! long as there is none, the nearest one above; and those of the symbolic
+//! links on the way. It does not tell that something is mounted over a
+//! directory; the kernel's list of mounts does.
 
-use std::collections::{BTreeSet, HashMap};
-use std::ffi::OsStr;
-use std::fs::File;
+use std::collections::{BTreeSet, VecDeque};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
 use std::future::pending;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
@@ -23,36 +23,39 @@ use tracing::{debug, warn};
 use crate::host::readable::{readable, urgent};
 use crate::text::escape;
 
+/// How many symbolic links a path may lead through (path_resolution(7)).
+const MAX_LINKS: usize = 40;
+
+/// How often a way is looked at again that changes while it is looked at.
+const MAX_LOOKS: usize = 10;
+
 /// The sockets of the configured VMs.
 #[derive(Debug)]
 pub struct Sockets {
     inotify: AsyncFd<OwnedFd>,
     /// Told of mounts, where there is a /proc.
     mounts: Option<AsyncFd<OwnedFd>>,
-    /// The VMs' names and sockets.
-    targets: Vec<(String, PathBuf)>,
-    /// The watched directories, by inotify's number for them, each by all the
-    /// paths that lead there (`/run` and `/var/run`).
-    directories: Directories,
+    targets: Vec<Target>,
+    /// inotify's numbers of the directories that are watched.
+    watched: BTreeSet<i32>,
     /// The directories that cannot be watched, as was told.
     told: BTreeSet<PathBuf>,
 }
 
-/// What is watched for a socket.
-#[derive(PartialEq, Eq)]
-enum Watched {
-    /// No more than a directory above the socket's own, which is not there.
-    Above,
-    /// The socket's directory, as before.
-    Still,
-    /// The socket's directory, which came, or had something mounted over it.
-    Newly,
+/// A socket that is watched for.
+#[derive(Debug)]
+struct Target {
+    /// The VM's name.
+    vm: String,
+    socket: PathBuf,
+    /// What the way to it depends on: entries of directories, each by inotify's
+    /// number of the directory.
+    entries: Vec<(i32, OsString)>,
 }
 
-type Directories = HashMap<i32, BTreeSet<PathBuf>>;
-
 /// An entry of a directory that changed; without a name, the directory itself.
-type Change = (PathBuf, Option<PathBuf>);
+/// Without either, anything may have changed.
+type Change = (Option<i32>, Option<OsString>);
 
 impl Sockets {
     /// Watches for nothing yet.
@@ -67,26 +70,17 @@ impl Sockets {
             .and_then(|mounts| urgent(mounts.into()))
             .inspect_err(|error| debug!("mounts will not be noticed: {error}"))
             .ok();
-        let (targets, directories) = (Vec::new(), HashMap::new());
-        Ok(Sockets { inotify, mounts, targets, directories, told: BTreeSet::new() })
+        let (targets, watched, told) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
+        Ok(Sockets { inotify, mounts, targets, watched, told })
     }
 
     /// Watches for the sockets of these VMs instead. What appeared before and
     /// was not asked for yet is not forgotten.
     pub fn watch(&mut self, targets: Vec<(String, PathBuf)>) {
-        self.targets = targets;
+        let target = |(vm, socket)| Target { vm, socket, entries: Vec::new() };
+        self.targets = targets.into_iter().map(target).collect();
         self.told.clear();
-        let before = std::mem::take(&mut self.directories);
-        for index in 0..self.targets.len() {
-            self.arm(index);
-        }
-        for (number, paths) in before {
-            if !self.directories.contains_key(&number)
-                && inotify::remove_watch(&self.inotify, number).is_err()
-            {
-                debug!("{paths:?} was not watched any more");
-            }
-        }
+        self.look_for(|_| true);
     }
 
     /// The names of VMs whose sockets appeared, as soon as one does.
@@ -98,111 +92,147 @@ impl Sockets {
         loop {
             let names = tokio::select! {
                 ready = self.inotify.readable() => {
-                    let directories = &mut self.directories;
-                    let read = ready?.try_io(|inotify| read(inotify.get_ref(), directories));
+                    let read = ready?.try_io(|inotify| read(inotify.get_ref()));
                     let Ok(changes) = read else { continue };
-                    self.concerned(&changes?)
+                    let changes = changes?;
+                    self.look_for(|target| changes.iter().any(|change| target.depends_on(change)))
+                        .into_iter()
+                        .map(|(name, _)| name)
+                        .collect()
                 }
-                () = mounted(self.mounts.as_ref()) => self.uncovered(),
+                // A way that leads elsewhere now leads through other directories.
+                () = mounted(self.mounts.as_ref()) => self
+                    .look_for(|_| true)
+                    .into_iter()
+                    .filter_map(|(name, is_other)| is_other.then_some(name))
+                    .collect(),
             };
+            let names: Vec<String> = names;
             if !names.is_empty() {
                 return Ok(names);
             }
         }
     }
 
-    /// The VMs that changes mean something for, their watches moved to where
-    /// their sockets can now appear.
-    fn concerned(&mut self, changes: &[Change]) -> Vec<String> {
-        let mut names = Vec::new();
-        for index in 0..self.targets.len() {
-            let Some((name, socket)) = self.targets.get(index).cloned() else { continue };
-            let concerns = |(directory, entry): &&Change| match entry {
-                Some(entry) => socket.starts_with(directory.join(entry)),
-                None => socket.starts_with(directory),
-            };
-            let mut concerning = changes.iter().filter(concerns).peekable();
-            if concerning.peek().is_none() {
-                continue;
-            }
-            let mut is_socket = false;
-            for (directory, entry) in concerning {
-                is_socket |= entry.as_ref().is_some_and(|entry| directory.join(entry) == socket);
-            }
-            // A directory that came may hold the socket already.
-            if is_socket || (self.arm(index) != Watched::Above && socket.exists()) {
-                names.push(name);
+    /// Looks again at the ways to these sockets. Returns the VMs whose sockets
+    /// are there, and whether the way to each is another one than before.
+    fn look_for(&mut self, which: impl Fn(&Target) -> bool) -> Vec<(String, bool)> {
+        let mut there = Vec::new();
+        let mut targets = std::mem::take(&mut self.targets);
+        for target in targets.iter_mut().filter(|target| which(target)) {
+            let entries = self.arm(&target.vm, &target.socket);
+            let is_other = entries != target.entries;
+            target.entries = entries;
+            if target.socket.exists() {
+                there.push((target.vm.clone(), is_other));
             }
         }
-        names
-    }
-
-    /// The VMs whose sockets are in a directory that was mounted, or unmounted,
-    /// where another one is watched.
-    fn uncovered(&mut self) -> Vec<String> {
-        let mut names = Vec::new();
-        for index in 0..self.targets.len() {
-            let is_new = self.arm(index) == Watched::Newly;
-            let target = self.targets.get(index).filter(|(_, socket)| is_new && socket.exists());
-            names.extend(target.map(|(name, _)| name.clone()));
+        self.targets = targets;
+        let entries = self.targets.iter().flat_map(|target| &target.entries);
+        let needed: BTreeSet<i32> = entries.map(|(number, _)| *number).collect();
+        for number in self.watched.difference(&needed) {
+            // The kernel has removed it if the directory is gone.
+            let _ = inotify::remove_watch(&self.inotify, *number);
         }
-        names
+        self.watched = needed;
+        there
     }
 
-    /// Watches the nearest directory of a socket's that there is.
-    fn arm(&mut self, index: usize) -> Watched {
-        let Some((name, socket)) = self.targets.get(index) else { return Watched::Above };
+    /// Watches what the way to a socket depends on.
+    fn arm(&mut self, vm: &str, socket: &Path) -> Vec<(i32, OsString)> {
         let flags = WatchFlags::CREATE
             | WatchFlags::MOVED_TO
             | WatchFlags::DELETE_SELF
             | WatchFlags::MOVE_SELF
             | WatchFlags::ONLYDIR;
-        let above: Vec<&Path> = socket.ancestors().skip(1).collect();
-        let mut armed = None;
-        // Again, if a nearer one came into being meanwhile.
-        loop {
-            let added = above.iter().enumerate().find_map(|(distance, directory)| {
-                match inotify::add_watch(&self.inotify, *directory, flags) {
-                    Ok(number) => return Some((distance, number, *directory)),
-                    // It is yet to come.
+        let mut way = way_to(socket);
+        for _ in 0..MAX_LOOKS {
+            let mut entries = Vec::new();
+            for (directory, name) in &way {
+                match inotify::add_watch(&self.inotify, directory, flags) {
+                    Ok(number) => {
+                        self.watched.insert(number);
+                        entries.push((number, name.clone()));
+                    }
+                    // It has just gone.
                     Err(Errno::NOENT | Errno::NOTDIR) => {}
-                    Err(error) if self.told.insert((*directory).to_owned()) => {
+                    Err(error) if self.told.insert(directory.clone()) => {
                         let directory = directory.to_string_lossy();
                         warn!(
-                            vm = name,
-                            "{name}: its start will not be noticed: cannot watch {}: {error}; {}",
+                            vm,
+                            "{vm}: its start will not be noticed: cannot watch {}: {error}; {}",
                             escape(&directory),
                             advice(error)
                         );
                     }
                     Err(_) => {}
                 }
-                None
-            });
-            let Some((distance, number, directory)) = added else {
-                let socket = socket.to_string_lossy();
-                debug!(vm = name, "cannot watch for the socket {}", escape(&socket));
-                return Watched::Above;
-            };
-            let paths = self.directories.entry(number).or_default();
-            let is_new = paths.insert(directory.to_owned());
-            match distance {
-                0 if is_new => return Watched::Newly,
-                0 => return Watched::Still,
-                _ if armed == Some(distance) => return Watched::Above,
-                _ => {}
             }
-            armed = Some(distance);
+            // Something may have come before it was watched for.
+            let now = way_to(socket);
+            if now == way {
+                return entries;
+            }
+            way = now;
+        }
+        Vec::new()
+    }
+}
+
+impl Target {
+    fn depends_on(&self, (directory, name): &Change) -> bool {
+        let Some(directory) = directory else { return true };
+        let is_it = |entry: &OsString| name.as_ref().is_none_or(|name| name == entry);
+        self.entries.iter().any(|(number, entry)| number == directory && is_it(entry))
+    }
+}
+
+/// What the way to a path depends on, as directories and names in them: each
+/// symbolic link on the way, and its end, or the first thing that is not there.
+fn way_to(path: &Path) -> Vec<(PathBuf, OsString)> {
+    let mut entries: Vec<(PathBuf, OsString)> = Vec::new();
+    let mut directory = PathBuf::from("/");
+    let mut rest: VecDeque<OsString> = names(path).collect();
+    while let Some(name) = rest.pop_front() {
+        if name == ".." {
+            directory.pop();
+            continue;
+        }
+        let path = directory.join(&name);
+        let kind = fs::symlink_metadata(&path).map(|found| found.file_type());
+        if kind.as_ref().is_ok_and(fs::FileType::is_dir) {
+            directory = path;
+            continue;
+        }
+        entries.push((directory.clone(), name));
+        match fs::read_link(&path) {
+            Ok(target) if entries.len() <= MAX_LINKS => {
+                if target.is_absolute() {
+                    directory = PathBuf::from("/");
+                }
+                names(&target).rev().for_each(|name| rest.push_front(name));
+            }
+            _ => break,
         }
     }
+    entries
+}
+
+/// The names in a path, `..` among them.
+fn names(path: &Path) -> impl DoubleEndedIterator<Item = OsString> {
+    path.components().filter_map(|component| match component {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    })
 }
 
 /// What to do about a directory that cannot be watched.
 fn advice(error: Errno) -> &'static str {
     match error {
         Errno::ACCESS | Errno::PERM => "this user must be allowed to read that directory",
-        Errno::NOSPC => "raise fs.inotify.max_user_watches (sysctl)",
-        _ => "after each start, run `usb-qmp-hotplug sync`",
+        Errno::NOSPC => "raise fs.inotify.max_user_watches (sysctl), then reload",
+        _ => "reload when that has been repaired",
     }
 }
 
@@ -219,7 +249,7 @@ async fn mounted(mounts: Option<&AsyncFd<OwnedFd>>) {
 }
 
 /// Reads all there is to read. What got lost concerns everybody.
-fn read(inotify: &OwnedFd, directories: &mut Directories) -> io::Result<Vec<Change>> {
+fn read(inotify: &OwnedFd) -> io::Result<Vec<Change>> {
     let mut space = [MaybeUninit::uninit(); 4096];
     let mut reader = inotify::Reader::new(inotify, &mut space);
     let mut changes = Vec::new();
@@ -230,15 +260,10 @@ fn read(inotify: &OwnedFd, directories: &mut Directories) -> io::Result<Vec<Chan
             Err(error) => return Err(error.into()),
         };
         if event.events().contains(ReadFlags::QUEUE_OVERFLOW) {
-            changes.push((PathBuf::from("/"), None));
+            changes.push((None, None));
         }
-        let Some(paths) = directories.get(&event.wd()) else { continue };
-        let name = event.file_name().map(|name| PathBuf::from(OsStr::from_bytes(name.to_bytes())));
-        changes.extend(paths.iter().map(|directory| (directory.clone(), name.clone())));
-        // The directory is gone, and its number comes round again.
-        if event.events().contains(ReadFlags::IGNORED) {
-            directories.remove(&event.wd());
-        }
+        let name = event.file_name().map(|name| OsStr::from_bytes(name.to_bytes()).to_owned());
+        changes.push((Some(event.wd()), name));
     }
 }
 
@@ -287,7 +312,7 @@ mod tests {
             assert_eq!(appeared(&mut sockets).await, ["a"]);
             fs::remove_dir_all(root.path().join("run")).unwrap();
         }
-        assert!(sockets.directories.len() <= 3, "{:?}", sockets.directories);
+        assert!(sockets.watched.len() <= 3, "{:?}", sockets.watched);
     }
 
     #[tokio::test]
@@ -317,6 +342,40 @@ mod tests {
         fs::write(root.path().join("a/other"), "").unwrap();
         fs::write(socket("b"), "").unwrap();
         assert_eq!(appeared(&mut sockets).await, ["b"]);
-        assert_eq!(sockets.directories.len(), 1);
+        assert_eq!(sockets.watched.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_link_may_lead_to_what_comes_later_or_moves() {
+        use std::os::unix::fs::symlink;
+        let root = tempfile::tempdir().unwrap();
+        let path = |name: &str| root.path().join(name);
+        fs::create_dir(path("run")).unwrap();
+        fs::create_dir(path("deep")).unwrap();
+        // A link to a directory, in which there is a link to the socket.
+        symlink("deep/vm", path("vm")).unwrap();
+        let mut sockets = watching(vec![("a".into(), path("vm/a.qmp"))]);
+        fs::create_dir(path("deep/vm")).unwrap();
+        symlink(path("run/first"), path("deep/vm/a.qmp")).unwrap();
+        // The socket itself comes last.
+        fs::write(path("run/first"), "").unwrap();
+        assert_eq!(appeared(&mut sockets).await, ["a"]);
+        // The link is moved to another one.
+        fs::write(path("run/second"), "").unwrap();
+        symlink(path("run/second"), path("new")).unwrap();
+        fs::rename(path("new"), path("deep/vm/a.qmp")).unwrap();
+        assert_eq!(appeared(&mut sockets).await, ["a"]);
+        // What it leads to comes anew.
+        fs::remove_file(path("run/second")).unwrap();
+        fs::write(path("run/second"), "").unwrap();
+        assert_eq!(appeared(&mut sockets).await, ["a"]);
+    }
+
+    #[test]
+    fn a_way_that_leads_in_a_circle_has_an_end() {
+        let root = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("circle", root.path().join("circle")).unwrap();
+        assert!(way_to(&root.path().join("circle/a")).len() <= MAX_LINKS + 1);
+        assert_eq!(way_to(Path::new("/nowhere/../a")), [("/".into(), "nowhere".into())]);
     }
 }

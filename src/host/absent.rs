@@ -28,7 +28,8 @@ impl Host {
             Selector::Address(_) => devices.map(|device| device.address.to_string()).collect(),
             Selector::Product(_) => devices.map(|device| device.id.to_string()).collect(),
             Selector::Serial(_) => {
-                devices.filter_map(|device| self.strings(&device.port).serial).collect()
+                let serials = self.serials(devices.collect()).into_iter();
+                serials.filter_map(|(_, serial)| serial.flatten()).collect()
             }
             Selector::Sysfs(_) | Selector::Id(_) => Vec::new(),
         };

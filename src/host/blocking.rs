@@ -2,6 +2,7 @@
 //! kernel does.
 
 use std::io;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -42,6 +43,34 @@ pub async fn blocking_each<T: Send + 'static, R: Send + 'static>(
         });
     }
     results
+}
+
+/// How long to wait for devices that are starting, for who shows or looks for
+/// devices and can go on without.
+const HASTE: Duration = Duration::from_secs(1);
+
+/// Does the work for each of these, on a thread each, and waits a second for
+/// all of them. `None` is the result of what takes longer, and of what there
+/// was no thread for.
+pub fn in_haste<T: Send + 'static, R: Send + 'static>(
+    things: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> R + Clone + Send + 'static,
+) -> Vec<Option<R>> {
+    let begin = |thing| {
+        let (work, (sender, result)) = (work.clone(), mpsc::channel());
+        let start = thread::Builder::new().spawn(move || {
+            // Nobody may be waiting any more.
+            let _ = sender.send(work(thing));
+        });
+        start.is_ok().then_some(result)
+    };
+    let running: Vec<_> = things.into_iter().map(begin).collect();
+    let end = std::time::Instant::now() + HASTE;
+    let result = |thread: Option<mpsc::Receiver<R>>| {
+        let left = end.saturating_duration_since(std::time::Instant::now());
+        thread?.recv_timeout(left).ok()
+    };
+    running.into_iter().map(result).collect()
 }
 
 fn start<T: Send + 'static>(

@@ -1,6 +1,6 @@
 //! The host's USB buses: their root hubs, which are no devices to attach.
 
-use super::{Host, read_if_there};
+use super::{Host, in_haste, read_if_there};
 use crate::usb::{BusPath, Speed};
 
 /// A bus, as its root hub describes it.
@@ -27,7 +27,11 @@ impl Host {
             let text = read_if_there(&directory.join(name)).ok()??;
             Some(text.trim().to_owned())
         };
-        let words: Vec<String> = [read("product"), read("serial")].into_iter().flatten().collect();
+        // A hub is locked while drivers start for a device behind it.
+        let strings = in_haste(["product", "serial"].map(|name| directory.join(name)), |path| {
+            read_if_there(&path).ok().flatten().map(|text| text.trim().to_owned())
+        });
+        let words: Vec<String> = strings.into_iter().flatten().flatten().collect();
         Bus {
             number,
             path: self.bus_path(number),

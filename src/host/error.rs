@@ -40,6 +40,15 @@ pub enum Error {
         /// The devices that fit.
         devices: Vec<Device>,
     },
+    /// The device may be one that cannot be read yet.
+    #[error("no USB device that can be read is {selector}, but drivers are still starting for {}, or \
+             it does not answer; try again, or name it by its port", listed(.devices))]
+    Starting {
+        /// What was asked for.
+        selector: Selector,
+        /// The devices that cannot be read yet.
+        devices: Vec<Device>,
+    },
     /// A root hub was asked for.
     #[error("{0} is a root hub: hubs stay with the host; name a device behind it")]
     RootHub(Selector),

@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 
 pub use absent::Absent;
-pub use blocking::{blocking, blocking_each};
+pub use blocking::{blocking, blocking_each, in_haste};
 pub use bus::Bus;
 pub use disk::{Claims, Told, Use, UsedBy};
 pub use error::Error;
@@ -207,13 +207,7 @@ impl Host {
             Selector::Address(address) => self.port_at(*address, selector)?,
             Selector::Sysfs(path) => self.port_of_path(path, selector)?,
             Selector::Product(id) => return self.only(selector, |device| device.id == *id),
-            Selector::Serial(serial) => {
-                return self.only(selector, |device| {
-                    let its = self.serial(&device.port);
-                    // As it is, or as it is shown.
-                    its.is_some_and(|its| its == *serial || escape(&its) == *serial)
-                });
-            }
+            Selector::Serial(serial) => return self.with_serial(selector, serial),
         };
         let device = self.device(&port.ok_or_else(none)?)?;
         device.ok_or_else(none)
@@ -244,6 +238,35 @@ impl Host {
             return Err(Error::Ambiguous { selector: selector.clone(), devices });
         }
         devices.pop().ok_or_else(|| Error::NoDevice(self.absent(selector)))
+    }
+
+    /// The device with a serial number, written as it is, or as it is shown.
+    fn with_serial(&self, selector: &Selector, serial: &str) -> Result<Device, Error> {
+        let (mut devices, mut starting) = (Vec::new(), Vec::new());
+        for (device, its) in self.serials(self.devices()?) {
+            match its {
+                Some(Some(its)) if its == serial || escape(&its) == serial => devices.push(device),
+                Some(_) => {}
+                None => starting.push(device),
+            }
+        }
+        match (devices.len(), starting.is_empty()) {
+            (0, true) => Err(Error::NoDevice(self.absent(selector))),
+            (0, false) => Err(Error::Starting { selector: selector.clone(), devices: starting }),
+            (1, _) => Ok(devices.remove(0)),
+            _ => Err(Error::Ambiguous { selector: selector.clone(), devices }),
+        }
+    }
+
+    /// The serial numbers of devices; `None` stands for one that cannot be read
+    /// within a second, because its device is starting.
+    pub fn serials(&self, devices: Vec<Device>) -> Vec<(Device, Option<Option<String>>)> {
+        let host = self.clone();
+        let (with, without): (Vec<Device>, Vec<Device>) =
+            devices.into_iter().partition(|device| self.has_serial(&device.port));
+        let read = in_haste(with.clone(), move |device| host.serial(&device.port));
+        let without = without.into_iter().map(|device| (device, Some(None)));
+        with.into_iter().zip(read).chain(without).collect()
     }
 
     /// The port of the device at an address, through the kernel's index of

@@ -74,6 +74,7 @@ mod remote_wire;
 mod rule;
 mod service;
 mod sockets;
+mod starting;
 mod strings;
 mod sync;
 mod tool;
@@ -179,6 +180,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         strings::TESTS,
         bursts::TESTS,
         linux_guest::TESTS,
+        starting::TESTS,
         sync::TESTS,
         watch::TESTS,
         waiting::TESTS,

@@ -2,6 +2,7 @@
 
 use crate::daemon::{self, CONFIG, Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, xhci};
+use crate::host::must;
 use crate::journal::Journal;
 use crate::tool;
 use crate::vm::Vm;
@@ -18,6 +19,7 @@ crate::tests![
     a_good_configuration_takes_over,
     a_configuration_counts_for_what_waits_since_before_it,
     a_bad_configuration_changes_nothing_and_is_told_line_by_line,
+    a_configuration_that_is_a_pipe_does_not_stop_it,
     a_bad_configuration_at_the_start_is_an_error,
     the_journal_has_each_line_once,
     the_watchdog_is_told_that_it_lives,
@@ -115,6 +117,26 @@ fn a_bad_configuration_changes_nothing_and_is_told_line_by_line() {
     configure(&["a"], &rule("a", "port = \"2-4\""));
     daemon.reload();
     daemon.wait_for_status(status);
+}
+
+fn a_configuration_that_is_a_pipe_does_not_stop_it() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::launch(&["--timeout", "5"], &[]);
+    daemon.wait_until_it_says("READY=1");
+    fs::remove_file(CONFIG).unwrap();
+    must("mkfifo", &[CONFIG]);
+    daemon.signal(Signal::HUP);
+    daemon.wait_until_it_says("RELOADING=1");
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    vm.gets(&[&stick]);
+    daemon.wait_for_log(&["cannot read the configuration", "timed out"]);
+    // One that somebody writes to is as good as a file.
+    daemon.signal(Signal::HUP);
+    fs::write(CONFIG, "[vm.a]\nqmp = \"/run/vm/a.qmp\"\n[vm.b]\nqmp = \"/run/vm/b.qmp\"\n")
+        .unwrap();
+    daemon.wait_for_status("2 VMs, 1 running, 1 device attached");
 }
 
 fn a_bad_configuration_at_the_start_is_an_error() {

@@ -1,7 +1,8 @@
 //! The daemon, and VMs that start, end, hang and are talked to by others.
 
-use crate::daemon::{Daemon, configure, rule};
+use crate::daemon::{CONFIG, Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, ehci, xhci};
+use crate::host::must;
 use crate::tool::{self, run};
 use crate::vm::Vm;
 use crate::wait::wait_until;
@@ -23,6 +24,7 @@ crate::tests![
     a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
     a_socket_that_is_replaced_is_a_new_vm,
     a_vm_is_noticed_where_something_was_mounted_over_its_directory,
+    all_vms_are_noticed_where_their_directory_is_mounted,
     a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready,
     a_vm_whose_process_cannot_be_seen_gets_its_device_after_a_restart_too,
     sixty_four_vms_cost_an_event_no_more_than_one,
@@ -205,6 +207,24 @@ fn a_vm_is_noticed_where_something_was_mounted_over_its_directory() {
     assert!(sh("umount /run/vm").success());
     let vm = Vm::new("a").start();
     vm.gets(&[&mouse]);
+}
+
+fn all_vms_are_noticed_where_their_directory_is_mounted() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let [mouse, tablet] =
+        [hardware.plug(Device::Mouse, xhci(3)), hardware.plug(Device::Tablet, xhci(4))];
+    configure(&["a", "b"], &(rule("a", "port = \"1-3\"") + &rule("b", "port = \"1-4\"")));
+    let config = fs::read_to_string(CONFIG).unwrap().replace("/run/vm/", "/run/other/");
+    fs::write(CONFIG, config).unwrap();
+    fs::create_dir_all("/run/other").unwrap();
+    let daemon = Daemon::start();
+    daemon.wait_for_status("2 VMs, 0 running, 0 devices attached");
+    must("mount", &["--bind", "/run/vm", "/run/other"]);
+    a.gets(&[&mouse]);
+    b.gets(&[&tablet]);
+    drop(daemon);
+    must("umount", &["/run/other"]);
 }
 
 fn a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready() {

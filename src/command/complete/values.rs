@@ -1,13 +1,15 @@
 //! What can be named: VMs, the host's devices, and what is in a VM.
 
+use std::collections::BTreeMap;
+
 use super::Candidate;
 use crate::command::Context;
 use crate::command::running::Running;
 use crate::host::proc::cmdline::Endpoint;
-use crate::host::{Reach, Strings};
+use crate::host::{Reach, Strings, in_haste};
 use crate::qemu::qmp::Domain;
 use crate::qemu::{Vm, VmAddress};
-use crate::usb::Device;
+use crate::usb::{Device, DeviceId, Port};
 
 /// The VMs of the configuration, by name; those that run, by `libvirt:` and by
 /// the paths of their monitors that have no name there, and where a person's
@@ -51,15 +53,16 @@ pub fn vms(context: &Context, enough: bool) -> Vec<Candidate> {
 pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
     let mut devices = context.host.devices().unwrap_or_default();
     devices.retain(|device| hubs || !device.is_hub());
-    let mut candidates: Vec<Candidate> = devices
-        .iter()
-        .map(|device| Candidate::new(device.port.to_string(), name(context, device)))
-        .collect();
+    let named: Vec<(&Device, Strings)> = devices.iter().zip(strings(context, &devices)).collect();
+    let candidate = |(device, strings): &(&Device, Strings)| {
+        Candidate::new(device.port.to_string(), name(device, strings))
+    };
+    let mut candidates: Vec<Candidate> = named.iter().map(candidate).collect();
     if typed.is_empty() {
         return candidates;
     }
-    for device in &devices {
-        let name = format!("{} {}", device.port, name(context, device));
+    for (device, strings) in named {
+        let name = format!("{} {}", device.port, name(device, &strings));
         if let Some(path) = context.host.port_path(&device.port) {
             candidates.push(Candidate::new(path.to_string(), name.as_str()));
         }
@@ -68,7 +71,7 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
         if devices.iter().filter(|other| other.id == device.id).count() == 1 {
             candidates.push(Candidate::new(device.id.to_string(), name.as_str()));
         }
-        if let Some(serial) = context.host.strings(&device.port).serial {
+        if let Some(serial) = strings.serial {
             candidates.push(Candidate::new(format!("serial={serial}"), name));
         }
     }
@@ -86,11 +89,17 @@ pub async fn in_vm(context: &Context, vm: &str, typed: &str) -> Vec<Candidate> {
         let mut vm = Vm::connect(&address, context.timeout).await.ok()?;
         vm.host_devices().await.ok()
     };
+    let ids: Vec<DeviceId> = ids.await.unwrap_or_default().into_iter().map(|(id, _)| id).collect();
+    let device = |id: &DeviceId| id.port().and_then(|port| context.host.device(&port).ok()?);
+    let devices: Vec<Device> = ids.iter().filter_map(device).collect();
+    let names = devices.iter().zip(strings(context, &devices));
+    let names: BTreeMap<&Port, String> =
+        names.map(|(device, strings)| (&device.port, name(device, &strings))).collect();
     let mut candidates = Vec::new();
-    for (id, _) in ids.await.unwrap_or_default() {
+    for id in ids {
         let port = id.port();
-        let device = port.as_ref().and_then(|port| context.host.device(port).ok()?);
-        let name = device.map_or_else(|| "gone".to_owned(), |device| name(context, &device));
+        let name = port.as_ref().and_then(|port| names.get(port));
+        let name = name.map_or_else(|| "gone".to_owned(), Clone::clone);
         candidates.push(Candidate::new(id.to_string(), name.as_str()));
         if let Some(port) = port.filter(|_| !typed.is_empty()) {
             candidates.push(Candidate::new(port.to_string(), name.as_str()));
@@ -101,10 +110,17 @@ pub async fn in_vm(context: &Context, vm: &str, typed: &str) -> Vec<Candidate> {
     candidates
 }
 
+/// What devices say of themselves; nothing where their drivers are starting.
+fn strings(context: &Context, devices: &[Device]) -> Vec<Strings> {
+    let host = context.host.clone();
+    let ports: Vec<Port> = devices.iter().map(|device| device.port.clone()).collect();
+    let read = in_haste(ports, move |port| host.strings(&port));
+    read.into_iter().map(Option::unwrap_or_default).collect()
+}
+
 /// What a device calls itself, and its ids.
-fn name(context: &Context, device: &Device) -> String {
-    let Strings { manufacturer, product, .. } = context.host.strings(&device.port);
+fn name(device: &Device, strings: &Strings) -> String {
     let kind = if device.is_hub() { "hub, " } else { "" };
-    let name = product.or(manufacturer).unwrap_or_default();
-    format!("{kind}{} {}", device.id, name.trim())
+    let name = strings.product.as_ref().or(strings.manufacturer.as_ref());
+    format!("{kind}{} {}", device.id, name.map_or("", |name| name.trim()))
 }

@@ -1,10 +1,11 @@
 //! What is known of one device.
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::host::{Bus, CLAIMED, Holder, Host, Look, OtherUse, Strings};
+use crate::host::{Bus, CLAIMED, Holder, Host, Look, OtherUse, Strings, in_haste};
 use crate::policy::rule::{self, Effect};
 use crate::policy::{Policy, Reading};
 use crate::text::escape;
@@ -37,6 +38,31 @@ pub struct Entry {
     pub held: bool,
     pub held_by: Vec<HolderReport>,
     pub rule: Option<RuleReport>,
+    /// Whether its drivers are starting, so that its strings cannot be read.
+    pub starting: bool,
+}
+
+/// What can be read of a device when no driver is starting for it.
+struct Late {
+    strings: Strings,
+    rule: Option<RuleReport>,
+}
+
+impl Late {
+    fn of(host: &Host, policy: &Policy, device: &Device) -> Self {
+        let Strings { manufacturer, product, serial } = host.strings(&device.port);
+        // The hardware database knows many that say nothing of themselves
+        // (hwdb(7), usb.ids).
+        let name =
+            |text: Option<String>, property| text.or_else(|| host.property(&device.port, property));
+        let strings = Strings {
+            manufacturer: name(manufacturer, "ID_VENDOR_FROM_DATABASE"),
+            product: name(product, "ID_MODEL_FROM_DATABASE"),
+            serial,
+        };
+        let rule = policy.decision(host, device, Reading::Patient).rule();
+        Late { strings, rule: rule.map(|(_, rule)| rule.into()) }
+    }
 }
 
 /// A disk in use.
@@ -143,15 +169,37 @@ impl From<Bus> for BusReport {
 }
 
 impl Entry {
-    /// Reads what there is to know of a device.
-    pub fn of(host: &Host, policy: &Policy, device: &Device, holders: Vec<Holder>) -> Self {
+    /// Reads what there is to know of devices, each of which has these holders.
+    /// One whose drivers are starting is shown as far as it is known at once.
+    pub fn of_all(
+        host: &Host,
+        policy: &Arc<Policy>,
+        devices: Vec<(Device, Vec<Holder>)>,
+    ) -> Vec<Self> {
+        let read = {
+            let (host, policy) = (host.clone(), policy.clone());
+            move |device: Device| Late::of(&host, &policy, &device)
+        };
+        let all: Vec<Device> = devices.iter().map(|(device, _)| device.clone()).collect();
+        let late = in_haste(all, read);
+        let entry = |((device, holders), late)| Entry::of(host, policy, &device, holders, late);
+        devices.into_iter().zip(late).map(entry).collect()
+    }
+
+    fn of(
+        host: &Host,
+        policy: &Policy,
+        device: &Device,
+        holders: Vec<Holder>,
+        late: Option<Late>,
+    ) -> Self {
         let port = &device.port;
-        let strings = host.strings(port);
-        // The hardware database knows many that say nothing of themselves
-        // (hwdb(7), usb.ids).
-        let name = |text: Option<String>, property| text.or_else(|| host.property(port, property));
+        let starting = late.is_none();
+        let Late { strings, rule } = late.unwrap_or_else(|| {
+            let rule = policy.decision(host, device, Reading::AtOnce).rule();
+            Late { strings: Strings::default(), rule: rule.map(|(_, rule)| rule.into()) }
+        });
         let drivers = host.drivers(port);
-        let rule = policy.decision(host, device, Reading::Patient).rule();
         Entry {
             port: port.clone(),
             path: host.port_path(port),
@@ -161,8 +209,8 @@ impl Entry {
             address: device.address.device,
             vendor: format!("{:04x}", device.id.vendor),
             product: format!("{:04x}", device.id.product),
-            vendor_name: name(strings.manufacturer, "ID_VENDOR_FROM_DATABASE"),
-            product_name: name(strings.product, "ID_MODEL_FROM_DATABASE"),
+            vendor_name: strings.manufacturer,
+            product_name: strings.product,
             serial: strings.serial,
             speed_mbps: host.speed(port),
             in_use: if device.is_hub() { Vec::new() } else { uses(host, port) },
@@ -176,7 +224,8 @@ impl Entry {
                 || drivers.iter().any(|driver| driver == CLAIMED)
                 || host.is_locked(device.address) == Some(true),
             held_by: holders.into_iter().map(HolderReport::from).collect(),
-            rule: rule.map(|(_, rule)| rule.into()),
+            rule,
+            starting,
             drivers,
         }
     }
@@ -185,6 +234,15 @@ impl Entry {
     pub fn name(&self) -> Option<String> {
         let (manufacturer, product) = (self.vendor_name.clone(), self.product_name.clone());
         Strings { manufacturer, product, serial: None }.name()
+    }
+
+    /// The name, or in its place why there is none.
+    pub fn shown_name(&self) -> String {
+        match self.name() {
+            Some(name) => name,
+            None if self.starting => "(starting)".to_owned(),
+            None => "(no name)".to_owned(),
+        }
     }
 
     /// `1:37`

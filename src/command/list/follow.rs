@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use serde::Serialize;
 use tokio::io::Interest;
@@ -29,7 +30,7 @@ enum Report<'a> {
 }
 
 /// Follows until interrupted, or nobody reads any more.
-pub async fn run(context: &Context, policy: &Policy, json: bool) -> Result<(), Error> {
+pub async fn run(context: &Context, policy: &Arc<Policy>, json: bool) -> Result<(), Error> {
     let setup = |what| move |source| Error::Setup { what, source };
     let on = |kind| signal(kind).map_err(setup("handle signals"));
     let (mut interrupt, mut terminate) =
@@ -73,7 +74,7 @@ async fn closed_stdout() {
 
 struct Follower<'a> {
     context: &'a Context,
-    policy: &'a Policy,
+    policy: &'a Arc<Policy>,
     json: bool,
     /// What sysfs no longer says of a device that was pulled.
     present: BTreeMap<Port, Entry>,
@@ -81,12 +82,13 @@ struct Follower<'a> {
 
 impl Follower<'_> {
     fn look(&self) -> Result<BTreeMap<Port, Entry>, Error> {
-        let devices = self.context.host.devices()?.into_iter();
-        Ok(devices.map(|device| (device.port.clone(), self.entry(&device))).collect())
+        let entries = self.entries(self.context.host.devices()?).into_iter();
+        Ok(entries.map(|entry| (entry.port.clone(), entry)).collect())
     }
 
-    fn entry(&self, device: &Device) -> Entry {
-        Entry::of(&self.context.host, self.policy, device, Vec::new())
+    fn entries(&self, devices: Vec<Device>) -> Vec<Entry> {
+        let devices = devices.into_iter().map(|device| (device, Vec::new())).collect();
+        Entry::of_all(&self.context.host, self.policy, devices)
     }
 
     /// Tells what happened; false if nobody listens.
@@ -118,7 +120,7 @@ impl Follower<'_> {
     }
 
     fn plugged(&mut self, device: &Device) -> Result<bool, Error> {
-        let entry = self.entry(device);
+        let Some(entry) = self.entries(vec![device.clone()]).pop() else { return Ok(true) };
         // Its event and the first look may both tell of it.
         let known = self.present.insert(device.port.clone(), entry.clone());
         if known.is_some_and(|known| known.at() == entry.at()) {
@@ -189,7 +191,7 @@ fn line(report: &Report) -> Line {
     let speed = device.speed_mbps.map(|speed| speed.to_string()).unwrap_or_default();
     line.add(Style::Dim, format!("  {speed:>5} Mb/s"));
     let hub = if device.hub { "hub " } else { "" };
-    let name = device.name().unwrap_or_else(|| "(no name)".to_owned());
+    let name = device.shown_name();
     line.add(Style::Plain, format!("  {hub}{}", escape(&name)));
     if let Some(rule) = &device.rule {
         let style = if rule.deny { Style::Bad } else { Style::Rule };

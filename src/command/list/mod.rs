@@ -4,6 +4,8 @@ mod entry;
 mod follow;
 mod tree;
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use super::Context;
@@ -25,7 +27,7 @@ struct Report {
 
 /// Shows what is plugged in, and follows what happens to it if asked to.
 pub async fn run(context: &Context, arguments: &List) -> Result<(), Error> {
-    let policy = Policy::new(context.config_or_none());
+    let policy = Arc::new(Policy::new(context.config_or_none()));
     if arguments.watch {
         return follow::run(context, &policy, arguments.json).await;
     }
@@ -43,13 +45,13 @@ pub async fn run(context: &Context, arguments: &List) -> Result<(), Error> {
     print(&tree::shown(&report, Screen::of_stdout()))
 }
 
-fn report(host: &Host, policy: &Policy) -> Result<Report, Error> {
+fn report(host: &Host, policy: &Arc<Policy>) -> Result<Report, Error> {
     let mut holders = host.all_holders();
     let devices = host.devices()?.into_iter().map(|device| {
         let holders = holders.remove(&device.address).unwrap_or_default();
-        Entry::of(host, policy, &device, holders)
+        (device, holders)
     });
-    let devices: Vec<Entry> = devices.collect();
+    let devices = Entry::of_all(host, policy, devices.collect());
     let mut numbers: Vec<u16> = devices.iter().map(|entry| entry.bus).collect();
     numbers.dedup();
     let buses = numbers.into_iter().map(|number| host.bus(number).into()).collect();
@@ -76,6 +78,7 @@ fn flat(entry: &Entry) -> String {
         or_dash(entry.rule.as_ref().map(ToString::to_string)),
         or_dash(entry.twin.as_ref().map(ToString::to_string)),
         or_dash(entry.path.as_ref().map(ToString::to_string)),
+        or_dash(entry.starting.then(|| "starting".to_owned())),
     ];
     fields.join("\t") + "\n"
 }

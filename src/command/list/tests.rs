@@ -68,10 +68,10 @@ fn host() -> (tempfile::TempDir, Host) {
     (root, host)
 }
 
-fn policy() -> Policy {
+fn policy() -> Arc<Policy> {
     let text = "[vm.win11]\nqmp = \"/run/win11.qmp\"\n\n[[rule]]\nvm = \"win11\"\nport = \"1-1*\"\n\
                 vendor = \"152d\"\n[[rule]]\ndeny = true\nclass = \"03\"\n[[rule]]\nvm = \"win11\"\nport = \"*\"\n";
-    Policy::new(Config::parse(Path::new("test.toml"), text).unwrap())
+    Arc::new(Policy::new(Config::parse(Path::new("test.toml"), text).unwrap()))
 }
 
 #[test]
@@ -166,6 +166,6 @@ fn flat_lines_have_a_field_for_everything() {
 
 #[test]
 fn a_host_without_usb_has_no_devices() {
-    let report = report(&Host::at("/nonexistent"), &Policy::default()).unwrap();
+    let report = report(&Host::at("/nonexistent"), &Arc::default()).unwrap();
     assert!(report.devices.is_empty());
 }

@@ -82,7 +82,7 @@ pub fn shown(report: &Report, screen: Screen) -> String {
             line.pad_to(start).add(column.style, cell);
             start += column.width() + GAP;
         }
-        let name = entry.name().unwrap_or_else(|| "(no name)".to_owned());
+        let name = entry.shown_name();
         let style = if entry.hub { Style::Dim } else { Style::Plain };
         line.pad_to(start).add(style, escape(&name));
         text += &line.shown(screen);

@@ -16,10 +16,11 @@ pub fn warn_of_others(host: &Host, device: &Device, serial: &str) {
     let shown = escape(serial);
     let help = "--by port tells them apart";
     let devices = host.devices().unwrap_or_default();
-    let is_alike = |other: &&Device| {
-        other.id == device.id && host.strings(&other.port).serial.as_deref() == Some(serial)
-    };
-    let alike: Vec<String> = devices.iter().filter(is_alike).map(|d| d.port.to_string()).collect();
+    let devices = devices.into_iter().filter(|other| other.id == device.id).collect();
+    let is_alike =
+        |its: &Option<Option<String>>| its.as_ref().and_then(Option::as_deref) == Some(serial);
+    let serials = host.serials(devices).into_iter().filter(|(_, its)| is_alike(its));
+    let alike: Vec<String> = serials.map(|(other, _)| other.port.to_string()).collect();
     if alike.len() > 1 {
         let (count, ports) = (alike.len(), alike.join(", "));
         warn!("{count} devices {} have the serial number {shown}, at {ports}; {help}", device.id);

@@ -8,7 +8,7 @@ use super::serial;
 use super::socket::Socket;
 use crate::cli::By;
 use crate::error::Error;
-use crate::host::{self, Host};
+use crate::host::{self, Host, in_haste};
 use crate::text::escape;
 use crate::usb::{Device, DeviceId, Port, Selector, VendorProduct};
 
@@ -69,7 +69,13 @@ impl What {
             _ if device.is_hub() => Err(Error::Hub(device.clone())),
             By::Product => Ok(What::Product(device.id)),
             By::Serial => {
-                let serial = host.serial_with_blanks(&device.port).unwrap_or_default();
+                let reader = host.clone();
+                let read =
+                    in_haste([device.port.clone()], move |port| reader.serial_with_blanks(&port));
+                let Some(serial) = read.into_iter().next().flatten() else {
+                    return Err(Error::Silent(device.clone()));
+                };
+                let serial = serial.unwrap_or_default();
                 if serial.trim().is_empty() {
                     let help = "use --by product, or --by port";
                     return Err(Error::Usage(format!("{device} has no serial number; {help}")));
