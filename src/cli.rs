@@ -282,7 +282,7 @@ pub struct List {
 
 const LIST_HELP: &str = "The fields of --flat, `-` where there is nothing to say: port, \
     bus:device, vendor:product, Mb/s, drivers, name, serial, use by this host, holder, rule, twin, \
-    stable name of the port.\n\n\
+    stable name of the port, `starting` while its drivers start.\n\n\
     Which ports have mass storage?\n  \
     usb-qmp-hotplug list --flat | awk -F'\\t' '$5 == \"usb-storage\" { print $1 }'";
 

@@ -1,6 +1,53 @@
-//! `watch`: the daemon. It hears of plugs and pulls, notices VMs that start and end, and
-//! gives each VM's worker its work. Between events it holds no monitor and
-//! does nothing at all.
+//! `watch`: the daemon. It hears of plugs and pulls, notices VMs that start and
+//! end, and gives each VM's worker its work. Between events it holds no monitor
+//! and does nothing at all.
+//!
+//! # The states of a port in a VM
+//!
+//! ```text
+//!                     plug, and a rule gives it to this VM
+//!        +---------+ ------------------------------------> +----------+
+//!        |  empty  | <------------------------------------ | missing  |
+//!        +---------+                 pull                  +----------+
+//!          ^  ^  ^                                          |  ^    |
+//!          |  |  |                                  refused |  |    | attached
+//!          |  |  |                     pull       for a     v  |    |
+//!          |  |  +---------------------------- +---------+ reason   |
+//!          |  |                                | waiting | that     |
+//!          |  |                                +---------+ passes   |
+//!          |  |    pull: detached                                   v
+//!          |  +-------------------------------------------- +----------+
+//!          |                                                | attached | <--+
+//!          |                                                +----------+    |
+//!          |                           a person detaches it     |    |      |
+//!          |           pull        +----------+ <---------------+    |      | replaced
+//!          +---------------------- | released |                      v      |
+//!                                  +----------+                  +------+   |
+//!                                                                | dead | --+
+//!                                                                +------+
+//! ```
+//!
+//! - **empty**: no device is at the port, or none that belongs to the VM. What
+//!   the VM has under the port's id is a leftover and is detached: but not what
+//!   a person attached, as long as its device is there.
+//! - **unclear** (not drawn; between empty and missing): a rule asks what
+//!   cannot be read yet, because drivers are starting for the device. A thread
+//!   reads it ([`devices`]).
+//! - **missing**: the device belongs to the VM and is not in it. The worker
+//!   attaches it as soon as the VM's monitor is free.
+//! - **waiting**: it was refused for a reason that can pass. It is missing again
+//!   when the reason has passed ([`waiting`]). A refusal for another reason is
+//!   told, and the port stays as it is until the next plug, reload or start of
+//!   the VM.
+//! - **attached**: it is in the VM, whoever attached it: the port is `handled`.
+//! - **dead**: QEMU has lost the device, which is there. It is attached again;
+//!   a device that no rule gives to the VM is detached.
+//! - **released**: it was attached once and is not in the VM. A person wanted
+//!   that, and it stands until the next plug or the VM's next start.
+//!
+//! When the VM ends, all its ports are forgotten, and its devices go back to
+//! the host's drivers. When it starts, each device that belongs to it is
+//! missing. [`crate::reconcile::decide`] says what to do in each state.
 
 mod devices;
 mod qemu;

@@ -141,7 +141,7 @@ fn json_has_all_of_it() {
             "in_use": [{"disk": "sdb", "by": "mount", "what": "/media/my stick"}],
             "other_use": [], "authorized": true,
             "held": false, "held_by": [],
-            "rule": {"line": 4, "deny": false, "vm": "win11"},
+            "rule": {"line": 4, "deny": false, "vm": "win11"}, "starting": false,
         })
     );
     assert_eq!(json["devices"][2]["serial"], serde_json::Value::Null);
@@ -156,11 +156,11 @@ fn flat_lines_have_a_field_for_everything() {
     let lines: String = report.devices.iter().map(flat).collect();
     assert!(
         lines.starts_with(
-            "1-1\t1:2\t0409:55aa\t480\thub\tHub\tH1\t-\t-\t-\t-\tpci-0000:00:14.0-usbv2-0:1\n"
+            "1-1\t1:2\t0409:55aa\t480\thub\tHub\tH1\t-\t-\t-\t-\tpci-0000:00:14.0-usbv2-0:1\t-\n"
         ),
         "{lines}"
     );
-    assert!(lines.lines().all(|line| line.split('\t').count() == 12), "{lines}");
+    assert!(lines.lines().all(|line| line.split('\t').count() == 13), "{lines}");
     assert!(!lines.contains('\u{1b}'));
 }
 
