@@ -215,6 +215,13 @@ impl Vm {
         self.must_be_clean();
     }
 
+    /// Whether this very device is in the VM.
+    pub fn has(&self, device: &Plugged) -> bool {
+        let path = format!("/machine/peripheral/{}", device.id_in_vm());
+        let address = self.try_qmp("qom-get", json!({"path": path, "property": "hostaddr"}));
+        address == Ok(device.address.into())
+    }
+
     /// Asserts that this very device is in the VM, under the id of its port and with its node open.
     #[track_caller]
     pub fn must_have(&self, device: &Plugged) {
