@@ -43,6 +43,9 @@ fn start(words: &str) -> Started {
         .unwrap();
     if words.contains("-daemonize") {
         assert!(child.wait().unwrap().success(), "{words}");
+    } else {
+        // Whoever ends it, somebody has to wait for it.
+        std::thread::spawn(move || child.wait());
     }
     let pid =
         wait_for("QEMU's process id", || fs::read_to_string(pid_file).ok()?.trim().parse().ok());
@@ -129,7 +132,7 @@ fn quickemu_gets_a_monitor_by_its_extra_arguments() {
     let socket = format!("{directory}/win11.qmp");
     let qemu = start(&format!("{words} -qmp unix:{socket},server=on,wait=off"));
     wait_until("QEMU listens", || UnixStream::connect(&socket).is_ok());
-    assert_eq!(monitors(&qemu, "free"), [socket.clone()]);
+    assert_eq!(monitors(&qemu, "free"), std::slice::from_ref(&socket));
     let (bus, _) = attach_and_detach(&socket, &mouse);
     assert!(["input.0", "spicepass.0"].contains(&bus.as_str()), "{bus}");
 }
@@ -151,7 +154,7 @@ fn qemu_in_dockurs_container_gets_a_monitor_by_its_arguments() {
          -qmp unix:{socket},server=on,wait=off"
     ));
     wait_until("QEMU listens", || UnixStream::connect(&socket).is_ok());
-    assert_eq!(monitors(&qemu, "free"), [socket.clone()]);
+    assert_eq!(monitors(&qemu, "free"), std::slice::from_ref(&socket));
     assert_eq!(attach_and_detach(&socket, &stick), ("xhci.0".to_owned(), "7".to_owned()));
 }
 
