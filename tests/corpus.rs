@@ -22,7 +22,7 @@ fn nothing_in_the_corpus_does_harm() {
         files.sort_by_key(fs::DirEntry::file_name);
         assert!(!files.is_empty(), "{name} has no corpus");
         for file in files {
-            println!("{name}: {}", file.file_name().display());
+            eprintln!("{name}: {:?}", file.file_name());
             target(&fs::read(file.path()).unwrap());
         }
     }
