@@ -114,8 +114,8 @@ struct Watch<'a> {
     sockets: Sockets,
     /// Whether the last configuration that was read is not in force.
     is_outdated: bool,
-    /// The configuration that is being read, on a thread: it may be a pipe that
-    /// nobody writes to.
+    /// The configuration that is being read, on a thread: its disk may not
+    /// answer.
     reading: Option<Reading>,
 }
 
@@ -449,7 +449,15 @@ impl<'a> Watch<'a> {
         self.reading = Some(Box::pin(async move {
             let failed = |source| config::Error::Io { path: path.clone(), source };
             let file = path.clone();
-            match timeout(limit, blocking(move || Config::read(&file))).await {
+            // A pipe has been read at the start, and gives nothing any more.
+            let read = move || match std::fs::metadata(&file) {
+                Ok(found) if !found.is_file() => {
+                    let source = std::io::Error::other("it is no regular file, as a reload needs");
+                    Err(config::Error::Io { path: file, source })
+                }
+                _ => Config::read(&file),
+            };
+            match timeout(limit, blocking(read)).await {
                 Ok(config) => Ok(config.map_err(failed)??),
                 Err(_) => Err(failed(std::io::ErrorKind::TimedOut.into()).into()),
             }
