@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::Options;
 use crate::error::Error;
-use crate::host::{self, Claim, Claims, Holder, Host, Life, Node, UsedBy, blocking};
+use crate::host::{self, Claim, Claims, Holder, Host, Life, Node, Owner, UsedBy, blocking};
 use crate::presence::opened;
 use crate::qemu::{Given, Probe, Status, Vm};
 use crate::usb::{Device, DeviceId};
@@ -128,9 +128,15 @@ async fn refused(
 }
 
 /// Refuses what somebody has that our lock does not tell of. To be asked while
-/// nobody else has the lock.
-pub(super) fn refuse_owned(host: &Host, device: &Device, options: &Options) -> Result<(), Error> {
+/// nobody else has the lock. What the QEMU `own` has open is its own leftover.
+pub(super) fn refuse_owned(
+    host: &Host,
+    device: &Device,
+    options: &Options,
+    own: Option<i32>,
+) -> Result<(), Error> {
     match host.owner(device, options.look) {
+        Some(Owner::Vm(holder)) if Some(holder.pid) == own => Ok(()),
         Some(owner) if !options.force => {
             let (device, owner) = (device.clone(), Box::new(owner));
             Err(host::Error::Claimed { device, owner }.into())

@@ -129,7 +129,9 @@ pub async fn attach(
     }
     let found = open(host, vm, device, &id, &probe, options).await?;
     let Some(ready) = found else { return Ok(Attached::Already) };
-    refuse_owned(host, device, options)?;
+    let is_its = probe.present.is_some_and(|given| given.address == Some(device.address));
+    let own = vm.pid().filter(|_| is_its);
+    refuse_owned(host, device, options, own)?;
     if probe.present.is_some() {
         // Who looked for the device may have done it long ago.
         let now = host.device(&device.port)?;
@@ -174,7 +176,7 @@ async fn attach_as_known(
         (claims, Node::NotPermitted) => Ready { claims, claim: None },
     };
     // It may be this very VM that has it, by another id.
-    if refuse_owned(host, device, options).is_err() {
+    if refuse_owned(host, device, options, None).is_err() {
         return Ok(None);
     }
     match plug_in(host, vm, device, id, options, ready, &[best]).await {
@@ -272,7 +274,8 @@ async fn rehearse(
     if is_locked && host.strangers(device.address).is_none() {
         return Err(held(host, device));
     }
-    refuse_owned(host, device, options)?;
+    let own = vm.pid().filter(|_| present.is_some());
+    refuse_owned(host, device, options, own)?;
     let address = vm.session().address().clone();
     let no_guest_port = |why| Error::NoGuestPort { vm: address.clone(), why };
     let guest_ports = match probe.guest_ports {
