@@ -118,7 +118,7 @@ async fn attach(
     let uses = vms.host.other_uses(&device.port, look);
     let attached = attach::attach(vms.host, vm, device, &options).await?;
     if matches!(attached, Attached::There(_)) && !dry_run {
-        attach::tell_uses(&vm.name(), device, &uses);
+        attach::tell_uses(&assignment.vm, device, &uses);
     }
     Ok(Done::Attached(device.clone(), attached))
 }
