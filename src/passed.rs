@@ -132,7 +132,7 @@ pub fn choose(host: &Host, selector: &Selector, passed: &[Passed]) -> Result<Vec
         },
         _ => match host.find(selector) {
             Ok(device) => of(&device),
-            // Of several that fit, the one in the VM is meant.
+            // If several devices match, the one in the VM is meant.
             Err(host::Error::Ambiguous { devices, selector }) => {
                 let here: Vec<Vec<String>> =
                     devices.iter().map(of).collect::<Result<_, Error>>()?;

@@ -164,7 +164,7 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
         .into_iter()
         .filter(|candidate| candidate.chars().nth(LONGEST_WORD).is_none())
         .map(|candidate| (strsim::osa_distance(&word, &candidate.to_lowercase()), candidate))
-        // With all letters changed, nothing of the word is left.
+        // If every letter differs, the words are not similar.
         .filter(|(changes, _)| *changes <= most && (*changes < length || *changes == 0))
         .min_by_key(|(changes, _)| *changes)
         .map(|(_, candidate)| candidate)

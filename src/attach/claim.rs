@@ -41,7 +41,8 @@ pub(super) async fn open(
     let same = |given: &Given| given.address == Some(device.address);
     let mut present = probe.present.filter(same);
     if present.is_some() {
-        // The lock may be that of an attach that was cut off, not the object's.
+        // The lock may belong to a descriptor that an interrupted attach left,
+        // and not to the device.
         vm.drop_descriptors().await?;
     }
     let (start, deadline) = (Instant::now(), vm.session().deadline());
@@ -54,7 +55,7 @@ pub(super) async fn open(
         }
         let error = match open_once(host, device, options, deadline).await {
             Ok((claims, node)) => {
-                // Whether we have got the lock is the last word on it.
+                // Only the attempt to lock it tells for sure.
                 let locked = match &node {
                     // Whose lock others keep us from is not known.
                     Node::Ours(claim) if !claim.strangers().is_empty() => None,
@@ -97,7 +98,7 @@ pub(super) async fn open(
             }
             sleep(PAUSE).await;
         }
-        // Somebody else may just have attached it, to this VM.
+        // Another process of this tool may just have attached it to this VM.
         present = vm.given(id).await?.filter(same);
         is_first = false;
     }
@@ -117,7 +118,8 @@ async fn refused(
 ) -> Result<Error, Error> {
     let holds = match vm.pid().and_then(|pid| host.holds(pid, device.address)) {
         Some(holds) => holds,
-        // Who may not look at the process can ask it.
+        // If this user may not read /proc of that process, its monitor can
+        // still tell.
         None => vm.keeps_descriptors().await?,
     };
     if holds {

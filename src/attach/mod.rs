@@ -133,7 +133,7 @@ pub async fn attach(
     let own = vm.pid().filter(|_| is_its);
     refuse_owned(host, device, options, own)?;
     if probe.present.is_some() {
-        // Who looked for the device may have done it long ago.
+        // The caller may have read the device's address some time ago.
         let now = host.device(&device.port)?;
         if now.is_none_or(|now| now.address != device.address) {
             return Err(host::Error::Gone(device.address).into());
@@ -175,7 +175,8 @@ async fn attach_as_known(
         (claims, Node::Ours(claim)) => Ready { claims, claim: Some(claim) },
         (claims, Node::NotPermitted) => Ready { claims, claim: None },
     };
-    // It may be this very VM that has it, by another id.
+    // This VM itself may have the device under another id. The full probe finds
+    // that.
     if refuse_owned(host, device, options, None).is_err() {
         return Ok(None);
     }
@@ -201,7 +202,7 @@ async fn plug_in(
 ) -> Result<Option<GuestPort>, Error> {
     let by_address = options.open == Open::Address || vm.session().version() < HOSTDEVICE_SINCE;
     let access = match &claim {
-        // It looks for it itself.
+        // QEMU looks for the device by itself.
         _ if by_address => Access::Address,
         Some(claim) => {
             // QEMU would keep a node that has no device any more open for ever
@@ -231,7 +232,7 @@ async fn plug_in(
     drop(claims);
     let Some(guest_port) = attached? else { return Ok(None) };
     if has_left(host, device, claim.as_ref()) {
-        // Its removal may have been heard when it was not in the VM yet.
+        // Its removal may have been handled before it was in the VM.
         vm.detach(id).await?;
         return Err(host::Error::Gone(device.address).into());
     }
@@ -246,7 +247,8 @@ async fn plug_in(
 fn has_left(host: &Host, device: &Device, claim: Option<&Claim>) -> bool {
     let is_there = || match host.device(&device.port) {
         Ok(now) => now.is_some_and(|now| now.address == device.address),
-        // Who cannot see it cannot say that it left.
+        // If this process cannot read the device, it does not know whether it
+        // left.
         Err(_) => true,
     };
     claim.map_or_else(|| !is_there(), Claim::is_gone)

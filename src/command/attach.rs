@@ -46,7 +46,7 @@ async fn one(
 ) -> Result<(), Error> {
     let (mut may_take, mut may_unmount) = (arguments.take, arguments.unmount);
     loop {
-        // A conversation each, so that one device has the whole time.
+        // One conversation for each device: each has the whole time limit.
         let mut vm = context.connect(address).await?;
         let refused = match attach(context, &mut vm, device, options).await {
             Err(error) => error,

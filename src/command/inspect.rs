@@ -101,7 +101,7 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     if arguments.json {
         return print(&json(&report)?);
     }
-    // What is not read by people is whole.
+    // Only what people read is cut to fit.
     let columns = std::io::stdout().is_terminal().then(|| Screen::of_stdout().columns);
     print(&shown(&report, has_controller, columns))
 }
@@ -157,7 +157,7 @@ fn host_report(
         address: given.address.map(|address| address.device),
         port: id.and_then(DeviceId::port),
         state: match presence {
-            // What is not known to be lost is shown as it should be.
+            // If nothing is known to be wrong, the state is `present`.
             Presence::Alive | Presence::Unknown => State::Present,
             Presence::Lost(Leftover::Dead) => State::Dead,
             Presence::Lost(Leftover::Gone) => State::Gone,

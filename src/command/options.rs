@@ -58,7 +58,8 @@ fn property(option: &str) -> Result<(String, Value), Error> {
     if name.is_empty() || !name.chars().all(legal) {
         return Err(usage("this is no name of a property"));
     }
-    // QEMU 10 takes a number only as a number, and a truth only as a truth.
+    // QEMU 10 takes numbers only as JSON numbers, and switches only as JSON
+    // booleans.
     let value = match value {
         value if TEXT.contains(&name) => Value::from(value),
         "on" | "true" | "yes" => Value::from(true),

@@ -120,7 +120,7 @@ fn vms(
         Ok((known.name.clone(), address))
     };
     let mut vms: Vec<_> = named.iter().map(one).collect::<Result<_, Error>>()?;
-    // Twice at the same time, one would be in the other's way.
+    // Two syncs of one VM at the same time would disturb each other.
     let mut seen = BTreeSet::new();
     vms.retain(|(name, _)| seen.insert(name.clone()));
     Ok(vms)

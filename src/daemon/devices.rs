@@ -56,7 +56,7 @@ impl Shared {
     fn ask(self: &Rc<Self>, device: Device) {
         let asking = Asking { device: device.clone(), is_late: false };
         let before = self.asked.borrow_mut().0.insert(device.port.clone(), asking);
-        // The same question needs no second thread.
+        // A thread already reads this. A second one would read the same.
         match before {
             Some(before) if before.device == device => {
                 self.asked.borrow_mut().0.insert(device.port.clone(), before);

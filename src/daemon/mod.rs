@@ -182,7 +182,7 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
                 .iter()
                 .map(|(vm, handle)| (vm.clone(), handle.address.clone()))
                 .collect();
-            // From here on nobody attaches anything.
+            // The workers are gone: from here on nothing is attached.
             watch.workers.clear();
             info!("ending, and detaching what is attached");
             stop::detach_all(vms, watch.shared.timeout).await;
@@ -301,7 +301,7 @@ impl<'a> Watch<'a> {
             policy.config().vms.iter().map(|vm| (vm.name.clone(), vm.address.clone())).collect();
         *self.shared.policy.borrow_mut() = Arc::new(policy);
         self.shared.replace_table(table);
-        // Here, too.
+        // The same order for sockets: first watch, then look for VMs that run.
         let start = |(vm, address): (&String, &VmAddress)| (vm.clone(), address.start());
         self.sockets.watch(vms.iter().map(start).collect());
         self.workers.retain(|vm, handle| {
@@ -321,7 +321,7 @@ impl<'a> Watch<'a> {
 
     fn give(&self, vm: &str, work: Work) {
         if let Some(handle) = self.workers.get(vm) {
-            // A worker lives as long as its handle.
+            // The queue is open as long as the handle exists.
             let _ = handle.queue.send(work);
         }
     }
@@ -333,7 +333,7 @@ impl<'a> Watch<'a> {
     fn heard(&self, batch: Batch) {
         self.shared.usb_changed.send_replace(());
         if batch.lost {
-            // What did arrive is seen as well, and is older.
+            // The full look covers the events that did arrive.
             return self.look_again();
         }
         for event in batch.events {
@@ -362,7 +362,8 @@ impl<'a> Watch<'a> {
         // A plug is one even where the address is the one before.
         let is_plug = event.action == Action::Add && !event.is_synthetic;
         match event.action {
-            // Somebody only asked for the event.
+            // The device is still there: somebody sent this event by hand
+            // (udevadm trigger).
             Action::Remove if event.is_synthetic && self.is_there(port) => return Ok(()),
             Action::Add => {
                 let device = self.shared.host.device_of(event)?;
@@ -384,7 +385,8 @@ impl<'a> Watch<'a> {
                     let known = status.attached.get(port);
                     known.is_some_and(|known| event.address.is_none_or(|gone| gone == *known))
                 };
-                // A person may have attached it, to any VM.
+                // A person may have attached the device to any VM, so all of
+                // them look.
                 if self.shared.vms(has_it).is_empty() && !is_hub {
                     concerned = self.shared.vms(|status| status.running);
                 }
@@ -472,7 +474,8 @@ impl<'a> Watch<'a> {
         match done {
             Ok(()) => info!("reloaded the configuration: {}", self.status()),
             Err(error) => {
-                // A bad configuration has a line for each complaint.
+                // The error of a bad configuration has one line for each
+                // mistake.
                 chain(&error).lines().for_each(|line| error!("{line}"));
                 error!("the old configuration stays in force");
             }

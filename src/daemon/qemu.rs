@@ -65,7 +65,7 @@ impl Qemu {
         let Some(end) = &self.end else { return Poll::Pending };
         match ready!(end.poll_read_ready(context)) {
             Ok(_) => Poll::Ready(()),
-            // An error is no end.
+            // An error does not mean that the process ended.
             Err(_) => Poll::Pending,
         }
     }

@@ -53,7 +53,8 @@ impl Worker {
 
     /// Looks at a VM that has just made its socket, and may not listen yet.
     pub(super) async fn start(&mut self) -> Result<Vec<Work>, Error> {
-        // Without a process there is no telling two QEMUs apart.
+        // If the process cannot be watched, the new QEMU cannot be told from
+        // the old one.
         self.lost_sight().await;
         let give_up = Instant::now() + self.shared.timeout;
         let mut pause = NOT_YET.0;
@@ -85,7 +86,7 @@ impl Worker {
         let in_vm = reconcile::look(self.vms(&policy), &mut vm).await?;
         let Some(qemu) = &mut self.qemu else { return Ok(Vec::new()) };
         let works = |in_vm: &InVm| in_vm.life != Life::Dead;
-        // What does not work is no work done.
+        // A device that does not work does not count as handled.
         qemu.handled.retain(|port, _| in_vm.get(port).is_none_or(works));
         let working = in_vm.iter().filter(|(_, in_vm)| works(in_vm));
         let addresses = working.filter_map(|(port, in_vm)| Some((port, in_vm.address?)));
@@ -98,7 +99,7 @@ impl Worker {
         qemu.handled.extend(qemu.attached.iter().map(|(port, address)| (port.clone(), *address)));
         qemu.handled.retain(|port, address| is_there(port, address));
         let steps = reconcile::steps(&self.vm, &table, &in_vm, &qemu.handled);
-        // What waits is among the steps, or does not belong here any more.
+        // A port that is not among the steps has nothing to wait for.
         self.waiting.retain(|port| steps.iter().any(|(step, _)| step == port));
         drop(table);
         self.publish();
@@ -151,7 +152,7 @@ impl Worker {
                 self.note(port, &done);
                 Ok(())
             }
-            // Its removal is yet to be heard.
+            // The device has left. The event that says so has not arrived yet.
             Err(error) if seen.is_some_and(|seen| self.has_left(&seen.device)) => {
                 debug!(vm = name, %port, "its device is gone: {}", chain(&error));
                 Ok(())
@@ -161,7 +162,8 @@ impl Worker {
     }
 
     fn has_left(&self, device: &Device) -> bool {
-        // Who cannot see it cannot say that it left.
+        // If this process cannot read the device, it does not know whether it
+        // left.
         self.shared.host.device(&device.port).is_ok_and(|now| now.as_ref() != Some(device))
     }
 

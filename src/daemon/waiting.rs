@@ -99,7 +99,7 @@ struct Wait {
 
 impl Wait {
     async fn until_it_may_go_well(&self) {
-        // Whatever happens from here on is a sign.
+        // Events from here on may end the wait.
         let mut changes = self.shared.usb_changes();
         let (host, port) = (&self.shared.host, &self.device.port);
         let signs = match self.until {
@@ -108,7 +108,7 @@ impl Wait {
             Until::Authorized => Ok(Signs::default()),
             Until::Started => return self.until_started().await,
             Until::Untold => {
-                // A device that left the VM may have made room.
+                // A device that left the VM may have freed a port.
                 let _ = timeout(self.pause(), changes.changed()).await;
                 return sleep(MOMENT).await;
             }

@@ -82,9 +82,11 @@ impl Worker {
                 continue;
             };
             let outcome = tokio::select! {
-                // In a box, so that a worker with nothing to do is small.
+                // In a box: a worker that has nothing to do then needs little
+                // memory.
                 outcome = Box::pin(self.step(&work)) => outcome,
-                // A VM that starts ends the wait for the old one.
+                // If the VM starts again, waiting for the old QEMU makes no
+                // sense.
                 () = queue.hear_until_start(&mut inbox) => continue,
             };
             match outcome {
@@ -190,7 +192,8 @@ impl Worker {
     fn tell(&mut self, port: Option<&Port>, error: &Error) {
         let vm = &self.vm;
         let text = match error {
-            // That `--force` exists is no advice to a daemon's user.
+            // A user of the daemon cannot give `--force`, so the advice leaves
+            // it out.
             Error::Host(host::Error::InUse(by)) => format!("{by}; {}", by.advice()),
             Error::Host(host::Error::NotAuthorized(device)) => format!(
                 "{device} is not authorized on this host; write 1 to \
@@ -235,7 +238,8 @@ impl Worker {
     async fn ended(&mut self, qemu: Qemu, queue: &mut Queue) {
         info!(vm = self.vm, "{} has ended", self.vm);
         match self.qemu {
-            // It was an earlier one, and held what this one may have wanted.
+            // An earlier QEMU of this VM ended. It may have held devices that
+            // the current one needs.
             Some(_) => queue.add(Work::Sync),
             None => {
                 queue.drop_all();

@@ -59,7 +59,7 @@ pub fn in_haste<T: Send + 'static, R: Send + 'static>(
     let begin = |thing| {
         let (work, (sender, result)) = (work.clone(), mpsc::channel());
         let start = thread::Builder::new().spawn(move || {
-            // Nobody may be waiting any more.
+            // The receiver may have stopped waiting.
             let _ = sender.send(work(thing));
         });
         start.is_ok().then_some(result)
@@ -78,7 +78,7 @@ fn start<T: Send + 'static>(
 ) -> io::Result<oneshot::Receiver<T>> {
     let (sender, result) = oneshot::channel();
     thread::Builder::new().spawn(move || {
-        // Nobody may be waiting any more.
+        // The receiver may have stopped waiting.
         let _ = sender.send(work());
     })?;
     Ok(result)

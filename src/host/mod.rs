@@ -117,7 +117,7 @@ impl Host {
         for name in ["busnum", "devnum", "idVendor", "idProduct", "bDeviceClass"] {
             match read_if_there(&directory.join(name))? {
                 Some(text) => texts.push(text.trim_end().to_owned()),
-                // It is not there, or is just leaving.
+                // The device is not there, or it is leaving now.
                 None => return Ok(None),
             }
         }

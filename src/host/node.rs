@@ -59,7 +59,8 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if !self.is_handed_over {
-            // Nothing can be done if this fails, and it has no reason to.
+            // An unlock does not fail. If it did, nothing could be done about
+            // it.
             let _ = flock(&self.node, FlockOperation::Unlock);
         }
     }

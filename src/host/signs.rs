@@ -40,7 +40,7 @@ impl Signs {
     pub fn of_disks(host: &Host, port: &Port) -> io::Result<Self> {
         let mut tables = Vec::new();
         for table in TABLES {
-            // This user may not see all of them.
+            // This user may not see all processes.
             if let Ok(table) = File::open(host.path(table)) {
                 tables.push(urgent(table.into())?);
             }
@@ -85,7 +85,7 @@ async fn table_changed(table: &AsyncFd<OwnedFd>) {
 async fn file_closed(files: &AsyncFd<OwnedFd>) {
     match files.readable().await {
         Ok(mut ready) => {
-            // What they say is of no interest, but that there is something.
+            // The content does not matter: any event is a reason to look again.
             let mut space = [MaybeUninit::uninit(); 4096];
             let mut reader = inotify::Reader::new(files.get_ref(), &mut space);
             while reader.next().is_ok() {}
@@ -100,7 +100,7 @@ fn closes(files: Vec<PathBuf>) -> io::Result<AsyncFd<OwnedFd>> {
     let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     let flags = WatchFlags::CLOSE_WRITE | WatchFlags::CLOSE_NOWRITE;
     for file in files {
-        // One that has gone was closed.
+        // The file was closed in the meantime.
         let _ = inotify::add_watch(&inotify, file, flags);
     }
     readable(inotify)

@@ -71,7 +71,7 @@ impl Host {
         let directory = self.path(format!("/proc/{pid}"));
         let descriptors = match fs::read_dir(directory.join("fd")) {
             Ok(descriptors) => descriptors,
-            // It has ended.
+            // The process has ended.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Some(Vec::new()),
             Err(_) => return None,
         };
@@ -104,7 +104,7 @@ fn has(info: &str) -> Has {
     match mode {
         Some(0) if is_locked => Has::Lock,
         Some(0) => Has::Nothing,
-        // What cannot be read may be a claim.
+        // If it cannot be read, it may be a claim of ours.
         _ => Has::Claim,
     }
 }

@@ -164,7 +164,8 @@ impl Vm {
                 names.extend(by_path.get(path.as_str()).map(|bus| (number, (*bus).to_owned())));
             }
         }
-        // What else there is, is on the only bus, unless that has a number.
+        // If there is one bus only and its number is not known, all other lines
+        // are about that bus.
         let only = match controllers.as_slice() {
             [only] if !names.values().any(|name| *name == only.bus) => Some(&only.bus),
             _ => None,
@@ -173,14 +174,15 @@ impl Vm {
             let bus = names.get(&line.bus).or(only)?.clone();
             Some(GuestPort { bus, port: line.port })
         };
-        // What an earlier device left behind gives its place to the new one.
+        // The port of a leftover is free for the new device: the leftover is
+        // removed first.
         let stays =
             |line: &InfoLine| present.is_none() || line.product(Some(id.as_str())).is_none();
         let taken: Vec<GuestPort> =
             lines.into_iter().filter(stays).filter_map(guest_port).collect();
         let layout = Layout { controllers, taken, by_id: BTreeMap::new() };
         let guest_ports = layout.guest_ports(speed, placement);
-        // A VM that waits for its state becomes another one.
+        // A VM that waits for a saved state gets other devices with it.
         self.layout = (status != Status::Incoming).then_some(layout);
         Ok(Probe { present, others, status, guest_ports })
     }
@@ -193,7 +195,7 @@ impl Vm {
         match self.answer(ticket).await {
             Ok(Some(info)) if info.status == RunState::inmigrate => Ok(Status::Incoming),
             Ok(Some(info)) if !info.running => Ok(Status::Stopped),
-            // In a state of a newer QEMU, too.
+            // A newer QEMU may have a state that this tool does not know.
             Ok(_) | Err(qmp::Error { kind: qmp::ErrorKind::Unexpected { .. }, .. }) => {
                 Ok(Status::Running)
             }
@@ -280,7 +282,8 @@ impl Vm {
             self.session.reply(added).await?;
         }
         let attached = self.session.reply(attached).await;
-        // Of a broken session the first error is the one that tells.
+        // If the session broke, the first error says why. Later replies only
+        // repeat that.
         let goes_on = attached.as_ref().map_or_else(|error| error.refusal().is_some(), |_| true);
         if let (Some(removed), true) = (removed, goes_on) {
             self.answer(removed).await?;
@@ -304,7 +307,7 @@ impl Vm {
     /// As for [`crate::qemu::qmp::Session::reply`].
     pub async fn drop_descriptors(&mut self) -> Result<(), qmp::Error> {
         let emptied = self.ask_to_drop_descriptors()?;
-        // QEMU refuses, as there is hardly ever such a set.
+        // QEMU refuses where there is no such set. That is the usual case.
         self.answer(emptied).await.map(|_| ())
     }
 

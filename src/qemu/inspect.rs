@@ -82,7 +82,7 @@ impl Vm {
         let info = self.ask_info_usb()?;
 
         let status = match self.answer(status).await {
-            // A state of a newer QEMU.
+            // A newer QEMU may have a state that this tool does not know.
             Err(Error { kind: ErrorKind::Unexpected { .. }, .. }) => None,
             status => status?,
         };
@@ -111,7 +111,8 @@ impl Vm {
         let mut facts = Vec::new();
         for (object, bus, port, host) in asked {
             let bus_path = self.answer_text(bus).await?;
-            // A board may have a controller where nobody looked for it.
+            // Some boards have a controller in a place that this tool does not
+            // search.
             let bus = bus_path.as_deref().and_then(|path| path.rsplit('/').next());
             let is_usb = object.driver == "usb-host"
                 || bus.is_some_and(|name| name.starts_with("usb-bus."))

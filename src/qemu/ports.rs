@@ -312,7 +312,8 @@ pub fn guest_ports(
         .flat_map(|c| {
             let guest_port = |port| GuestPort { bus: c.bus.clone(), port };
             match &placement.port {
-                // A port behind a hub is the user's to know.
+                // This tool does not know the ports of the guest's hubs. It
+                // takes what the user gave.
                 Some(port) => vec![guest_port(port.clone())],
                 None => {
                     c.fitting(speed).into_iter().map(|port| guest_port(port.to_string())).collect()

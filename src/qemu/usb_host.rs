@@ -127,7 +127,8 @@ impl Vm {
             let mut values = [None; 4];
             for (value, ticket) in values.iter_mut().zip(numbers) {
                 let number = self.answer(ticket).await?.and_then(|number| number.number());
-                // Zero is "any". What is too large fits no device.
+                // Zero means any device. A number that is too large matches no
+                // device.
                 *value = number.filter(|number| *number > 0);
             }
             let word = |value: Option<u64>| value.map(|v| u16::try_from(v).unwrap_or(u16::MAX));

@@ -320,7 +320,8 @@ impl Vm {
                 let id = (container == PERIPHERAL).then(|| property.name.clone());
                 let path = format!("{container}/{}", property.name);
                 if SOUTH_BRIDGES.contains(&driver) {
-                    // If it is not there, what is asked about it is refused.
+                    // If this object does not exist, QEMU refuses the questions
+                    // about it.
                     let (path, driver) = (format!("{path}/uhci"), "uhci".to_owned());
                     objects.push(Object { path, driver, id: None });
                 }

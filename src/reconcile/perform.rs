@@ -57,7 +57,7 @@ fn in_vm(host: &Host, vm: &Vm, id: &DeviceId, given: &Given) -> InVm {
     let life = match presence(host, vm.pid(), Some(id), given).0 {
         Presence::Alive => Life::Alive,
         Presence::Lost(Leftover::Dead) => Life::Dead,
-        // Where it is not any more, the table tells.
+        // If the device is not at its port any more, the table says so.
         Presence::Lost(_) | Presence::Unknown => Life::Unknown,
     };
     InVm { address: given.address, life }

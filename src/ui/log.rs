@@ -32,7 +32,7 @@ pub fn start(to_system_log: bool, quiet: bool, verbose: bool) {
     let is_twice = system_log.is_some() && is_the_journal(std::io::stderr());
     let standard_error = (!is_twice).then_some(StandardError);
     let registry = tracing_subscriber::registry().with(level).with(standard_error);
-    // A subscriber that is there already (in a test) stays.
+    // A test may have set a subscriber before. Then that one stays.
     let _ = registry.with(system_log).try_init();
 }
 
@@ -67,7 +67,7 @@ struct StandardError;
 impl<S: Subscriber> Layer<S> for StandardError {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let text = format!("{}{}\n", crate::ui::progress::make_way(), shown(event));
-        // Nobody is left to tell if this fails.
+        // If this fails, there is no other place to report it to.
         let _ = std::io::stderr().lock().write_all(text.as_bytes());
     }
 }
@@ -97,7 +97,7 @@ impl Visit for Line {
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        // Not in quotes, but no less harmless.
+        // Escaped like a quoted text, only without the quotes.
         self.record_debug(field, &format_args!("{}", escape(value)));
     }
 }

@@ -80,7 +80,7 @@ impl Drop for Progress {
 }
 
 fn write(text: &str) {
-    // Nobody is left to tell if this fails.
+    // If this fails, there is no other place to report it to.
     let mut error = std::io::stderr().lock();
     let _ = error.write_all(text.as_bytes()).and_then(|()| error.flush());
 }

@@ -32,7 +32,7 @@ pub struct ParseError {
 }
 
 fn wrong(text: &str, expected: &'static str) -> ParseError {
-    // Whoever sends a megabyte sees its beginning.
+    // A message shows no more than the beginning of a long text.
     let text = text.chars().take(200).collect();
     ParseError { text, expected }
 }

@@ -57,7 +57,7 @@ pub async fn run(context: &Context, arguments: &Complete) -> Result<(), Error> {
     let answer = answer(context, &line).await;
     let mut text = String::new();
     for Candidate { value, help } in &answer.candidates {
-        // What cannot be shown, or looks like more than one, cannot be chosen.
+        // A word with hidden characters or blanks cannot be offered.
         if !value.starts_with(&line.current) || escape(value) != value.as_str() {
             continue;
         }

@@ -25,7 +25,8 @@ pub fn vms(context: &Context, enough: bool) -> Vec<Candidate> {
         running.iter().filter(|vm| vm.is_trusted()).filter_map(Running::name).collect();
     for vm in &running {
         let name = vm.name().unwrap_or(&vm.qemu.program);
-        // Of several alike, neither is meant.
+        // If several devices have this name, it does not say which one is
+        // meant.
         let is_one = vm.is_trusted() && names.iter().filter(|other| **other == name).count() == 1;
         if enough && is_one && config.address(name).is_none() {
             let address = vm.address(&context.host).map(|address| address.to_string());
@@ -67,7 +68,8 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
             candidates.push(Candidate::new(path.to_string(), name.as_str()));
         }
         candidates.push(Candidate::new(device.address.to_string(), name.as_str()));
-        // Of several alike, neither is meant.
+        // If several devices have this name, it does not say which one is
+        // meant.
         if devices.iter().filter(|other| other.id == device.id).count() == 1 {
             candidates.push(Candidate::new(device.id.to_string(), name.as_str()));
         }

@@ -35,7 +35,7 @@ pub async fn run(context: &Context, policy: &Arc<Policy>, json: bool) -> Result<
     let on = |kind| signal(kind).map_err(setup("handle signals"));
     let (mut interrupt, mut terminate) =
         (on(SignalKind::interrupt())?, on(SignalKind::terminate())?);
-    // First hear, then look.
+    // First listen, then look: so no event is missed.
     let events = Events::listen(Source::Udev).map_err(setup("listen to udev"))?;
     let mut follower = Follower { context, policy, json, present: BTreeMap::new() };
     follower.present = follower.look()?;
@@ -63,7 +63,7 @@ pub async fn run(context: &Context, policy: &Arc<Policy>, json: bool) -> Result<
 async fn closed_stdout() {
     let watched = async {
         let stdout = std::io::stdout().as_fd().try_clone_to_owned().ok()?;
-        // A file cannot be waited for; it stays open.
+        // The kernel cannot wait for a plain file. Nothing closes it either.
         let stdout = pipe::Sender::from_owned_fd_unchecked(stdout).ok()?;
         stdout.ready(Interest::ERROR).await.ok()
     };
@@ -121,7 +121,7 @@ impl Follower<'_> {
 
     fn plugged(&mut self, device: &Device) -> Result<bool, Error> {
         let Some(entry) = self.entries(vec![device.clone()]).pop() else { return Ok(true) };
-        // Its event and the first look may both tell of it.
+        // The event and the first look may both report the device.
         let known = self.present.insert(device.port.clone(), entry.clone());
         if known.is_some_and(|known| known.at() == entry.at()) {
             return Ok(true);

@@ -193,7 +193,7 @@ fn detail_words(entry: &Entry) -> Vec<(Style, String)> {
         let style = if rule.deny { Style::Bad } else { Style::Rule };
         words.push((style, rule.to_string()));
     }
-    // A hub's serial is of no use to anybody.
+    // The serial number of a hub helps nobody.
     if words.is_empty() || (entry.hub && words.len() == 1 && entry.serial.is_some()) {
         words.clear();
     }

@@ -42,7 +42,7 @@ pub async fn plugged(context: &Context, wait: Duration) -> Result<Device, Error>
             for event in batch.events.iter().filter(|event| event.action == Action::Add) {
                 match context.host.device_of(event) {
                     Ok(device) => return Ok::<_, Error>(device),
-                    // It may be gone again.
+                    // The device may have left again.
                     Err(error) => debug!("passed over an event of udev: {}", chain(&error)),
                 }
             }

@@ -143,7 +143,7 @@ fn command(context: &Context, vm: &RuleVm) -> Result<Vec<String>, Error> {
     if context.timeout != DEFAULT_TIMEOUT {
         command.extend(["--timeout".to_owned(), context.timeout.as_secs_f64().to_string()]);
     }
-    // Only a name is looked up.
+    // The configuration is read for names only.
     if vm.configured && context.config != Path::new(DEFAULT_PATH) {
         let config = std::path::absolute(&context.config)
             .map_err(|source| Error::Setup { what: "tell the current directory", source })?;

@@ -37,7 +37,7 @@ impl Advice {
         let chardev = format!("chardev-add socket,id=usb,path={socket},server=on,wait=off");
         let object = "object_add monitor-qmp,id=usb,chardev=usb";
         let pass = |commands: &str, to: String| {
-            // What is left when a client leaves is thrown away.
+            // QEMU throws away the queued commands of a client that leaves.
             Some(Advice::Shell(format!("({commands}; sleep 1) | {to}")))
         };
         let people = || line.human_monitors.iter();

@@ -139,7 +139,7 @@ impl VmReport {
     fn of(qemu: Qemu, monitors: Vec<Monitor>, config: &Config) -> Self {
         let Qemu { pid, program, user, command_line, .. } = qemu;
         let is = |states: &[State]| monitors.iter().any(|monitor| states.contains(&monitor.state));
-        // Another monitor is no better than one that may do yet.
+        // A second monitor does not help while this one may become usable.
         let may_do = is(&[State::Forbidden, State::Silent, State::Stopped]);
         let is_libvirt = command_line.libvirts.is_some();
         let needs_one = !is(&[State::Free]) && !may_do && !is_libvirt;

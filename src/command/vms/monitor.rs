@@ -198,7 +198,8 @@ impl Monitors {
             Ok(Some(vm)) => vm,
             Ok(None) => {
                 monitor.state = State::Silent;
-                // Somebody may have come in between, or cannot be seen.
+                // A client may have connected in between, or this user may not
+                // see it.
                 let clients = qemu.and_then(|qemu| self.host.clients(qemu.pid, &monitor.asked));
                 if let Some(clients) = clients {
                     monitor.state = State::Held;

@@ -32,7 +32,7 @@ struct Loop {
 impl Tables {
     pub fn read(host: &Host) -> Self {
         let text = |path: &Path| read_if_there(path).ok().flatten().unwrap_or_default();
-        // A container's view may lack what the host's has, and the reverse.
+        // Another mount namespace may have mounts that ours does not have.
         let mut mounts = host.mounts("1");
         mounts.extend(host.mounts("self"));
         // proc(5), `/proc/swaps`.

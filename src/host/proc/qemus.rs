@@ -60,7 +60,7 @@ impl Host {
     pub fn qemu(&self, pid: i32) -> Option<Qemu> {
         let directory = self.path(format!("/proc/{pid}"));
         let read = |name| read_if_there(&directory.join(name)).ok().flatten().unwrap_or_default();
-        // A process of the kernel has none, and one that has ended neither.
+        // Kernel threads and ended processes have no command line.
         let cmdline = read("cmdline");
         let arguments: Vec<&str> = cmdline.split_terminator('\0').collect();
         let first = arguments.first()?;
@@ -99,7 +99,7 @@ impl Host {
         let process = self.path(format!("/proc/{pid}"));
         let path = fs::read_link(process.join("cwd")).ok()?.join(path);
         let path = process.join("root").join(path.strip_prefix("/").unwrap_or(&path));
-        // A pipe would wait for somebody, and nobody comes.
+        // Opening a pipe would wait for a writer that may never come.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let file = fs::File::from(open(&path, flags, Mode::empty()).ok()?);
         let is_plain = file.metadata().ok()?.is_file();

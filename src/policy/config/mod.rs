@@ -68,7 +68,8 @@ impl Config {
     /// refused by [`Config::parse`].
     pub fn read(path: &Path) -> Result<Self, Error> {
         let mut bytes = Vec::new();
-        // One byte more tells a file that is too long.
+        // One byte more than the limit: then a file that is too long is
+        // noticed.
         File::open(path)
             .and_then(|file| file.take(MAX_FILE as u64 + 1).read_to_end(&mut bytes))
             .map_err(|source| Error::Io { path: path.to_owned(), source })?;

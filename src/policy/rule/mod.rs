@@ -216,7 +216,7 @@ impl Needs {
 impl Rule {
     /// Whether all keys of the rule match.
     pub fn matches(&self, facts: &Facts) -> Match {
-        // The cheapest first.
+        // The cheapest comparison comes first.
         let may = self.vendor.is_none_or(|vendor| vendor == facts.id.vendor)
             && self.product.is_none_or(|product| product == facts.id.product)
             && self.class.is_none_or(|class| facts.classes.contains(&class))

@@ -175,7 +175,7 @@ struct Envelope<'a> {
     greeting: Option<Greeting>,
     #[serde(borrow)]
     id: Option<&'a RawValue>,
-    // A command may well return null.
+    // Some commands return null.
     #[serde(borrow, rename = "return", default, deserialize_with = "some")]
     result: Option<&'a RawValue>,
     #[serde(borrow)]

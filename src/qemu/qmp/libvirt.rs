@@ -196,7 +196,8 @@ impl Libvirt {
         self.serial += 1;
         self.write(&call.packet(self.serial, descriptor.is_some()), None).await?;
         if descriptor.is_some() {
-            // It rides on a byte that belongs to no packet.
+            // The descriptor is sent with one extra byte, which belongs to no
+            // packet.
             self.write(&[0], descriptor.as_ref()).await?;
         }
         let outcome = loop {

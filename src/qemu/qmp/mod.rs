@@ -413,7 +413,8 @@ impl Session {
         let command = C::NAME;
         match reply {
             Reply::Return(json) => serde_json::from_str(&json).map_err(|source| {
-                // It may name all that it did not expect.
+                // The error may repeat all fields that it did not expect, so it
+                // is cut.
                 let source = serde_json::Error::custom(words(&source.to_string()));
                 self.error(ErrorKind::Unexpected { command, source })
             }),
@@ -437,7 +438,7 @@ impl Session {
         until: Instant,
     ) -> Result<bool, Error> {
         if let Wire::Libvirt(..) = self.wire {
-            // It keeps QEMU's events to itself.
+            // libvirt does not pass QEMU's events on.
             sleep_until(until).await;
             return Ok(true);
         }
@@ -457,7 +458,7 @@ impl Session {
     /// Reads one message and keeps what is ours.
     async fn hear(&mut self) -> Result<(), Error> {
         match self.message().await? {
-            // To a command that was sent.
+            // The reply to a command that this session sent.
             Message::Reply { id, reply } if self.ids.contains(&id) => {
                 self.replies.insert(id, reply);
             }
@@ -466,7 +467,8 @@ impl Session {
                     self.events.push_back(data);
                 }
             }
-            // To a client that left before QEMU had done what it asked.
+            // The reply to an earlier client, which left before QEMU had
+            // answered.
             Message::Reply { .. } | Message::Foreign => {}
             Message::Greeting(_) => {
                 let saw = "a second greeting".to_owned();
@@ -574,7 +576,7 @@ async fn connect_when_possible(socket: &Path) -> io::Result<UnixStream> {
         match UnixStream::connect(socket).await {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 sleep(pause).await;
-                // Who has waited for a minute can wait another second.
+                // After a long wait, a longer pause makes no difference.
                 pause = longest.max(started.elapsed() / 64).min(pause * 2);
             }
             done => return done,

@@ -150,7 +150,7 @@ pub fn reply(packet: &[u8], call: &Call, serial: u32) -> Result<Option<Outcome>,
     if !is_reply || to != serial || program != call.program as u32 || procedure != call.procedure {
         return Ok(None);
     }
-    // Nothing here is answered with a descriptor.
+    // No reply that this tool reads has a descriptor.
     if kind == REPLY_WITH_FDS && xdr.number() != Some(0) {
         return Err(());
     }
@@ -205,7 +205,7 @@ mod tests {
         let given = Xdr::default().string("{}").bytes();
         let done = Ok(Some(Outcome::Done(given.clone())));
         assert_eq!(reply(&answer(REPLY, 3, OK, &given), &call(), 3), done);
-        // To another call; an event.
+        // A reply to another call, or an event.
         assert_eq!(reply(&answer(REPLY, 2, OK, &given), &call(), 3), Ok(None));
         assert_eq!(reply(&answer(2, 3, OK, &given), &call(), 3), Ok(None));
         let error = Xdr::default().number(55).number(10).number(1).string("not running").bytes();
