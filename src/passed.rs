@@ -1,5 +1,5 @@
-//! What a VM has of the host's devices, whoever gave it to the VM: which
-//! device is behind each of QEMU's objects, and which object a person means.
+//! The host's devices in a VM, whoever attached them. It finds the device
+//! behind each of QEMU's objects, and the object that a person means.
 
 use crate::error::Error;
 use crate::host::{self, Host};
@@ -11,12 +11,12 @@ use crate::usb::{Device, DeviceId, Port, Selector};
 pub struct Passed {
     /// QEMU's object.
     pub object: UsbHost,
-    /// The device behind it; several where it is one of these, and none where
-    /// it is gone, or cannot be told.
+    /// The device behind it. There are several if it may be any of them, and
+    /// none if the device is gone or cannot be known.
     pub devices: Vec<Device>,
 }
 
-/// Looks at everything in a VM that is a device of the host.
+/// Finds all devices of the host in a VM.
 ///
 /// # Errors
 ///
@@ -27,8 +27,8 @@ pub async fn look(host: &Host, vm: &mut Vm) -> Result<Vec<Passed>, Error> {
     Ok(behind(host, vm.pid(), objects, &devices))
 }
 
-/// The object in a QEMU by which it has a device, if it has it: the name, and
-/// of several that may be it, the first.
+/// The name of the object by which a QEMU has a device, if it has it. If
+/// several objects may have it, the first one is returned.
 ///
 /// # Errors
 ///
@@ -51,8 +51,9 @@ pub fn name_of(
     Ok(its.next().map(|passed| passed.object.name))
 }
 
-/// Finds the devices behind the objects of a QEMU. It tells which device it
-/// was told to take; which one it has found by itself, only its open nodes do.
+/// Finds the devices behind the objects of a QEMU. QEMU says which device it
+/// was told to take. If it searched for one by itself, only its open nodes tell
+/// which.
 fn behind(
     host: &Host,
     qemu: Option<i32>,
@@ -80,7 +81,7 @@ fn behind(
 ///
 /// # Errors
 ///
-/// [`Error::Unclear`] where one has it and it cannot be told which.
+/// [`Error::Unclear`] if one object has it and it cannot be known which one.
 pub fn find(passed: &[Passed], device: &Device) -> Result<Vec<String>, Error> {
     let names = |fits: &dyn Fn(&&Passed) -> bool| -> Vec<String> {
         let its = passed.iter().filter(fits);
@@ -94,9 +95,9 @@ pub fn find(passed: &[Passed], device: &Device) -> Result<Vec<String>, Error> {
     Ok(its)
 }
 
-/// The objects that a person means, by their names; none if the VM does not
-/// have it. The hardware may be gone: what the name and the VM itself know is
-/// enough for a port, an address and an id.
+/// The objects that a person means, by their names. The list is empty if the VM
+/// does not have it. The hardware may be gone: for a port, an address and an
+/// id, the name and the VM's own facts are enough.
 ///
 /// # Errors
 ///
@@ -125,7 +126,7 @@ pub fn choose(host: &Host, selector: &Selector, passed: &[Passed]) -> Result<Vec
             or(exact, &|| host.find(selector).map_or_else(|_| Ok(Vec::new()), |device| of(&device)))
         }
         Selector::Port(port) => at_port(port),
-        // Of a controller that is gone, the bus number is not known.
+        // If a controller is gone, its bus number is not known.
         Selector::Path(path) => match host.port_of(path) {
             Some(port) => at_port(&port),
             None => Err(host::Error::NoDevice(host.absent(selector)).into()),
@@ -166,7 +167,7 @@ mod tests {
         UsbHost { name: name.into(), wanted, is_attached: Some(true) }
     }
 
-    /// A host without `/proc` and drivers: nothing is seen of QEMU.
+    /// A host without `/proc` and drivers, where nothing is known of QEMU.
     fn host() -> Host {
         Host::at("/nonexistent")
     }

@@ -1,5 +1,4 @@
-//! What became of a host device that a VM was given: the one answer to "is it
-//! really there?".
+//! Says whether a host device that was given to a VM is really there.
 
 use std::fmt;
 
@@ -7,30 +6,31 @@ use crate::host::{Host, Life, Opened};
 use crate::qemu::Given;
 use crate::usb::{Device, DeviceId};
 
-/// What became of a host device that a VM was given.
+/// The state of a host device that was given to a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Presence {
-    /// It is there, and the VM has it.
+    /// The device is there, and the VM has it.
     Alive,
-    /// The VM's object is good for nothing, for sure.
+    /// The VM's object cannot work any more. This is certain.
     Lost(Leftover),
-    /// That cannot be known, now or by this process.
+    /// It cannot be known now, or not by this process.
     Unknown,
 }
 
 /// Why a VM's object is a leftover.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Leftover {
-    /// Nothing is at its port any more.
+    /// No device is at its port any more.
     Gone,
     /// Another device is at its port.
     Replaced,
-    /// Its device is there, and it is not connected to that any more.
+    /// Its device is still there, but the object is not connected to it any
+    /// more.
     Dead,
 }
 
 impl Presence {
-    /// Why the VM's object is a leftover, if it is one for sure.
+    /// Why the VM's object is a leftover. `None` if that is not certain.
     pub fn leftover(self) -> Option<Leftover> {
         match self {
             Presence::Lost(leftover) => Some(leftover),
@@ -49,22 +49,22 @@ impl fmt::Display for Leftover {
     }
 }
 
-/// How QEMU came to a device. Only this tool locks what it passes.
+/// Who opened a device for QEMU. Only this tool locks what it passes.
 pub fn opened(id: Option<&DeviceId>, given: &Given) -> Opened {
     let is_ours = id.is_some_and(|id| id.port().is_some());
     if is_ours && given.by_descriptor { Opened::ByUs } else { Opened::ByQemu }
 }
 
-/// What became of a device that QEMU, the process `pid`, was given, and the
-/// device that is in its place now. The host is looked at now, without opening
-/// or locking anything.
+/// The state of a device that was given to QEMU, whose process is `pid`, and
+/// the device that is at its place now. The host is read now. Nothing is opened
+/// or locked.
 pub fn presence(
     host: &Host,
     pid: Option<i32>,
     id: Option<&DeviceId>,
     given: &Given,
 ) -> (Presence, Option<Device>) {
-    // Where the id is not ours, the address is all there is.
+    // If the id is not one of this tool's, only the address is known.
     let found = match (id.and_then(DeviceId::port), given.address) {
         (Some(port), _) => host.device(&port),
         (None, Some(address)) => host.device_at(address),

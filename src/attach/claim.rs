@@ -1,5 +1,5 @@
-//! A device's lock and disks: claimed for its attach. What is only passing is
-//! waited for.
+//! Opens, locks and claims a device and its disks for an attach. If a lock or a
+//! claim will end soon, the attach waits for it.
 
 use std::time::Duration;
 
@@ -12,23 +12,23 @@ use crate::presence::opened;
 use crate::qemu::{Given, Probe, Status, Vm};
 use crate::usb::{Device, DeviceId};
 
-/// How long a lock or a claim may be that is only passing: an attach through
-/// another monitor, or a device on its way back to the host's drivers.
+/// How long to wait for a lock or a claim that will end soon: one of an attach
+/// through another monitor, or of a device that returns to the host's drivers.
 const PASSING: Duration = Duration::from_millis(500);
 
-/// How long to wait before trying such a lock again. Nothing tells when it ends.
+/// How long to wait before such a lock is tried again. Nothing reports its end.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// A device that is ready to go.
+/// A device that is ready to be attached.
 pub(super) struct Ready {
-    /// From here to the end of the attach, nobody mounts its disks.
+    /// Nobody can mount its disks while this exists.
     pub claims: Claims,
-    /// Its node; `None` if only QEMU may open it.
+    /// Its open node. `None` if only QEMU may open the node.
     pub claim: Option<Claim>,
 }
 
-/// Opens and claims a device; `None` if the VM has it already. What another
-/// process has is tried again, as long as that may be passing.
+/// Opens and claims a device. Returns `None` if the VM has it already. If
+/// another process has it, this is tried again as long as that may end soon.
 pub(super) async fn open(
     host: &Host,
     vm: &mut Vm,
@@ -41,8 +41,8 @@ pub(super) async fn open(
     let same = |given: &Given| given.address == Some(device.address);
     let mut present = probe.present.filter(same);
     if present.is_some() {
-        // The lock may belong to a descriptor that an interrupted attach left,
-        // and not to the device.
+        // A descriptor of an interrupted attach may have the lock, without a
+        // device in the VM.
         vm.drop_descriptors().await?;
     }
     let (start, deadline) = (Instant::now(), vm.session().deadline());
@@ -57,7 +57,7 @@ pub(super) async fn open(
             Ok((claims, node)) => {
                 // Only the attempt to lock it tells for sure.
                 let locked = match &node {
-                    // Whose lock others keep us from is not known.
+                    // Other locks hide whether this one still exists.
                     Node::Ours(claim) if !claim.strangers().is_empty() => None,
                     Node::Ours(_) => Some(false),
                     Node::Held => Some(true),
@@ -84,7 +84,8 @@ pub(super) async fn open(
             Err(error) => return Err(error),
         };
         if error.is_none() && is_first {
-            // What it had before, and what an attach left that was cut off.
+            // The VM may have an earlier device, and descriptors of an
+            // interrupted attach.
             vm.drop_descriptors().await?;
         } else {
             let holders = host.holders(device.address);
@@ -104,12 +105,12 @@ pub(super) async fn open(
     }
 }
 
-/// Whether a process is this tool: what it holds it soon gives back.
+/// Whether a process is this tool. This tool gives a device back soon.
 fn is_us(holder: &Holder) -> bool {
     holder.program == env!("CARGO_PKG_NAME")
 }
 
-/// Why a device is held, after all.
+/// Finds out who holds a device that stayed locked.
 async fn refused(
     host: &Host,
     vm: &mut Vm,
@@ -156,8 +157,8 @@ pub(super) fn held(host: &Host, device: &Device) -> Error {
     host::Error::Held { device: device.clone(), holders }.into()
 }
 
-/// Claims a device's disks and opens its node. Whoever opens a disk that does
-/// not answer waits for it as long as the kernel does, so a thread does that.
+/// Claims a device's disks and opens its node. If a disk does not answer, the
+/// kernel makes the open wait. So this runs on a thread.
 pub(super) async fn open_once(
     host: &Host,
     device: &Device,
@@ -170,9 +171,9 @@ pub(super) async fn open_once(
     let is_patient = options.blocking;
     let open = move || -> Result<(Claims, Node), Error> {
         if is_patient {
-            // An open of the node would wait as well, but so that the process
-            // cannot end before it (Linux, drivers/usb/core/devio.c,
-            // `usbdev_open`); a read of an attribute can be broken off.
+            // An open of the node would wait, too, but the process could not
+            // end during that wait (Linux, drivers/usb/core/devio.c,
+            // `usbdev_open`). A read of an attribute can be interrupted.
             host.wait_for_drivers(&device.port);
         }
         let claims = if guard { host.claim_disks(&device.port)? } else { Claims::default() };

@@ -1,4 +1,4 @@
-//! Out of a VM with what a device has left there.
+//! Detaches the leftovers that devices leave in a VM.
 
 use tracing::debug;
 
@@ -8,20 +8,21 @@ use crate::presence::{Leftover, presence};
 use crate::qemu::{Given, Vm};
 use crate::usb::{Address, DeviceId};
 
-/// What came of a detach.
+/// The result of a detach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Detached {
-    /// It was a leftover, and is not in the VM any more.
+    /// It was a leftover, and it was detached.
     Leftover(Leftover),
     /// The VM does not have it.
     NotThere,
-    /// The VM has it, and it is no leftover, as far as can be known.
+    /// The VM has it. It is not a leftover, as far as this can be known.
     Stays,
 }
 
-/// Detaches what a device has left in a VM, and only that: the host is looked
-/// at now, and what is doubtful stays. Where an address is given, it is only
-/// about the device that was there: a newer one may have taken the id since.
+/// Detaches a leftover of a device from a VM, and nothing else. It reads the
+/// host's state now. If it is not certain that the object is a leftover, the
+/// object stays. If an address is given, only an object for that address is
+/// detached, because a newer device may have the same id now.
 ///
 /// # Errors
 ///
@@ -43,7 +44,7 @@ pub async fn detach_leftover(
     detach_if_left_over(host, vm, id, &given).await
 }
 
-/// As [`detach_leftover`], for who has just read what the VM was given.
+/// Like [`detach_leftover`], for a caller that has just read what the VM has.
 ///
 /// # Errors
 ///

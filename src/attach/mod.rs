@@ -1,5 +1,5 @@
-//! The two operations: a host device into a VM, and out again. Both are safe
-//! to repeat, and every command is a trigger for one of them.
+//! The two operations: attach a host device to a VM, and detach it. Both are
+//! safe to repeat, and every command leads to one of them.
 
 mod claim;
 mod detach;
@@ -22,57 +22,58 @@ use crate::usb::{Device, DeviceId};
 
 pub use self::detach::{Detached, detach_if_left_over, detach_leftover};
 
-/// The first QEMU whose `hostdevice` works (QEMU, hw/usb/host-libusb.c; 5.1
-/// has the property, but takes every device for a slow one).
+/// The first QEMU whose `hostdevice` works (QEMU, hw/usb/host-libusb.c). QEMU
+/// 5.1 has the property, but it treats every device as a slow one.
 const HOSTDEVICE_SINCE: Version = Version { major: 5, minor: 2, micro: 0 };
 
-/// How QEMU gets at a device.
+/// How QEMU opens a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Open {
-    /// Pass it an open descriptor; where this process may not open the node,
-    /// let QEMU open it.
+    /// Pass an open descriptor to QEMU. If this process may not open the node,
+    /// QEMU opens it.
     #[default]
     Descriptor,
-    /// Let QEMU look for it by bus and address.
+    /// QEMU looks for the device by its bus and address.
     Address,
 }
 
 /// How to attach.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// Where in the guest.
+    /// The bus and the port in the guest.
     pub placement: Placement,
     /// More properties of usb-host.
     pub properties: Map<String, Value>,
-    /// How QEMU gets at the device.
+    /// How QEMU opens the device.
     pub open: Open,
     /// Give the VM a controller if it has no port for the device.
     pub add_controller: bool,
     /// Attach it even if it is in use, or not authorized.
     pub force: bool,
-    /// How well to look for somebody else who has it.
+    /// How thoroughly to look for another owner of the device.
     pub look: Look,
-    /// Do all but change, claim or lock something.
+    /// Check everything, but change, claim and lock nothing.
     pub dry_run: bool,
-    /// Open the device on a thread of its own, disk or not, so that the
-    /// deadline holds while drivers start for it, or it does not answer.
+    /// Open the device on its own thread, whether it has a disk or not. Then
+    /// the deadline holds even if drivers start for the device or it does not
+    /// answer.
     pub blocking: bool,
 }
 
-/// What came of an attach.
+/// The result of an attach.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Attached {
-    /// It is in the VM now, there.
+    /// It was attached at this port.
     There(GuestPort),
-    /// It was in the VM before.
+    /// The VM has had it already.
     Already,
-    /// It was in the VM before, under this name: an id, or a place in QEMU's
+    /// The VM has had it already, under this name: an id, or a path in QEMU's
     /// object tree.
     Otherwise(String),
 }
 
-/// Logs what a device was used for here that a VM has now. A host that lost its
-/// network by a rule finds out why.
+/// Logs what the host used a device for that a VM has now. A user whose host
+/// lost its network because of a rule can find the reason there.
 pub fn tell_uses(vm: &str, device: &Device, uses: &[OtherUse]) {
     let Some(shown) = listed(uses) else { return };
     let (vm, port) = (escape(vm), &device.port);
@@ -83,14 +84,15 @@ pub fn tell_uses(vm: &str, device: &Device, uses: &[OtherUse]) {
     }
 }
 
-/// Attaches a device to a VM, as the id of its port. If the VM's layout is known
-/// from an earlier conversation, QEMU is asked nothing before it gets the device;
-/// only if it will not have it at the port that should be free, it is asked.
+/// Attaches a device to a VM, with the id of its port. If the VM's layout is
+/// known from an earlier conversation, the device is sent to QEMU without a
+/// question before it. QEMU is asked only if it refuses the device at the port
+/// that should be free.
 ///
 /// # Errors
 ///
-/// What must not leave the host is refused; a full VM, one that does not
-/// answer and one that says no are errors, too.
+/// A device that must not leave the host is refused. There is also an error if
+/// the VM has no port, does not answer, or refuses.
 pub async fn attach(
     host: &Host,
     vm: &mut Vm,
@@ -155,8 +157,9 @@ pub async fn attach(
     Ok(Attached::There(guest_port))
 }
 
-/// Attaches a device at the port that should be free, if the VM is as it is
-/// known. `None` if it is not, or if somebody has the device.
+/// Attaches a device at the port that should be free according to the known
+/// layout. Returns `None` if the layout is wrong, or if somebody has the
+/// device.
 async fn attach_as_known(
     host: &Host,
     vm: &mut Vm,
@@ -175,8 +178,8 @@ async fn attach_as_known(
         (claims, Node::Ours(claim)) => Ready { claims, claim: Some(claim) },
         (claims, Node::NotPermitted) => Ready { claims, claim: None },
     };
-    // This VM itself may have the device under another id. The full probe finds
-    // that.
+    // This VM may have the device under another id. The full probe finds that
+    // out.
     if refuse_owned(host, device, options, None).is_err() {
         return Ok(None);
     }
@@ -189,8 +192,8 @@ async fn attach_as_known(
     }
 }
 
-/// Has QEMU take a device that is open and claimed, at the first of these ports
-/// that is free. `None` if there was no port to try.
+/// Makes QEMU take a device that is open and claimed, at the first free port of
+/// these. Returns `None` if there was no port to try.
 async fn plug_in(
     host: &Host,
     vm: &mut Vm,
@@ -205,7 +208,7 @@ async fn plug_in(
         // QEMU looks for the device by itself.
         _ if by_address => Access::Address,
         Some(claim) => {
-            // QEMU would keep a node that has no device any more open for ever
+            // If the device is gone, QEMU would keep its node open for ever
             // (QEMU, hw/usb/host-libusb.c, `usb_host_realize`).
             if claim.is_gone() {
                 return Err(host::Error::Gone(device.address).into());
@@ -224,15 +227,17 @@ async fn plug_in(
     };
     let properties = &options.properties;
     let attachment = Attachment { id, address: device.address, options: properties };
-    // Until QEMU has said yes, whatever ends this gives the lock up: QEMU may
-    // keep a copy open that it could not use, or has not got to yet, and that
-    // must claim nothing. What it attaches after all is replaced by the next
-    // attach, as it is not locked.
+    // Until QEMU has said yes, any early end of this function releases the
+    // lock. QEMU may keep a copy of the descriptor that it could not use or has
+    // not used yet, and that copy must claim nothing. If QEMU attaches the
+    // device later all the same, the next attach replaces it, because it is not
+    // locked.
     let attached = vm.attach(&attachment, &access, guest_ports).await;
     drop(claims);
     let Some(guest_port) = attached? else { return Ok(None) };
     if has_left(host, device, claim.as_ref()) {
-        // Its removal may have been handled before it was in the VM.
+        // The event of its removal may have been handled before it was in the
+        // VM.
         vm.detach(id).await?;
         return Err(host::Error::Gone(device.address).into());
     }
@@ -247,14 +252,14 @@ async fn plug_in(
 fn has_left(host: &Host, device: &Device, claim: Option<&Claim>) -> bool {
     let is_there = || match host.device(&device.port) {
         Ok(now) => now.is_some_and(|now| now.address == device.address),
-        // If this process cannot read the device, it does not know whether it
-        // left.
+        // If this process cannot read the device, it does not know whether the
+        // device has left.
         Err(_) => true,
     };
     claim.map_or_else(|| !is_there(), Claim::is_gone)
 }
 
-/// What would come of an attach. Nothing is claimed, locked or changed for it.
+/// Finds out the result of an attach. It claims, locks and changes nothing.
 async fn rehearse(
     host: &Host,
     vm: &mut Vm,
@@ -292,8 +297,8 @@ async fn rehearse(
     Ok(Attached::There(guest_port))
 }
 
-/// Whether the VM may get a controller. A bus that was asked for by its name is
-/// the user's to make.
+/// Whether a controller may be added to the VM. If the user named a bus, the
+/// user has to create that bus.
 fn may_add(options: &Options) -> bool {
     options.add_controller && options.placement.bus.is_none()
 }

@@ -1,7 +1,7 @@
-//! Where a device belongs, when the rules cannot say it at once: they may ask
-//! for the serial number or a property, and while drivers start for a device,
-//! the kernel lets a reader of those wait. So a thread reads, and the daemon
-//! goes on.
+//! Finds the VM of a device when the rules cannot tell it at once. Rules may
+//! ask for the serial number or a property. While drivers start for a device,
+//! the kernel makes a reader of those wait. So a thread reads them, and the
+//! daemon does not wait.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -18,11 +18,11 @@ use crate::host::blocking;
 use crate::policy::{HostDevice, Policy, Reading, Table};
 use crate::usb::{Device, Port};
 
-/// How long to wait before asking again, where the system had no thread to
-/// give.
+/// How long to wait before asking again when the system could not start a
+/// thread.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// The devices that are asked about.
+/// The devices whose VM a thread is finding out.
 #[derive(Debug, Default)]
 pub struct Asked(BTreeMap<Port, Asking>);
 
@@ -42,7 +42,7 @@ impl Shared {
         unclear.into_iter().for_each(|device| self.ask(device));
     }
 
-    /// Notes a device that was plugged in, and where it belongs.
+    /// Records a device that was plugged in, and returns where it belongs.
     pub fn plugged(self: &Rc<Self>, device: Device) -> HostDevice {
         let seen = self.policy().seen(&self.host, device.clone(), Reading::AtOnce);
         self.table.borrow_mut().insert(device.port.clone(), seen.clone());
@@ -56,7 +56,8 @@ impl Shared {
     fn ask(self: &Rc<Self>, device: Device) {
         let asking = Asking { device: device.clone(), is_late: false };
         let before = self.asked.borrow_mut().0.insert(device.port.clone(), asking);
-        // A thread already reads this. A second one would read the same.
+        // A thread already reads this. A second thread would read the same
+        // values.
         match before {
             Some(before) if before.device == device => {
                 self.asked.borrow_mut().0.insert(device.port.clone(), before);
@@ -65,7 +66,7 @@ impl Shared {
         }
     }
 
-    /// How many devices take their time to say where they belong.
+    /// How many devices have not been read in time.
     pub fn late(&self) -> usize {
         let asked = self.asked.borrow();
         let late =
@@ -85,7 +86,7 @@ impl Shared {
         is_asked && self.is_unclear(device)
     }
 
-    /// An answer takes long: whoever reads the log is told.
+    /// Logs that the answer takes long.
     fn is_late(&self, device: &Device) {
         if !self.is_asked(device) {
             return;
@@ -101,7 +102,8 @@ impl Shared {
         self.changed.notify_one();
     }
 
-    /// Notes an answer; false if the rules are not those any more that asked.
+    /// Records an answer. Returns false if the rules that asked have been
+    /// replaced.
     fn answered(&self, policy: &Arc<Policy>, seen: HostDevice) -> bool {
         let (port, is_asked) = (seen.device.port.clone(), self.is_asked(&seen.device));
         if is_asked && !Arc::ptr_eq(policy, &self.policy()) {
@@ -120,7 +122,7 @@ impl Shared {
     }
 }
 
-/// Reads, for as long as the kernel takes, what the rules ask about a device.
+/// Reads what the rules ask about a device, for as long as the kernel needs.
 async fn answer(shared: Rc<Shared>, device: Device) {
     loop {
         let policy = shared.policy();

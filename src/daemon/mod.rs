@@ -1,6 +1,7 @@
-//! `watch`: the daemon. It hears of plugs and pulls, notices VMs that start and
-//! end, and gives each VM's worker its work. Between events it holds no monitor
-//! and does nothing at all.
+//! `watch` is the daemon. It receives the events of USB devices that are
+//! plugged in and unplugged. It notices when VMs start and end, and it gives
+//! work to the worker of each VM. Between events it has no monitor open and
+//! does nothing.
 //!
 //! # The states of a port in a VM
 //!
@@ -27,23 +28,26 @@
 //!                                                                +------+
 //! ```
 //!
-//! - **empty**: no device is at the port, or none that belongs to the VM. What
-//!   the VM has under the port's id is a leftover and is detached: but not what
-//!   a person attached, as long as its device is there.
-//! - **unclear** (not drawn; between empty and missing): a rule asks what
-//!   cannot be read yet, because drivers are starting for the device. A thread
-//!   reads it ([`devices`]).
+//! - **empty**: no device is at the port, or the device does not belong to the
+//!   VM. If the VM has a device with the port's id, that device is a leftover
+//!   and is detached. A device that a person attached is not detached as long
+//!   as the hardware is there.
+//! - **unclear** (not drawn; between empty and missing): a rule asks for
+//!   something that cannot be read yet, because drivers are starting for the
+//!   device. A thread reads it ([`devices`]).
 //! - **missing**: the device belongs to the VM and is not in it. The worker
 //!   attaches it as soon as the VM's monitor is free.
-//! - **waiting**: it was refused for a reason that can pass. It is missing again
-//!   when the reason has passed ([`waiting`]). A refusal for another reason is
-//!   told, and the port stays as it is until the next plug, reload or start of
-//!   the VM.
-//! - **attached**: it is in the VM, whoever attached it: the port is `handled`.
-//! - **dead**: QEMU has lost the device, which is there. It is attached again;
-//!   a device that no rule gives to the VM is detached.
-//! - **released**: it was attached once and is not in the VM. A person wanted
-//!   that, and it stands until the next plug or the VM's next start.
+//! - **waiting**: the attach was refused for a reason that can pass. The device
+//!   is missing again when the reason has passed ([`waiting`]). A refusal for
+//!   another reason is logged, and the port stays as it is until the next plug,
+//!   reload or start of the VM.
+//! - **attached**: the device is in the VM, whoever attached it. The port is
+//!   `handled`.
+//! - **dead**: QEMU has lost the device, but the device is still at its port.
+//!   It is attached again. If no rule gives it to the VM, it is detached.
+//! - **released**: the device was attached once and is not in the VM now. A
+//!   person detached it, and the daemon respects that until the next plug or
+//!   the VM's next start.
 //!
 //! When the VM ends, all its ports are forgotten, and its devices go back to
 //! the host's drivers. When it starts, each device that belongs to it is
@@ -87,7 +91,7 @@ use shared::{Shared, Status};
 use sockets::Sockets;
 use worker::Worker;
 
-/// What the daemon is started with.
+/// The settings that the daemon starts with.
 #[derive(Debug)]
 pub struct Settings {
     /// The host.
@@ -112,10 +116,11 @@ struct Watch<'a> {
     /// The workers, by VM.
     workers: BTreeMap<String, WorkerHandle>,
     sockets: Sockets,
-    /// Whether the last configuration that was read is not in force.
+    /// Whether the configuration that was read last was refused and is not in
+    /// force.
     is_outdated: bool,
-    /// The configuration that is being read, on a thread: its disk may not
-    /// answer.
+    /// The configuration that a thread is reading now. A thread reads it,
+    /// because its disk may not answer.
     reading: Option<Reading>,
 }
 
@@ -198,9 +203,10 @@ fn failed(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Setup { what, source }
 }
 
-/// Who is to tell of plugs. The kernel does so first, and that is enough: the
-/// node is there, and root may open it (Linux, drivers/base/core.c,
-/// `device_add`). Others may when udev's rules say so, and properties come from
+/// Chooses whether the kernel or udev reports the events. The kernel reports
+/// first, and that is enough if the daemon runs as root: the node exists, and
+/// root may open it (Linux, drivers/base/core.c, `device_add`). Other users may
+/// open the node only when udev's rules allow it, and properties come from
 /// udev, too.
 fn source(policy: &Policy) -> Source {
     let is_root = rustix::process::geteuid().is_root();
@@ -216,7 +222,7 @@ fn on(kind: SignalKind) -> Result<Signal, Error> {
     signal(kind).map_err(failed("handle signals"))
 }
 
-/// Says when rules want unmounted what this process may not unmount.
+/// Warns if rules want something unmounted that this process may not unmount.
 fn warn_of_unmount(policy: &Policy, host: &Host) {
     let wants = |rule: &&Rule| matches!(&rule.effect, Effect::Attach(to) if to.unmount);
     if let (Some(rule), false) = (policy.config().rules.iter().find(wants), host.can_unmount()) {
@@ -230,14 +236,15 @@ fn warn_of_unmount(policy: &Policy, host: &Host) {
     }
 }
 
-/// Tells systemd, if it is there (sd_notify(3)).
+/// Sends states to systemd, if systemd started this process (sd_notify(3)).
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         warn!("cannot tell systemd: {error}");
     }
 }
 
-/// Waits until a configuration has been read, for ever if none is.
+/// Waits until a configuration has been read. If none is being read, it waits
+/// for ever.
 async fn read(reading: &mut Option<Reading>) -> Result<Config, Error> {
     match reading {
         Some(reading) => reading.await,
@@ -245,7 +252,8 @@ async fn read(reading: &mut Option<Reading>) -> Result<Config, Error> {
     }
 }
 
-/// Waits until the watchdog is to be told, for ever if there is none.
+/// Waits until it is time to tell the watchdog. If there is none, it waits for
+/// ever.
 async fn tick(watchdog: Option<&mut Interval>) {
     match watchdog {
         Some(interval) => {
@@ -267,8 +275,9 @@ impl<'a> Watch<'a> {
         Ok(watch)
     }
 
-    /// Tells who may have a device, or be root, by changing a file. Nothing is
-    /// refused for that: a VM that worked so goes on to.
+    /// Warns of files that other users may change, because they could get a
+    /// device or become root that way. Nothing is refused for it: a VM that
+    /// worked like this before still works.
     fn warn_of_exposed(&self, policy: &Policy) {
         let host = &self.shared.host;
         if let Some(exposed) = host.exposed_file(&self.settings.config) {
@@ -290,7 +299,8 @@ impl<'a> Watch<'a> {
     /// Puts a configuration in force: a worker for each VM, and a sync.
     fn apply(&mut self, policy: Policy) -> Result<(), Error> {
         self.warn_of_exposed(&policy);
-        // First hear, then look: so nothing is missed.
+        // Listen to events first, then read the devices, so that no event is
+        // missed.
         let source = source(&policy);
         if self.events.source != source {
             self.events = listen(source)?;
@@ -301,7 +311,8 @@ impl<'a> Watch<'a> {
             policy.config().vms.iter().map(|vm| (vm.name.clone(), vm.address.clone())).collect();
         *self.shared.policy.borrow_mut() = Arc::new(policy);
         self.shared.replace_table(table);
-        // The same order for sockets: first watch, then look for VMs that run.
+        // The order is the same for sockets: watch first, then look for running
+        // VMs.
         let start = |(vm, address): (&String, &VmAddress)| (vm.clone(), address.start());
         self.sockets.watch(vms.iter().map(start).collect());
         self.workers.retain(|vm, handle| {
@@ -333,7 +344,7 @@ impl<'a> Watch<'a> {
     fn heard(&self, batch: Batch) {
         self.shared.usb_changed.send_replace(());
         if batch.lost {
-            // The full look covers the events that did arrive.
+            // The full look also covers the events that did arrive.
             return self.look_again();
         }
         for event in batch.events {
@@ -355,11 +366,13 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Notes what happened to a device, and tells the workers it concerns.
+    /// Records what happened to a device, and tells the workers that it
+    /// concerns.
     fn event(&self, event: &HotplugEvent) -> Result<(), Error> {
         let Some(port) = &event.port else { return Ok(()) };
         let mut concerned = self.shared.vms(|status| status.attached.contains_key(port));
-        // A plug is one even where the address is the one before.
+        // A new plug counts as one even if the device has the same address as
+        // before.
         let is_plug = event.action == Action::Add && !event.is_synthetic;
         match event.action {
             // The device is still there: somebody sent this event by hand
@@ -385,8 +398,8 @@ impl<'a> Watch<'a> {
                     let known = status.attached.get(port);
                     known.is_some_and(|known| event.address.is_none_or(|gone| gone == *known))
                 };
-                // A person may have attached the device to any VM, so all of
-                // them look.
+                // A person may have attached the device to any VM, so all VMs
+                // are checked.
                 if self.shared.vms(has_it).is_empty() && !is_hub {
                     concerned = self.shared.vms(|status| status.running);
                 }
@@ -408,7 +421,7 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Tells the workers of devices of which it is known now where they belong.
+    /// Tells the workers which devices have been read: their VM is known now.
     fn placed(&self) {
         for port in self.shared.placed.take() {
             if let Some(assignment) = self.shared.assignment(&port) {
@@ -417,9 +430,9 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Looks again at what is behind either half of a hub whose driver is done
-    /// with it: only now the kernel links the ports of the two halves (Linux,
-    /// drivers/usb/core/port.c, `find_and_link_peer`).
+    /// Checks the devices behind both halves of a hub again when the hub's
+    /// driver has started. Only then the kernel links the ports of the two
+    /// halves (Linux, drivers/usb/core/port.c, `find_and_link_peer`).
     fn look_behind(&self, hub: &Port) {
         let behind = policy::behind(&self.shared.host, hub, &self.shared.table.borrow());
         for HostDevice { device, assignment, .. } in behind {
@@ -432,8 +445,8 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Has every VM look for devices that are gone and that a person has moved
-    /// there from the VM that was to have them.
+    /// Makes every VM check for devices that are unplugged. A person may have
+    /// moved such a device from the VM that it belongs to into another VM.
     fn look_for_orphans(&self) {
         for port in self.shared.orphans.take() {
             for vm in self.shared.vms(|status| status.running) {
@@ -451,7 +464,7 @@ impl<'a> Watch<'a> {
         self.reading = Some(Box::pin(async move {
             let failed = |source| config::Error::Io { path: path.clone(), source };
             let file = path.clone();
-            // A pipe has been read at the start, and gives nothing any more.
+            // A pipe was read at the start and has no content any more.
             let read = move || match std::fs::metadata(&file) {
                 Ok(found) if !found.is_file() => {
                     let source = std::io::Error::other("it is no regular file, as a reload needs");
@@ -466,7 +479,8 @@ impl<'a> Watch<'a> {
         }));
     }
 
-    /// Puts what was read in force. A bad configuration changes nothing.
+    /// Puts the configuration that was read in force. A bad one changes
+    /// nothing.
     fn reloaded(&mut self, config: Result<Config, Error>) {
         self.reading = None;
         let done = config.map(Policy::new).and_then(|rules| self.apply(rules));
@@ -474,8 +488,7 @@ impl<'a> Watch<'a> {
         match done {
             Ok(()) => info!("reloaded the configuration: {}", self.status()),
             Err(error) => {
-                // The error of a bad configuration has one line for each
-                // mistake.
+                // The error of a bad configuration has one line per mistake.
                 chain(&error).lines().for_each(|line| error!("{line}"));
                 error!("the old configuration stays in force");
             }

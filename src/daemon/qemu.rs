@@ -1,4 +1,4 @@
-//! One QEMU: its process, and what is known of it as long as that lives.
+//! One QEMU: its process, and what is known about it while the process lives.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -19,34 +19,35 @@ use crate::usb::{Address, Port};
 #[derive(Debug, Default)]
 pub struct Qemu {
     pid: Option<i32>,
-    /// Tells of the process's end (pidfd_open(2)).
+    /// Reports the end of the process (pidfd_open(2)).
     end: Option<AsyncFd<OwnedFd>>,
-    /// What was attached since it started.
+    /// The devices that were attached since it started.
     pub handled: Handled,
-    /// Its controllers and ports, as the last conversation with it left them.
+    /// Its controllers and ports after the last conversation with it.
     pub layout: Option<Layout>,
-    /// What it has of ours, as it says itself.
+    /// The devices that it has under an id of this tool, as it says itself.
     pub attached: BTreeMap<Port, Address>,
-    /// What was given to it, whatever it says: by this daemon, or by its rules.
-    /// Only that goes back to the host's drivers when it ends.
+    /// The devices that this daemon attached, or that belong to this VM by the
+    /// rules, whatever QEMU says of them. Only these go back to the host's
+    /// drivers when it ends.
     pub given: BTreeMap<Port, Address>,
 }
 
 impl Qemu {
-    /// A QEMU that nothing is known of but its process, if that can be seen.
+    /// A QEMU of which only the process is known, if the process can be seen.
     pub fn new(pid: Option<i32>) -> Self {
         let process = pid.and_then(Pid::from_raw);
         let end = process.and_then(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK).ok());
         Qemu { pid, end: end.and_then(|end| readable(end).ok()), ..Qemu::default() }
     }
 
-    /// Whether a connection to this process is one to this QEMU. Process ids
-    /// come round again.
+    /// Whether a connection to this process is a connection to this QEMU. The
+    /// kernel uses process ids again, so the same number alone is not enough.
     pub fn is_process(&self, pid: Option<i32>) -> bool {
         self.pid == pid && !self.has_ended()
     }
 
-    /// Whether its end is told.
+    /// Whether the kernel will report its end.
     pub fn is_watched(&self) -> bool {
         self.end.is_some()
     }
@@ -60,7 +61,7 @@ impl Qemu {
         self.end.as_ref().is_some_and(ended)
     }
 
-    /// Ready when it has ended; never, if that is not told.
+    /// Ready when it has ended. Never ready if its end is not reported.
     pub fn poll_end(&self, context: &mut Context<'_>) -> Poll<()> {
         let Some(end) = &self.end else { return Poll::Pending };
         match ready!(end.poll_read_ready(context)) {
@@ -70,8 +71,8 @@ impl Qemu {
         }
     }
 
-    /// Gives what it was given back to the host's drivers. What another process
-    /// holds by now, or still, is left alone. This may wait for the hardware.
+    /// Returns its devices to the host's drivers. A device that another process
+    /// has now, or still has, is left alone. This may wait for the hardware.
     pub async fn give_back(self, host: &Host) {
         if self.given.is_empty() {
             return;

@@ -1,4 +1,4 @@
-//! A worker's work, in order.
+//! The queue of a worker: its work, in order.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -7,12 +7,12 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::usb::Port;
 
-/// Something for a worker to do.
+/// One piece of work for a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Work {
-    /// The VM's socket appeared: this may be a new VM.
+    /// The VM's socket appeared, so this may be a new VM.
     Started,
-    /// Look at everything.
+    /// Check all ports.
     Sync,
     /// A device was plugged in at this port.
     Plugged(Port),
@@ -20,13 +20,13 @@ pub enum Work {
     Port(Port),
 }
 
-/// What is to be done, the next thing first.
+/// The work that is still to be done, the next piece first.
 #[derive(Debug, Default)]
 pub struct Queue(VecDeque<Work>);
 
 impl Queue {
-    /// Adds work, unless it is there already. A start is looked at as a whole,
-    /// so nothing else is left to do besides.
+    /// Adds work, unless the queue has it already. After a start the whole VM
+    /// is checked, so a start replaces all other work.
     pub fn add(&mut self, work: Work) {
         if work == Work::Started {
             self.0.clear();
@@ -36,7 +36,7 @@ impl Queue {
         }
     }
 
-    /// Puts work back that is to be tried again.
+    /// Puts back work that is to be tried again.
     pub fn put_back(&mut self, work: Work) {
         if self.is_new(&work) {
             self.0.push_front(work);
@@ -47,7 +47,7 @@ impl Queue {
         !self.0.contains(work) && !self.0.contains(&Work::Started)
     }
 
-    /// The next thing to do.
+    /// Returns the next piece of work.
     pub fn next(&mut self) -> Option<Work> {
         self.0.pop_front()
     }
@@ -57,7 +57,8 @@ impl Queue {
         self.0.is_empty()
     }
 
-    /// The VM is not there: whatever there is to do is done at its start.
+    /// Removes all work, because the VM does not run. It is done at the VM's
+    /// start.
     pub fn drop_all(&mut self) {
         self.0.retain(|work| *work == Work::Started);
     }
@@ -73,7 +74,7 @@ impl Queue {
         }
     }
 
-    /// Adds what comes, until a VM starts.
+    /// Adds the work that arrives, until the VM starts.
     pub async fn hear_until_start(&mut self, inbox: &mut UnboundedReceiver<Work>) {
         while !self.0.contains(&Work::Started) {
             self.hear(inbox).await;

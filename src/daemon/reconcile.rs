@@ -20,12 +20,12 @@ use crate::text::{chain, escape};
 use crate::usb::{Address, Device, DeviceId, Port};
 
 /// How long to wait before connecting again to a socket that appeared but is
-/// not listened on yet, at first and at most.
+/// not listening yet: the first time, and at most.
 const NOT_YET: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(160));
 
 impl Worker {
-    /// A conversation with the VM, as soon as its monitor is free. Notices
-    /// when it is another QEMU than before.
+    /// Connects to the VM as soon as its monitor is free. Notices if this is
+    /// another QEMU than before.
     async fn connect(&mut self) -> Result<Vm, Error> {
         let (name, limit) = (&self.vm, self.shared.timeout);
         let mut vm = {
@@ -51,10 +51,11 @@ impl Worker {
         Ok(vm)
     }
 
-    /// Looks at a VM that has just made its socket, and may not listen yet.
+    /// Checks a VM that has just created its socket and may not be listening
+    /// yet.
     pub(super) async fn start(&mut self) -> Result<Vec<Work>, Error> {
-        // If the process cannot be watched, the new QEMU cannot be told from
-        // the old one.
+        // If the process cannot be watched, the daemon cannot tell the new QEMU
+        // from the old one.
         self.lost_sight().await;
         let give_up = Instant::now() + self.shared.timeout;
         let mut pause = NOT_YET.0;
@@ -74,13 +75,13 @@ impl Worker {
         }
     }
 
-    /// Looks at everything.
+    /// Checks all ports.
     pub(super) async fn sync(&mut self) -> Result<Vec<Work>, Error> {
         let vm = self.connect().await?;
         self.look(vm).await
     }
 
-    /// Finds the ports where something is missing or left over.
+    /// Finds the ports where a device is missing or a leftover exists.
     async fn look(&mut self, mut vm: Vm) -> Result<Vec<Work>, Error> {
         let policy = self.shared.policy();
         let in_vm = reconcile::look(self.vms(&policy), &mut vm).await?;
@@ -95,23 +96,25 @@ impl Worker {
         let is_there = |port: &Port, address: &Address| {
             table.get(port).is_some_and(|seen| seen.device.address == *address)
         };
-        // What is in the VM now is not to come back when a person detaches it.
+        // If a person detaches what is in the VM now, it must not be attached
+        // again.
         qemu.handled.extend(qemu.attached.iter().map(|(port, address)| (port.clone(), *address)));
         qemu.handled.retain(|port, address| is_there(port, address));
         let steps = reconcile::steps(&self.vm, &table, &in_vm, &qemu.handled);
-        // A port that is not among the steps has nothing to wait for.
+        // A port for which there is nothing to do has nothing to wait for.
         self.waiting.retain(|port| steps.iter().any(|(step, _)| step == port));
         drop(table);
         self.publish();
         Ok(steps.into_iter().map(|(port, _)| Work::Port(port)).collect())
     }
 
-    /// What [`reconcile`] needs to know besides the VM.
+    /// The facts that [`reconcile`] needs besides the VM.
     fn vms<'a>(&'a self, policy: &'a Policy) -> Vms<'a> {
         Vms { host: &self.shared.host, policy, dry_run: false, look: Look::Quick }
     }
 
-    /// Makes one port right. What its rule wants unmounted is unmounted first.
+    /// Attaches or detaches at one port, as the rules say. If a rule wants
+    /// something unmounted, this is done first.
     pub(super) async fn port(&mut self, port: &Port) -> Result<(), Error> {
         let error = match self.port_as_it_is(port).await {
             Ok(()) => return Ok(()),
@@ -131,8 +134,8 @@ impl Worker {
             return Ok(());
         }
         let mut vm = self.connect().await?;
-        // Its monitor may have been held for long; what counts is what is at
-        // the port now.
+        // The monitor may have been busy for a long time. Only the device that
+        // is at the port now counts.
         let seen = self.shared.table.borrow().get(port).cloned();
         let policy = self.shared.policy();
         let is_handled = self.is_handled(port);
@@ -162,13 +165,13 @@ impl Worker {
     }
 
     fn has_left(&self, device: &Device) -> bool {
-        // If this process cannot read the device, it does not know whether it
-        // left.
+        // If this process cannot read the device, it does not know whether the
+        // device has left.
         self.shared.host.device(&device.port).is_ok_and(|now| now.as_ref() != Some(device))
     }
 
     /// Whether the device at a port was attached already. If it is not in the
-    /// VM in spite of it, a person wanted that.
+    /// VM now, a person detached it.
     fn is_handled(&self, port: &Port) -> bool {
         let table = self.shared.table.borrow();
         let Some(HostDevice { device, assignment: Some(assignment), .. }) = table.get(port) else {
@@ -205,7 +208,7 @@ impl Worker {
         }
     }
 
-    /// Notes what the VM has at a port now.
+    /// Records what the VM has at a port now.
     fn note(&mut self, port: &Port, done: &Done) {
         let Some(qemu) = &mut self.qemu else { return };
         match done {

@@ -1,4 +1,4 @@
-//! What the daemon's parts have in common. All of them run on one thread.
+//! The state that the daemon's parts share. All parts run on one thread.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,20 +12,21 @@ use crate::host::Host;
 use crate::policy::{Assignment, Policy, Table};
 use crate::usb::{Address, Port};
 
-/// How a VM stands.
+/// The state of a VM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
     /// Its monitor answered, and its process has not ended since.
     pub running: bool,
-    /// What it has, as far as is known: a person may have changed that.
+    /// The devices that it has, as far as this is known. A person may have
+    /// changed them.
     pub attached: BTreeMap<Port, Address>,
     /// The ports whose devices wait for it.
     pub waiting: BTreeSet<Port>,
-    /// Whether its first sync has come to an end, good or bad.
+    /// Whether its first sync has ended, successfully or not.
     pub synced: bool,
 }
 
-/// What all parts of the daemon see.
+/// The state that all parts of the daemon see.
 #[derive(Debug)]
 pub struct Shared {
     /// The host.
@@ -36,23 +37,24 @@ pub struct Shared {
     pub policy: RefCell<Arc<Policy>>,
     /// The host's devices.
     pub table: RefCell<Table>,
-    /// The devices that a thread reads, because it may have to wait.
+    /// The devices that a thread reads, because a read may have to wait.
     pub asked: RefCell<Asked>,
-    /// The ports whose devices it has read: it is known now where they belong.
+    /// The ports whose devices a thread has read, so that their VM is known
+    /// now.
     pub placed: RefCell<Vec<Port>>,
-    /// How the VMs stand.
+    /// The states of the VMs.
     pub status: RefCell<BTreeMap<String, Status>>,
-    /// Ports of devices that were not in the VM that was to have them: a person
-    /// may have moved them to another one.
+    /// The ports of devices that were not in the VM that they belong to. A
+    /// person may have moved them to another VM.
     pub orphans: RefCell<Vec<Port>>,
-    /// Told when anything happens to a USB device or an interface.
+    /// Notified of every event of a USB device or an interface.
     pub usb_changed: watch::Sender<()>,
-    /// Told at every change of `status`, `asked`, `placed` and `orphans`.
+    /// Notified of every change of `status`, `asked`, `placed` and `orphans`.
     pub changed: Notify,
 }
 
 impl Shared {
-    /// What is known before anything was looked at.
+    /// The state before anything has been read.
     pub fn new(host: Host, timeout: Duration) -> Self {
         Shared {
             host,
@@ -78,12 +80,12 @@ impl Shared {
         self.table.borrow().get(port)?.assignment.clone()
     }
 
-    /// What happens to USB devices from now on.
+    /// Receives the events of USB devices from now on.
     pub fn usb_changes(&self) -> watch::Receiver<()> {
         self.usb_changed.subscribe()
     }
 
-    /// Changes how a VM stands.
+    /// Changes the state of a VM.
     pub fn set(&self, vm: &str, change: impl FnOnce(&mut Status)) {
         let mut all = self.status.borrow_mut();
         let status = all.entry(vm.to_owned()).or_default();
@@ -94,13 +96,13 @@ impl Shared {
         }
     }
 
-    /// Notes that a device which is gone was not where it should have been.
+    /// Records that an unplugged device was not in the VM that it belongs to.
     pub fn orphan(&self, port: &Port) {
         self.orphans.borrow_mut().push(port.clone());
         self.changed.notify_one();
     }
 
-    /// The VMs that stand like this.
+    /// The VMs whose state fulfils a condition.
     pub fn vms(&self, stand: impl Fn(&Status) -> bool) -> Vec<String> {
         let all = self.status.borrow();
         all.iter().filter(|(_, status)| stand(status)).map(|(vm, _)| vm.clone()).collect()

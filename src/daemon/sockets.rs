@@ -1,8 +1,9 @@
-//! Notices that a VM starts: its socket appears. inotify(7) watches each
-//! directory that the way to the socket depends on: the socket's own, or as
-//! long as there is none, the nearest one above; and those of the symbolic
-//! links on the way. It does not tell that something is mounted over a
-//! directory; the kernel's list of mounts does.
+//! Notices that a VM starts, because its socket appears. inotify(7) watches
+//! each directory on the path to the socket: the socket's own directory or, if
+//! it does not exist, the nearest existing directory above it; and the
+//! directories of symbolic links on the path. inotify does not report that
+//! something was mounted over a directory. The kernel's list of mounts reports
+//! that.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ffi::{OsStr, OsString};
@@ -26,39 +27,39 @@ use crate::text::escape;
 /// How many symbolic links a path may lead through (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
-/// How often a way is looked at again that changes while it is looked at.
+/// How often a path is checked again if it changes during the check.
 const MAX_LOOKS: usize = 10;
 
 /// The sockets of the configured VMs.
 #[derive(Debug)]
 pub struct Sockets {
     inotify: AsyncFd<OwnedFd>,
-    /// Told of mounts, where there is a /proc.
+    /// Reports changes of the mounts. `None` if there is no /proc.
     mounts: Option<AsyncFd<OwnedFd>>,
     targets: Vec<Target>,
     /// inotify's numbers of the directories that are watched.
     watched: BTreeSet<i32>,
-    /// The directories that cannot be watched, as was told.
+    /// The directories that cannot be watched and that were logged.
     told: BTreeSet<PathBuf>,
 }
 
-/// A socket that is watched for.
+/// A socket that is expected.
 #[derive(Debug)]
 struct Target {
     /// The VM's name.
     vm: String,
     socket: PathBuf,
-    /// What the way to it depends on: entries of directories, each by inotify's
-    /// number of the directory.
+    /// The entries of directories that the path depends on. Each has inotify's
+    /// number of its directory.
     entries: Vec<(i32, OsString)>,
 }
 
-/// An entry of a directory that changed; without a name, the directory itself.
-/// Without either, anything may have changed.
+/// An entry of a directory that changed. Without a name, the directory itself
+/// changed. If both are missing, anything may have changed.
 type Change = (Option<i32>, Option<OsString>);
 
 impl Sockets {
-    /// Watches for nothing yet.
+    /// Creates a watcher that watches nothing yet.
     ///
     /// # Errors
     ///
@@ -74,8 +75,8 @@ impl Sockets {
         Ok(Sockets { inotify, mounts, targets, watched, told })
     }
 
-    /// Watches for the sockets of these VMs instead. What appeared before and
-    /// was not asked for yet is not forgotten.
+    /// Replaces the watched sockets by those of these VMs. A socket that
+    /// appeared before and was not returned yet is not forgotten.
     pub fn watch(&mut self, targets: Vec<(String, PathBuf)>) {
         let target = |(vm, socket)| Target { vm, socket, entries: Vec::new() };
         self.targets = targets.into_iter().map(target).collect();
@@ -83,7 +84,7 @@ impl Sockets {
         self.look_for(|_| true);
     }
 
-    /// The names of VMs whose sockets appeared, as soon as one does.
+    /// Waits until sockets appear, and returns the names of their VMs.
     ///
     /// # Errors
     ///
@@ -100,7 +101,7 @@ impl Sockets {
                         .map(|(name, _)| name)
                         .collect()
                 }
-                // A way that leads elsewhere now leads through other directories.
+                // A path that was changed now leads through other directories.
                 () = mounted(self.mounts.as_ref()) => self
                     .look_for(|_| true)
                     .into_iter()
@@ -114,8 +115,8 @@ impl Sockets {
         }
     }
 
-    /// Looks again at the ways to these sockets. Returns the VMs whose sockets
-    /// are there, and whether the way to each is another one than before.
+    /// Checks the paths to these sockets again. Returns the VMs whose sockets
+    /// exist, and whether each path has changed.
     fn look_for(&mut self, which: impl Fn(&Target) -> bool) -> Vec<(String, bool)> {
         let mut there = Vec::new();
         let mut targets = std::mem::take(&mut self.targets);
@@ -138,7 +139,7 @@ impl Sockets {
         there
     }
 
-    /// Watches what the way to a socket depends on.
+    /// Watches the directories on the path to a socket.
     fn arm(&mut self, vm: &str, socket: &Path) -> Vec<(i32, OsString)> {
         let flags = WatchFlags::CREATE
             | WatchFlags::MOVED_TO
@@ -154,7 +155,7 @@ impl Sockets {
                         self.watched.insert(number);
                         entries.push((number, name.clone()));
                     }
-                    // It has just gone.
+                    // The directory was removed just now.
                     Err(Errno::NOENT | Errno::NOTDIR) => {}
                     Err(error) if self.told.insert(directory.clone()) => {
                         let directory = directory.to_string_lossy();
@@ -168,7 +169,7 @@ impl Sockets {
                     Err(_) => {}
                 }
             }
-            // Something may have come before it was watched for.
+            // An entry may have appeared before it was watched.
             let now = way_to(socket);
             if now == way {
                 return entries;
@@ -187,8 +188,9 @@ impl Target {
     }
 }
 
-/// What the way to a path depends on, as directories and names in them: each
-/// symbolic link on the way, and its end, or the first thing that is not there.
+/// The entries that a path depends on, as directories and names in them: each
+/// symbolic link on the path, and the path's end or the first entry that does
+/// not exist.
 fn way_to(path: &Path) -> Vec<(PathBuf, OsString)> {
     let mut entries: Vec<(PathBuf, OsString)> = Vec::new();
     let mut directory = PathBuf::from("/");
@@ -218,7 +220,7 @@ fn way_to(path: &Path) -> Vec<(PathBuf, OsString)> {
     entries
 }
 
-/// The names in a path, `..` among them.
+/// The names in a path, including `..`.
 fn names(path: &Path) -> impl DoubleEndedIterator<Item = OsString> {
     path.components().filter_map(|component| match component {
         Component::Normal(name) => Some(name.to_owned()),
@@ -236,8 +238,8 @@ fn advice(error: Errno) -> &'static str {
     }
 }
 
-/// Waits until something is mounted or unmounted (proc(5),
-/// `/proc/pid/mountinfo`: poll(2) tells it as a priority event).
+/// Waits until something is mounted or unmounted. poll(2) reports that as a
+/// priority event (proc(5), `/proc/pid/mountinfo`).
 async fn mounted(mounts: Option<&AsyncFd<OwnedFd>>) {
     match mounts {
         Some(mounts) => match mounts.ready(Interest::PRIORITY).await {
@@ -248,7 +250,7 @@ async fn mounted(mounts: Option<&AsyncFd<OwnedFd>>) {
     }
 }
 
-/// Reads all there is to read. What got lost concerns everybody.
+/// Reads all events. If events were lost, anything may have changed.
 fn read(inotify: &OwnedFd) -> io::Result<Vec<Change>> {
     let mut space = [MaybeUninit::uninit(); 4096];
     let mut reader = inotify::Reader::new(inotify, &mut space);

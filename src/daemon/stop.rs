@@ -1,5 +1,6 @@
-//! The daemon's end, where the devices are to leave with it: a guest that is
-//! saved with one inside cannot be restored.
+//! The end of the daemon when the devices are to be detached with it. This is
+//! for guests that are saved: a guest that was saved with a device in it cannot
+//! be restored.
 
 use std::time::Duration;
 
@@ -10,8 +11,8 @@ use crate::error::Error;
 use crate::qemu::{Vm, VmAddress};
 use crate::text::chain;
 
-/// Takes all devices out of the VMs that have an id of this tool's, out of all
-/// VMs at the same time. Each VM has `time` for it.
+/// Detaches all devices that have an id of this tool, from all VMs at the same
+/// time. `time` is the limit for each VM.
 pub async fn detach_all(vms: Vec<(String, VmAddress)>, time: Duration) {
     let mut running = JoinSet::new();
     for (name, address) in vms {

@@ -1,7 +1,8 @@
-//! What a VM waits for, and why: everything that was refused for a reason that
-//! can pass. It is done when the reason has passed. Where the kernel tells of
-//! that, nobody looks before; else somebody looks now and then, for as long as
-//! something waits.
+//! The devices that a VM waits for, and why. A device waits here if it was
+//! refused for a reason that can pass, and it is tried again when the reason
+//! has passed. If the kernel reports that, the daemon waits for the report.
+//! Otherwise the daemon checks again from time to time, as long as a device
+//! waits.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -18,21 +19,21 @@ use crate::error::Until;
 use crate::host::{CLAIMED, Host, Signs, Told, blocking};
 use crate::usb::{Device, Port};
 
-/// A sign comes a moment before what it stands for.
+/// The kernel's sign arrives a moment before the change itself.
 const MOMENT: Duration = Duration::from_millis(100);
 
-/// How long to wait before looking again where nothing tells, at first and at
-/// most. Each look at a VM takes its monitor for a moment.
+/// How long to wait before checking again when nothing reports the change: the
+/// first time, and at most. Each check of a VM uses its monitor for a moment.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
 
-/// How long to wait before looking again where the kernel tells as a rule.
+/// How long to wait before checking again when the kernel reports most changes.
 const MOSTLY: Duration = Duration::from_secs(30);
 
 /// The devices that wait for a VM, by port.
 #[derive(Debug, Default)]
 pub struct Waiting(BTreeMap<Port, Waiter>);
 
-/// One that waits.
+/// A device that waits.
 #[derive(Debug)]
 struct Waiter {
     device: Device,
@@ -54,8 +55,8 @@ impl Waiting {
         self.0.keys()
     }
 
-    /// Has a device wait until its refusal has passed. Its port is then given
-    /// to the worker.
+    /// Makes a device wait until the reason for its refusal has passed. Then
+    /// the worker gets its port.
     pub fn add(
         &mut self,
         shared: &Rc<Shared>,
@@ -78,18 +79,18 @@ impl Waiting {
         self.0.insert(port, waiter);
     }
 
-    /// The device at a port waits no more.
+    /// Removes the device at a port: it does not wait any more.
     pub fn remove(&mut self, port: &Port) {
         self.0.remove(port);
     }
 
-    /// Only these go on waiting.
+    /// Keeps only these ports waiting.
     pub fn retain(&mut self, keep: impl Fn(&Port) -> bool) {
         self.0.retain(|port, _| keep(port));
     }
 }
 
-/// What a waiter needs to know.
+/// The facts that a waiting task needs.
 struct Wait {
     shared: Rc<Shared>,
     device: Device,
@@ -99,7 +100,7 @@ struct Wait {
 
 impl Wait {
     async fn until_it_may_go_well(&self) {
-        // Events from here on may end the wait.
+        // Events that arrive after this line may end the wait.
         let mut changes = self.shared.usb_changes();
         let (host, port) = (&self.shared.host, &self.device.port);
         let signs = match self.until {
@@ -116,7 +117,7 @@ impl Wait {
         let Ok(signs) = signs else { return sleep(self.pause()).await };
         sleep(MOMENT).await;
         if self.refusals > 0 && !self.is_seen().await {
-            // The host does not show why it was refused again.
+            // The host does not show why the attach was refused again.
             return sleep(self.pause()).await;
         }
         let at_most = match self.until {
@@ -134,7 +135,8 @@ impl Wait {
         }
     }
 
-    /// A thread waits for the drivers, as the kernel lets it.
+    /// Waits on a thread until the drivers have started. The kernel makes a
+    /// reader wait for that.
     async fn until_started(&self) {
         let (host, port) = (self.shared.host.clone(), self.device.port.clone());
         if self.refusals > 0 {
@@ -145,11 +147,11 @@ impl Wait {
         }
     }
 
-    /// Whether the host shows that the reason is there still, without
-    /// disturbing anybody.
+    /// Whether the host shows that the reason still exists. The check disturbs
+    /// no process.
     async fn is_seen(&self) -> bool {
         let (host, device, until) = (self.shared.host.clone(), self.device.clone(), self.until);
-        // Who looks at all processes takes a while.
+        // A check of all processes takes a while.
         blocking(move || is_seen(&host, &device, until)).await.unwrap_or(false)
     }
 

@@ -1,5 +1,6 @@
-//! Keeps one VM's devices: works its queue off, in order. A worker that waits
-//! for its VM delays no other.
+//! The worker of one VM attaches and detaches its devices. It does the work in
+//! its queue in order. A worker that waits for its VM does not delay the
+//! others.
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
@@ -23,8 +24,8 @@ use crate::qemu::qmp::ErrorKind;
 use crate::text::chain;
 use crate::usb::{DeviceId, Port};
 
-/// How long to wait before trying again what a VM did not answer, at first
-/// and at most.
+/// How long to wait before work is tried again when the VM did not answer: the
+/// first time, and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// The worker of one VM.
@@ -32,27 +33,29 @@ pub struct Worker {
     pub(super) vm: String,
     pub(super) address: VmAddress,
     pub(super) shared: Rc<Shared>,
-    /// The QEMU that answered last, and has not ended.
+    /// The QEMU that answered last and has not ended.
     pub(super) qemu: Option<Qemu>,
-    /// QEMUs that another one took the socket from, and that have not ended.
+    /// Earlier QEMUs that have not ended, although another QEMU has their
+    /// socket now.
     earlier: Vec<Qemu>,
-    /// What it waits for.
+    /// The devices that wait until they can be attached.
     pub(super) waiting: Waiting,
-    /// The way into its own queue.
+    /// The sender of its own queue.
     again: UnboundedSender<Work>,
-    /// What failed last at each port, so that it is told once.
+    /// The last failure at each port, so that the same failure is logged only
+    /// once.
     failures: BTreeMap<Option<Port>, String>,
 }
 
-/// What is to become of the work that was tried.
+/// The result of the work that was tried.
 enum Outcome {
-    /// It is done, and led to this.
+    /// The work is done, and this work follows from it.
     Done(Vec<Work>),
-    /// It will not get better by trying again.
+    /// It failed, and another try would fail, too.
     Failed,
-    /// The VM is not there.
+    /// The VM does not run.
     NoVm,
-    /// The VM did not answer in time, or broke the conversation off.
+    /// The VM did not answer in time, or the connection broke.
     Later,
 }
 
@@ -69,7 +72,7 @@ impl Worker {
         Worker { vm, address, shared, qemu: None, earlier, waiting, again, failures }
     }
 
-    /// Does what comes in, for ever.
+    /// Does the work that arrives. It never returns.
     pub async fn run(mut self, mut inbox: UnboundedReceiver<Work>) {
         let mut queue = Queue::default();
         let mut pause = PAUSE.0;
@@ -82,11 +85,11 @@ impl Worker {
                 continue;
             };
             let outcome = tokio::select! {
-                // In a box: a worker that has nothing to do then needs little
+                // The future is in a box, so that an idle worker needs little
                 // memory.
                 outcome = Box::pin(self.step(&work)) => outcome,
-                // If the VM starts again, waiting for the old QEMU makes no
-                // sense.
+                // If the VM starts again, there is no reason to wait for the
+                // old QEMU.
                 () = queue.hear_until_start(&mut inbox) => continue,
             };
             match outcome {
@@ -118,7 +121,7 @@ impl Worker {
         }
     }
 
-    /// The first sync has come to an end, for the time being.
+    /// Records that the first sync has ended, successfully or not.
     pub(super) fn synced(&self) {
         self.shared.set(&self.vm, |status| status.synced = true);
     }
@@ -129,7 +132,8 @@ impl Worker {
             Work::Sync => (None, self.sync().await),
             Work::Plugged(port) | Work::Port(port) => {
                 if let (Work::Plugged(port), Some(qemu)) = (work, &mut self.qemu) {
-                    // What was done for the one before counts no more.
+                    // What was done for the earlier device does not count any
+                    // more.
                     qemu.handled.remove(port);
                 }
                 (Some(port), self.port(port).await.map(|()| Vec::new()))
@@ -153,13 +157,13 @@ impl Worker {
             Error::Qmp(error) if error.is_other_user() => Outcome::NoVm,
             Error::Qmp(error) => match error.kind {
                 ErrorKind::NoReply { .. } => Outcome::Later,
-                // QEMU ended in the middle of the conversation: the next try
-                // tells, if its process does not.
+                // QEMU ended during the conversation. If its process does not
+                // tell so, the next try does.
                 ErrorKind::Lost(_) => {
                     debug!(vm = self.vm, "{}: {}", self.vm, chain(error));
                     return Outcome::Later;
                 }
-                // libvirt is restarted, or does something else with the domain.
+                // libvirt restarts, or it is busy with the domain.
                 ErrorKind::Libvirt(ref error) if error.can_pass() => Outcome::Later,
                 _ => Outcome::Failed,
             },
@@ -176,7 +180,8 @@ impl Worker {
         }
     }
 
-    /// Has the device at a port wait for the end of what it was refused for.
+    /// Makes the device at a port wait until the reason for its refusal has
+    /// passed.
     fn wait(&mut self, port: &Port, until: Option<Until>) {
         let device = self.shared.table.borrow().get(port).map(|seen| seen.device.clone());
         match (device, until) {
@@ -188,12 +193,13 @@ impl Worker {
         self.publish();
     }
 
-    /// Logs a failure, once until something else happens there.
+    /// Logs a failure. The same failure is logged again only after another
+    /// result at the same port.
     fn tell(&mut self, port: Option<&Port>, error: &Error) {
         let vm = &self.vm;
         let text = match error {
-            // A user of the daemon cannot give `--force`, so the advice leaves
-            // it out.
+            // The daemon has no option `--force`, so the advice does not name
+            // it.
             Error::Host(host::Error::InUse(by)) => format!("{by}; {}", by.advice()),
             Error::Host(host::Error::NotAuthorized(device)) => format!(
                 "{device} is not authorized on this host; write 1 to \
@@ -219,7 +225,7 @@ impl Worker {
         self.failures.insert(port.cloned(), text);
     }
 
-    /// Takes the first QEMU of this VM that ends.
+    /// Waits until one of the VM's QEMUs ends, and returns it.
     async fn end(&mut self) -> Qemu {
         poll_fn(|context| {
             if self.qemu.as_ref().is_some_and(|qemu| qemu.poll_end(context).is_ready()) {
@@ -234,7 +240,7 @@ impl Worker {
         .await
     }
 
-    /// A QEMU ended: its devices are the host's again.
+    /// A QEMU ended, so its devices return to the host.
     async fn ended(&mut self, qemu: Qemu, queue: &mut Queue) {
         info!(vm = self.vm, "{} has ended", self.vm);
         match self.qemu {
@@ -250,8 +256,8 @@ impl Worker {
         self.give_back(qemu).await;
     }
 
-    /// Nobody answers at the socket. A process that is watched may live on,
-    /// without its socket.
+    /// No QEMU answers at the socket. A watched process may still live without
+    /// its socket.
     pub(super) async fn lost_sight(&mut self) {
         if let Some(qemu) = self.qemu.take_if(|qemu| !qemu.is_watched()) {
             info!(vm = self.vm, "{} has ended", self.vm);
@@ -261,10 +267,10 @@ impl Worker {
         }
     }
 
-    /// A QEMU's devices go back to the host: those that this daemon attached,
-    /// and those that belong to its VM, for a person may have attached them, or
-    /// its end have cut an attach off. Not what else it says it had: that may
-    /// be anybody's.
+    /// Returns a QEMU's devices to the host: those that this daemon attached,
+    /// and those that belong to its VM. A person may have attached the latter,
+    /// or QEMU's end may have interrupted their attach. Other devices that QEMU
+    /// said it had are left alone, because they may belong to somebody else.
     async fn give_back(&self, mut qemu: Qemu) {
         for (port, seen) in self.shared.table.borrow().iter() {
             if seen.assignment.as_ref().is_some_and(|assignment| assignment.vm == self.vm) {
@@ -274,7 +280,7 @@ impl Worker {
         qemu.give_back(&self.shared.host).await;
     }
 
-    /// Another QEMU answers than before.
+    /// Records that another QEMU than before answers.
     pub(super) async fn begins(&mut self, qemu: Qemu) {
         self.failures.clear();
         self.waiting = Waiting::default();
@@ -289,7 +295,7 @@ impl Worker {
         }
     }
 
-    /// Tells the others how the VM stands.
+    /// Publishes the state of the VM for the other parts of the daemon.
     pub(super) fn publish(&self) {
         let attached = self.qemu.as_ref().map(|qemu| qemu.attached.clone());
         self.shared.set(&self.vm, |status| {

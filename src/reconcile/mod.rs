@@ -1,7 +1,7 @@
-//! What is to be done so that a VM has the devices that are its own: decided
-//! once, for `sync` and for the daemon, and carried out once, by [`port`].
-//! `sync` does so for every port when it is asked; the daemon does so for one
-//! port when something happens there.
+//! Decides what to do so that a VM has the devices that belong to it. `sync`
+//! and the daemon use the same decision, and [`port`] carries it out for both.
+//! `sync` does this for every port when a user calls it. The daemon does it for
+//! one port when something happens there.
 
 mod perform;
 
@@ -14,9 +14,9 @@ use crate::usb::{Address, Port};
 
 pub use perform::{Done, Vms, look, port, unmount};
 
-/// What was done for the devices at these ports already, since the VM
-/// started. A device that was attached once and is not in the VM any more was
-/// detached by a person, and that stands until the next plug.
+/// The devices that were handled at these ports since the VM started. If a
+/// device was attached once and is not in the VM now, a person detached it.
+/// That is respected until the next plug.
 pub type Handled = BTreeMap<Port, Address>;
 
 /// A port of the host, as one VM sees it.
@@ -24,16 +24,16 @@ pub type Handled = BTreeMap<Port, Address>;
 pub enum AtPort {
     /// No device is there.
     Empty,
-    /// A device that belongs to the VM.
+    /// The device belongs to the VM.
     Ours(Address),
-    /// A device that does not belong to the VM.
+    /// The device does not belong to the VM.
     Other(Address),
-    /// A device of which nobody can say yet where it belongs.
+    /// It cannot be known yet where the device belongs.
     Unclear(Address),
 }
 
 impl AtPort {
-    /// What the table says of a port.
+    /// The state of a port according to the table.
     pub fn of(seen: Option<&HostDevice>, vm: &str) -> Self {
         let Some(seen) = seen else { return AtPort::Empty };
         match &seen.assignment {
@@ -47,10 +47,10 @@ impl AtPort {
 /// The VM's device that has the id of a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InVm {
-    /// Where it is on the host. This tool always says so: a device that has no
-    /// address came from somebody else.
+    /// Its address on the host. This tool always gives an address to QEMU. A
+    /// device without one was attached by somebody else.
     pub address: Option<Address>,
-    /// Whether it works.
+    /// Whether it still works.
     pub life: Life,
 }
 
@@ -59,13 +59,14 @@ pub struct InVm {
 pub enum Step {
     /// Nothing.
     Nothing,
-    /// Attach the device that is there. An attach replaces what has the id.
+    /// Attach the device at the port. An attach replaces the object that has
+    /// the id.
     Attach,
-    /// Detach what an earlier device left behind.
+    /// Detach the leftover of an earlier device.
     Detach(Leftover),
 }
 
-/// What to do at one port. What is not known leads to nothing.
+/// Decides what to do at one port. What is not known leads to no change.
 pub fn decide(at_port: AtPort, in_vm: Option<InVm>, is_handled: bool) -> Step {
     let Some(InVm { address, life }) = in_vm else {
         let is_missing = matches!(at_port, AtPort::Ours(_)) && !is_handled;
@@ -85,8 +86,8 @@ pub fn decide(at_port: AtPort, in_vm: Option<InVm>, is_handled: bool) -> Step {
     }
 }
 
-/// The ports at which there is something to do, leftovers first: they may
-/// have the place that a device needs.
+/// The ports where there is something to do. Leftovers come first, because they
+/// may use the port that another device needs.
 pub fn steps(
     vm: &str,
     table: &Table,
@@ -128,7 +129,8 @@ mod tests {
         let dead = there(Some(new), Life::Dead);
         let earlier = there(Some(old), Life::Unknown);
         let foreign = there(None, Life::Unknown);
-        // What has the id in the VM, then the step for each state of the port.
+        // The object with the id in the VM, then the step for each state of the
+        // port.
         let cases = [
             (None, [Nothing, Attach, Nothing, Nothing]),
             (alive, [Detach(Gone), Nothing, Nothing, Nothing]),
@@ -141,7 +143,8 @@ mod tests {
             let steps =
                 [Empty, Ours(new), Other(new), Unclear(new)].map(|at| decide(at, in_vm, false));
             assert_eq!(steps, expected, "{in_vm:?}");
-            // What was handled is not attached a second time, but is replaced.
+            // A handled device is not attached a second time, but it is
+            // replaced.
             let handled = decide(Ours(new), in_vm, true);
             assert_eq!(handled, if in_vm.is_none() { Nothing } else { expected[1] }, "{in_vm:?}");
         }

@@ -1,4 +1,4 @@
-//! Carries out what is decided, in one conversation with the VM for each port.
+//! Carries out the decisions. Each port has its own conversation with the VM.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::presence::{Leftover, Presence, presence};
 use crate::qemu::{Given, Placement, Vm};
 use crate::usb::{Device, DeviceId, Port};
 
-/// What is the same for all VMs.
+/// The settings that are the same for all VMs.
 #[derive(Debug, Clone, Copy)]
 pub struct Vms<'a> {
     /// The host.
@@ -20,18 +20,18 @@ pub struct Vms<'a> {
     pub policy: &'a Policy,
     /// Change nothing.
     pub dry_run: bool,
-    /// How well to look for somebody else who has a device.
+    /// How thoroughly to look for another owner of a device.
     pub look: Look,
 }
 
-/// What was done at a port, or in a dry run, what would be.
+/// What was done at a port. In a dry run, what would be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Done {
     /// There was nothing to do.
     Nothing(Option<InVm>),
     /// The device is in the VM.
     Attached(Device, Attached),
-    /// A leftover went.
+    /// A leftover was detached.
     Detached(Leftover),
 }
 
@@ -57,18 +57,19 @@ fn in_vm(host: &Host, vm: &Vm, id: &DeviceId, given: &Given) -> InVm {
     let life = match presence(host, vm.pid(), Some(id), given).0 {
         Presence::Alive => Life::Alive,
         Presence::Lost(Leftover::Dead) => Life::Dead,
-        // If the device is not at its port any more, the table says so.
+        // If the device is not at its port any more, the table shows that.
         Presence::Lost(_) | Presence::Unknown => Life::Unknown,
     };
     InVm { address: given.address, life }
 }
 
-/// Makes one port right in the VM of that name: attaches the device that is
-/// there, or detaches what an earlier one left behind, or does nothing.
+/// Does what is needed at one port for the VM of that name. It attaches the
+/// device that is there, or detaches what an earlier device left behind, or
+/// does nothing.
 ///
 /// # Errors
 ///
-/// What the attach, the detach, or reading the host met.
+/// The errors of the attach, of the detach, and of reading the host.
 pub async fn port(
     vms: Vms<'_>,
     vm: &mut Vm,
@@ -79,16 +80,16 @@ pub async fn port(
 ) -> Result<Done, Error> {
     let at_port = AtPort::of(seen, name);
     let assigned = seen.and_then(|seen| Some((&seen.device, seen.assignment.as_ref()?)));
-    // An attach looks for itself what has the id, and does nothing if that is
-    // this very device. To ask before would cost a round trip.
+    // An attach checks for itself which object has the id, and does nothing if
+    // it is this device. A question before it would cost a round trip.
     if let (AtPort::Ours(_), Some((device, assignment)), false) = (at_port, assigned, is_handled) {
         return attach(vms, vm, device, assignment).await;
     }
     let id = DeviceId::for_port(port);
     let given = vm.given(&id).await?;
     let in_vm = given.map(|given| in_vm(vms.host, vm, &id, &given));
-    // The table may be older than the conversation, and nothing is detached on
-    // that: the host is read again.
+    // The table may be older than the conversation, and an old table must not
+    // cause a detach. So the host is read again.
     let leftover = |given: Given| presence(vms.host, vm.pid(), Some(&id), &given).0.leftover();
     match (decide(at_port, in_vm, is_handled), assigned) {
         (Step::Attach, Some((device, assignment))) => attach(vms, vm, device, assignment).await,
@@ -123,10 +124,9 @@ async fn attach(
     Ok(Done::Attached(device.clone(), attached))
 }
 
-/// Unmounts what keeps a device with the host, if its rule says so; true if the
-/// attach is to be tried again. To be done without a conversation, for it may
-/// take long.
-///
+/// Unmounts the filesystems of a device if its rule allows it. Returns true if
+/// the attach is to be tried again. Call it without a conversation with the VM,
+/// because it may take long.
 /// # Errors
 ///
 /// As for [`Host::unmount`].
@@ -149,7 +149,7 @@ pub async fn unmount(
     Ok(!unmounted.is_empty())
 }
 
-/// How the rule of a device wants it attached.
+/// The options of the rule that a device is attached by.
 fn options(policy: &Policy, assignment: &Assignment) -> Options {
     let Some(target) = policy.target(assignment) else { return Options::default() };
     Options {
