@@ -130,8 +130,9 @@ async fn refused(
     Ok(held(host, device))
 }
 
-/// Refuses what somebody has that our lock does not tell of. To be asked while
-/// nobody else has the lock. What the QEMU `own` has open is its own leftover.
+/// Refuses a device that somebody uses without our lock. Call it only while
+/// nobody else has the lock. What the QEMU process `own` has open is its own
+/// leftover, so it is no reason to refuse.
 pub(super) fn refuse_owned(
     host: &Host,
     device: &Device,
