@@ -1,4 +1,5 @@
-//! What was asked for and is not plugged in, and what may have been meant.
+//! A device that was asked for and is not plugged in, and the device that the
+//! user may have meant.
 
 use std::fmt;
 
@@ -11,12 +12,13 @@ use crate::usb::Selector;
 pub struct Absent {
     /// What was asked for.
     pub selector: Selector,
-    /// How the most similar name of a device that is there is written.
+    /// The most similar name of a device that is plugged in.
     pub nearest: Option<String>,
 }
 
 impl Host {
-    /// Says that a device is not there. It looks for what may have been meant.
+    /// Describes a device that is not there, and looks for a device that the
+    /// user may have meant.
     pub fn absent(&self, selector: &Selector) -> Absent {
         let devices = self.devices().unwrap_or_default().into_iter();
         let there: Vec<String> = match selector {

@@ -1,4 +1,4 @@
-//! What a rule may ask about a device beyond its ids.
+//! The attributes of a device that a rule may name, besides its ids.
 
 use std::fs;
 use std::path::PathBuf;
@@ -19,15 +19,15 @@ impl Host {
         }
     }
 
-    /// Whether there is such a port, empty or not; `None` if its hub is not
-    /// there, or the kernel does not say.
+    /// Whether this port exists, empty or not. `None` if its hub is not there,
+    /// or if the kernel does not tell.
     pub fn has_port(&self, port: &Port) -> Option<bool> {
         let socket = self.socket(port);
         socket.parent()?.is_dir().then(|| socket.is_dir())
     }
 
-    /// The directory of a port itself, which is there without a device, too. A
-    /// hub's ports lie below its only interface.
+    /// The directory of a port itself, which exists without a device, too. The
+    /// ports of a hub are below its only interface.
     fn socket(&self, port: &Port) -> PathBuf {
         let last = port.last();
         match port.hub() {
@@ -45,20 +45,21 @@ impl Host {
         usb::classes(&self.descriptors(port))
     }
 
-    /// Whether the device at a port is a keyboard, or has one in it.
+    /// Whether the device at a port is a keyboard or contains one.
     pub fn is_keyboard(&self, port: &Port) -> bool {
         usb::is_keyboard(&self.descriptors(port))
     }
 
-    /// The descriptors of the device at a port, which are there before its
-    /// interfaces are (Linux, drivers/usb/core/sysfs.c, `descriptors_read`).
+    /// The descriptors of the device at a port. They can be read before its
+    /// interfaces exist (Linux, drivers/usb/core/sysfs.c, `descriptors_read`).
     pub(super) fn descriptors(&self, port: &Port) -> Vec<u8> {
         let descriptors = read_bytes(&self.directory(port).join("descriptors"));
         descriptors.ok().flatten().unwrap_or_default()
     }
 
-    /// The drivers that the interfaces of the device at a port have, each once;
-    /// `usbfs` is a program that has claimed one (a QEMU, say).
+    /// The drivers of the interfaces of the device at a port, each named once.
+    /// `usbfs` means that a program has claimed an interface, for example a
+    /// QEMU.
     pub fn drivers(&self, port: &Port) -> Vec<String> {
         let mut interfaces = self.interfaces(port);
         interfaces.sort();
@@ -73,7 +74,7 @@ impl Host {
         drivers
     }
 
-    /// A property that udev knows of the device at a port.
+    /// A property of the device at a port in udev's database.
     pub fn property(&self, port: &Port, name: &str) -> Option<String> {
         let device = udev::Device::from_syspath(&self.directory(port).canonicalize().ok()?).ok()?;
         Some(device.property_value(name)?.to_string_lossy().into_owned())

@@ -1,5 +1,5 @@
-//! Work on a thread of its own: what may wait for hardware, for as long as the
-//! kernel does.
+//! Runs work on its own thread if it may wait for hardware. The kernel decides
+//! how long such work takes.
 
 use std::io;
 use std::sync::mpsc;
@@ -9,21 +9,21 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
-/// Does the work on a thread, which ends with it. Whoever does not want to wait
-/// any more drops the future; the thread goes on. (tokio's own threads end the
-/// program where the system has no thread to give.)
+/// Runs the work on a new thread that ends with it. A caller that does not want
+/// to wait any more drops the future, and the thread goes on. (tokio's own
+/// threads end the program if the system cannot start a thread.)
 ///
 /// # Errors
 ///
-/// When there is no thread to be had, or the work panicked.
+/// When no thread can be started, or the work panicked.
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<T> {
     start(work)?.await.map_err(|_| io::Error::other("its thread panicked"))
 }
 
-/// Does the work for each of these, on a thread each. `None` is the result of
-/// what takes longer than the limit, and of what there was no thread for.
+/// Runs the work for each item on its own thread. The result is `None` if it
+/// takes longer than the limit, or if no thread could be started.
 pub async fn blocking_each<T: Send + 'static, R: Send + 'static>(
     things: impl IntoIterator<Item = T>,
     limit: Duration,
@@ -45,13 +45,13 @@ pub async fn blocking_each<T: Send + 'static, R: Send + 'static>(
     results
 }
 
-/// How long to wait for devices that are starting, for who shows or looks for
-/// devices and can go on without.
+/// How long to wait for devices that are starting, for a caller that shows or
+/// looks for devices and can continue without them.
 const HASTE: Duration = Duration::from_secs(1);
 
-/// Does the work for each of these, on a thread each, and waits a second for
-/// all of them. `None` is the result of what takes longer, and of what there
-/// was no thread for.
+/// Runs the work for each item on its own thread, and waits one second for all
+/// of them. The result is `None` if it takes longer, or if no thread could be
+/// started.
 pub fn in_haste<T: Send + 'static, R: Send + 'static>(
     things: impl IntoIterator<Item = T>,
     work: impl Fn(T) -> R + Clone + Send + 'static,

@@ -1,4 +1,4 @@
-//! The host's USB buses: their root hubs, which are no devices to attach.
+//! The host's USB buses and their root hubs. Root hubs are never attached.
 
 use super::{Host, in_haste, read_if_there};
 use crate::usb::{BusPath, Speed};
@@ -8,9 +8,9 @@ use crate::usb::{BusPath, Speed};
 pub struct Bus {
     /// Its number, the first part of its ports' names.
     pub number: u16,
-    /// Its name that stays, if its controller is where that can be named.
+    /// Its stable name, if its controller has a place that can be named.
     pub path: Option<BusPath>,
-    /// The fastest its devices can run.
+    /// The highest speed of its devices.
     pub speed: Option<Speed>,
     /// How many ports its root hub has (`maxchild`).
     pub ports: Option<u32>,

@@ -1,5 +1,5 @@
-//! The host's USB controllers: where they are, which gives buses and ports the
-//! names that stay.
+//! The host's USB controllers. The place of its controller gives a bus or a
+//! port its stable name.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use super::{Host, read_if_there};
 use crate::usb::{BusPath, Port, PortPath};
 
-/// The kernel's buses whose devices udev puts into a path, and their names in
-/// it (systemd, src/udev/udev-builtin-path_id.c, `builtin_path_id`).
+/// The kernel's buses that udev writes into a path, and their names in it
+/// (systemd, src/udev/udev-builtin-path_id.c, `builtin_path_id`).
 const NAMED: [&str; 9] =
     ["pci", "platform", "amba", "acpi", "xen", "scm", "ccw", "ccwgroup", "iucv"];
 
 impl Host {
-    /// The numbers of all buses, in their order.
+    /// The numbers of all buses, sorted.
     pub fn buses(&self) -> Vec<u16> {
         let entries = fs::read_dir(self.path("/sys/bus/usb/devices")).into_iter().flatten();
         let number = |entry: fs::DirEntry| -> Option<u16> {
@@ -24,20 +24,21 @@ impl Host {
         buses
     }
 
-    /// The name of a bus that stays; `None` if there is no such bus, or its
-    /// controller is nowhere that could be named.
+    /// The stable name of a bus. `None` if there is no such bus, or if its
+    /// controller has no place that can be named.
     pub fn bus_path(&self, bus: u16) -> Option<BusPath> {
         let root_hub = self.root_hub(bus);
         let revision = revision(&root_hub)?;
         BusPath::new(&self.controller_name(root_hub.canonicalize().ok()?.parent()?)?, revision)
     }
 
-    /// The name of a port that stays.
+    /// The stable name of a port.
     pub fn port_path(&self, port: &Port) -> Option<PortPath> {
         Some(PortPath::new(self.bus_path(port.bus())?, port))
     }
 
-    /// The port that has this name now; `None` if its controller is not there.
+    /// The port that has this stable name now. `None` if its controller is not
+    /// there.
     pub fn port_of(&self, path: &PortPath) -> Option<Port> {
         let is_it = |bus: &u16| self.bus_path(*bus).as_ref() == Some(path.bus());
         let bus = self.buses().into_iter().find(is_it)?;
@@ -56,7 +57,7 @@ impl Host {
         self.path(format!("/sys/bus/usb/devices/usb{bus}"))
     }
 
-    /// What udev calls a controller: the last directory of each kind of bus on
+    /// udev's name for a controller: the last directory of each kind of bus on
     /// the way up, the uppermost first.
     fn controller_name(&self, directory: &Path) -> Option<String> {
         let devices = self.path("/sys/devices").canonicalize().ok()?;
@@ -75,16 +76,17 @@ impl Host {
     }
 }
 
-/// The kernel's bus that a device is on (Linux, Documentation/ABI/stable/sysfs-devices, `subsystem`).
+/// The kernel's bus that a device is on (Linux,
+/// Documentation/ABI/stable/sysfs-devices, `subsystem`).
 fn kind(directory: &Path) -> Option<String> {
     let link = fs::read_link(directory.join("subsystem")).ok()?;
     Some(link.file_name()?.to_str()?.to_owned())
 }
 
-/// The USB revision of a root hub, by its protocol (USB 3.2 specification,
-/// section 10.15.1; USB 2.0 specification, section 11.23.1) and, of those
-/// without a transaction translator, by its speed. udev does the same (systemd,
-/// src/udev/udev-builtin-path_id.c, `get_usb_revision`).
+/// The USB revision of a root hub. Its protocol tells it (USB 3.2
+/// specification, section 10.15.1; USB 2.0 specification, section 11.23.1).
+/// Without a transaction translator, the speed tells it. udev does the same
+/// (systemd, src/udev/udev-builtin-path_id.c, `get_usb_revision`).
 fn revision(root_hub: &Path) -> Option<u8> {
     let read = |name| read_if_there(&root_hub.join(name)).ok()?;
     match read("bDeviceProtocol")?.trim_end() {

@@ -1,4 +1,4 @@
-//! What can go wrong on the host's side.
+//! The errors of reading and using the host's devices.
 
 use std::io;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use super::{Absent, Holder, Owner, Use};
 use crate::text::escape;
 use crate::usb::{Address, Device, ParseError, Port, Selector};
 
-/// What can go wrong on the host's side.
+/// The errors of reading and using the host's devices.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file of sysfs or `/proc`, or a node, could not be read.
@@ -18,7 +18,7 @@ pub enum Error {
         /// The reason.
         source: io::Error,
     },
-    /// A file does not say what the kernel writes there.
+    /// The content of a file is not what the kernel writes there.
     #[error("{}", escape(&.path.to_string_lossy()))]
     Attribute {
         /// The file.
@@ -26,13 +26,13 @@ pub enum Error {
         /// What it says.
         source: ParseError,
     },
-    /// No device is what was asked for.
+    /// No device fits what the user named.
     #[error("no USB device for {0}")]
     NoDevice(Absent),
     /// The device was unplugged in the meantime.
     #[error("the device at {0} is gone; plug it in again")]
     Gone(Address),
-    /// More than one device is what was asked for.
+    /// More than one device fits what the user named.
     #[error("{} devices are {selector}: {}; name one by its port", .devices.len(), listed(.devices))]
     Ambiguous {
         /// What was asked for.
@@ -40,7 +40,7 @@ pub enum Error {
         /// The devices that fit.
         devices: Vec<Device>,
     },
-    /// The device may be one that cannot be read yet.
+    /// A device that cannot be read yet may be the one that the user named.
     #[error("no USB device that can be read is {selector}, but drivers are still starting for {}, or \
              it does not answer; try again, or name it by its port", listed(.devices))]
     Starting {
@@ -49,15 +49,15 @@ pub enum Error {
         /// The devices that cannot be read yet.
         devices: Vec<Device>,
     },
-    /// A root hub was asked for.
+    /// The user named a root hub.
     #[error("{0} is a root hub: hubs stay with the host; name a device behind it")]
     RootHub(Selector),
-    /// A node is not the device it should be.
+    /// The file at a node's path is not the node of the device.
     #[error("{} is not the node of the USB device {address}", escape(&.path.to_string_lossy()))]
     NotTheNode {
-        /// The node's path.
+        /// The path of the node.
         path: PathBuf,
-        /// The device it should be.
+        /// The address of the device.
         address: Address,
     },
     /// Something uses a disk of the device.
@@ -73,7 +73,7 @@ pub enum Error {
         /// The reason.
         source: io::Error,
     },
-    /// A program, or a VM that got it without this tool, has the device.
+    /// A program, or a VM that got the device without this tool, uses it.
     #[error("{device} is in use by {owner}; {}", .owner.advice())]
     Claimed {
         /// The device.
@@ -81,7 +81,7 @@ pub enum Error {
         /// Whose it is.
         owner: Box<Owner>,
     },
-    /// The kernel lets nobody use the device.
+    /// The kernel does not authorize the device, so nobody can use it.
     #[error("{0} is not authorized on this host, so that no guest could use it; write 1 to \
              /sys/bus/usb/devices/{port}/authorized, or have USBGuard do it (or use --force)", port = .0.port)]
     NotAuthorized(Device),
@@ -99,12 +99,12 @@ pub enum Error {
     Held {
         /// The device.
         device: Device,
-        /// Who holds it; empty if that could not be seen.
+        /// The processes that hold it. Empty if they could not be seen.
         holders: Vec<Holder>,
     },
 }
 
-/// What shows why a filesystem could not be unmounted.
+/// Advice that shows why a filesystem could not be unmounted.
 fn hint(place: &str, source: &io::Error) -> String {
     match source.kind() {
         io::ErrorKind::PermissionDenied => String::new(),

@@ -1,4 +1,5 @@
-//! The host's plugs and pulls, as the kernel or udev tells them.
+//! The events of USB devices that are plugged in and unplugged, from the kernel
+//! or from udev.
 
 use std::fmt;
 use std::io;
@@ -12,13 +13,14 @@ use super::readable::readable;
 use crate::text::chain;
 use crate::usb::HotplugEvent;
 
-/// Who tells.
+/// The source of the events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
-    /// The kernel: at once, before udev has done anything for the device.
+    /// The kernel reports at once, before udev has done anything for the
+    /// device.
     Kernel,
-    /// udev: when its rules are done, so that what they say of the device and
-    /// who may open its node is known.
+    /// udev reports when its rules are done. Then the device's properties are
+    /// known, and so are the users who may open its node.
     Udev,
 }
 
@@ -31,34 +33,34 @@ impl fmt::Display for Source {
     }
 }
 
-/// What the socket had.
+/// The content of the socket.
 #[derive(Debug, Default)]
 pub struct Batch {
     /// Events, in order.
     pub events: Vec<HotplugEvent>,
-    /// Whether anything else happened to a device or an interface: a driver
-    /// came or went, a program claimed it or let go of it.
+    /// Whether anything else happened to a device or an interface: a driver was
+    /// bound or unbound, or a program claimed or released an interface.
     pub others: bool,
-    /// Whether some of them got lost, because the socket was full.
+    /// Whether events were lost because the socket was full.
     pub lost: bool,
 }
 
-/// The socket that events arrive on.
+/// The socket that receives events.
 pub struct Events {
-    /// Who tells.
+    /// The source of the events.
     pub source: Source,
     socket: MonitorSocket,
-    /// A duplicate of the socket's descriptor, to wait for.
+    /// A duplicate of the socket's descriptor that the runtime waits for.
     ready: AsyncFd<OwnedFd>,
 }
 
 impl Events {
-    /// Listens to events of USB devices and their interfaces. What happens from here on is
-    /// heard.
+    /// Listens for events of USB devices and their interfaces. All events from
+    /// now on are received.
     ///
     /// # Errors
     ///
-    /// When there is no such socket.
+    /// When the socket cannot be opened.
     pub fn listen(source: Source) -> io::Result<Self> {
         let builder = match source {
             Source::Kernel => MonitorBuilder::new_kernel()?,
@@ -69,7 +71,7 @@ impl Events {
         Ok(Events { source, socket, ready })
     }
 
-    /// The next events.
+    /// Waits for the next events.
     ///
     /// # Errors
     ///
@@ -85,7 +87,7 @@ impl Events {
         }
     }
 
-    /// Reads all there is to read.
+    /// Reads all events in the socket.
     fn read(&self) -> Batch {
         let mut batch = Batch::default();
         let mut received = self.socket.iter();
@@ -95,8 +97,8 @@ impl Events {
                     Some(event) => batch.events.push(event),
                     None => batch.others = true,
                 },
-                // The kernel tells once that it had no room (netlink(7),
-                // ENOBUFS), and libudev tells it like any other error.
+                // The kernel reports once that the socket was full (netlink(7),
+                // ENOBUFS). libudev returns that like any other error.
                 None if is_no_room(&io::Error::last_os_error()) => batch.lost = true,
                 None => return batch,
             }

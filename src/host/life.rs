@@ -1,6 +1,7 @@
-//! Whether a VM still has the device that it was given. QEMU says nothing when
-//! the hardware goes, and addresses come round again; but the lock on the node,
-//! the interfaces' drivers and QEMU's own descriptors tell.
+//! Whether a VM still has the device that was attached to it. QEMU does not
+//! tell when the hardware is gone, and the kernel uses addresses again. The
+//! lock on the node, the drivers of the interfaces and QEMU's open descriptors
+//! show it.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -8,11 +9,11 @@ use std::os::unix::fs::MetadataExt;
 use super::{CLAIMED, Host, read_if_there};
 use crate::usb::{Address, Device};
 
-/// The first PID namespace, as `/proc/self/ns/pid` names it (Linux,
+/// The initial PID namespace, as `/proc/self/ns/pid` names it (Linux,
 /// include/linux/proc_ns.h, `PROC_PID_INIT_INO`).
 const FIRST_PID_NAMESPACE: &str = "pid:[4026531836]";
 
-/// How QEMU came to the device.
+/// How QEMU got the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opened {
     /// This tool opened its node, locked it, and passed the descriptor.
@@ -21,20 +22,20 @@ pub enum Opened {
     ByQemu,
 }
 
-/// Whether a VM still has the device that is at the address it was given.
+/// Whether a VM still has the device at the address that it was given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Life {
-    /// It has.
+    /// The VM has it.
     Alive,
-    /// It has an object that is not connected to the device any more.
+    /// The VM has an object that is not connected to the device any more.
     Dead,
-    /// That cannot be known.
+    /// It cannot be known.
     Unknown,
 }
 
 impl Host {
-    /// Whether QEMU, the process `pid`, still has a device that was given to it
-    /// by its address.
+    /// Whether QEMU, whose process is `pid`, still has a device that was given
+    /// to it by its address.
     pub fn life(&self, device: &Device, pid: Option<i32>, opened: Opened) -> Life {
         let locked = match opened {
             Opened::ByUs => self.is_locked(device.address),
@@ -43,7 +44,7 @@ impl Host {
         self.life_if(device, pid, opened, locked)
     }
 
-    /// As [`Host::life`], by who knows whether the node is locked.
+    /// Like [`Host::life`], for a caller that knows whether the node is locked.
     pub fn life_if(
         &self,
         device: &Device,
@@ -57,8 +58,8 @@ impl Host {
         }
         match (opened, locked) {
             (Opened::ByUs, Some(true)) => Life::Alive,
-            // Our lock is gone: the object's copy is closed, or an attach was
-            // given up and QEMU did it later.
+            // Our lock is gone. Either the object has closed its copy, or an
+            // attach was cancelled and QEMU did it later.
             (Opened::ByUs, Some(false)) => match (self.is_claimed(device), holds) {
                 (Some(true), Some(true)) => Life::Alive,
                 (Some(true), _) => Life::Unknown,
@@ -78,26 +79,27 @@ impl Host {
         }
     }
 
-    /// Whether a program has claimed an interface of a device; `None` if no
-    /// interface has a driver of any kind.
+    /// Whether a program has claimed an interface of a device. `None` if no
+    /// interface has a driver at all.
     fn is_claimed(&self, device: &Device) -> Option<bool> {
         let drivers = self.drivers(&device.port);
         (!drivers.is_empty()).then(|| drivers.iter().any(|driver| driver == CLAIMED))
     }
 
-    /// Whether the node of the device at an address is locked: so it is while a
-    /// VM has the device. The kernel's list of locks tells it to every user
-    /// (proc(5), `/proc/locks`), but for locks of processes that have ended,
-    /// which it lists in the first PID namespace alone (Linux, fs/locks.c,
-    /// `locks_translate_pid`). `None` if that is so, or there is no node.
+    /// Whether the node of the device at an address is locked. It is locked
+    /// while a VM has the device. Every user can read the kernel's list of
+    /// locks (proc(5), `/proc/locks`). The lock of a process that has ended is
+    /// listed only in the initial PID namespace (Linux, fs/locks.c,
+    /// `locks_translate_pid`). `None` if this process is in another namespace
+    /// and sees no lock, or if there is no node.
     pub fn is_locked(&self, address: Address) -> Option<bool> {
         let is_listed = !self.locks(address)?.is_empty();
         if is_listed || is_first_pid_namespace(self) { Some(is_listed) } else { None }
     }
 
-    /// Of each lock on the node of the device at an address, the id of the
-    /// process that took it, as the kernel's list has it. `None` if there is no
-    /// such list, or no node.
+    /// The process ids of all locks on the node of the device at an address.
+    /// Each is the process that took the lock, as the kernel's list has it.
+    /// `None` if there is no such list or no node.
     pub(super) fn locks(&self, address: Address) -> Option<Vec<String>> {
         let node = fs::metadata(self.path(address.node())).ok()?;
         let locks = read_if_there(&self.path("/proc/locks")).ok()??;
@@ -113,7 +115,7 @@ impl Host {
     }
 }
 
-/// Whether this process sees all others.
+/// Whether this process sees all other processes.
 pub(super) fn is_first_pid_namespace(host: &Host) -> bool {
     let name = fs::read_link(host.path("/proc/self/ns/pid"));
     name.is_ok_and(|name| name.as_os_str() == FIRST_PID_NAMESPACE)

@@ -1,5 +1,5 @@
-//! The edge to the host: its USB devices as sysfs shows them. Everything is
-//! read below a root directory, so that tests can bring their own.
+//! Access to the host: its USB devices as sysfs shows them. Everything is read
+//! below a root directory, so that tests can use their own.
 //!
 //! Linux documents the attributes in Documentation/ABI/testing/sysfs-bus-usb.
 
@@ -48,12 +48,12 @@ use crate::usb::{self, Address, CLASS_HUB, Device, HotplugEvent, Port, Selector,
 /// include/linux/usb.h, `USB_DEVICE_MAJOR`).
 pub const USB_DEVICE_MAJOR: u32 = 189;
 
-/// The most that is read of one file of sysfs or `/proc`, in bytes. An
-/// attribute of sysfs has a page at most; mount tables can be long.
+/// The most bytes that are read from one file of sysfs or `/proc`. An attribute
+/// of sysfs has at most one page, but mount tables can be long.
 const MAX_FILE: u64 = 4 << 20;
 
-/// What a device says of itself, without the blanks around it; what is nothing
-/// but blanks is not there. Untrusted: escape it before it is shown.
+/// The strings of a device, without leading and trailing blanks. A string of
+/// blanks counts as missing. Untrusted: escape them before they are shown.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Strings {
     /// The maker's name.
@@ -65,8 +65,8 @@ pub struct Strings {
 }
 
 impl Strings {
-    /// The maker's and the product's name; makers repeat theirs in the
-    /// product's, often enough.
+    /// The names of the manufacturer and the product. Many products repeat the
+    /// manufacturer's name, so it is shown only once.
     pub fn name(&self) -> Option<String> {
         match (&self.manufacturer, &self.product) {
             (Some(maker), Some(product)) if product.starts_with(maker) => Some(product.clone()),
@@ -103,10 +103,10 @@ impl Host {
         self.path(format!("/sys/bus/usb/devices/{port}"))
     }
 
-    /// The device at a port, if there is one. It is read from attributes that
-    /// never wait. Others do as long as the device's lock is held, and it is
-    /// held while drivers start: `uevent`, the strings, what belongs to the
-    /// configuration (Linux, drivers/usb/core/sysfs.c).
+    /// The device at a port, if there is one. Only attributes are read that
+    /// never wait. The others wait while the device's lock is held, and it is
+    /// held while drivers start: `uevent`, the strings, and the attributes of
+    /// the configuration (Linux, drivers/usb/core/sysfs.c).
     ///
     /// # Errors
     ///
@@ -155,18 +155,18 @@ impl Host {
         }
     }
 
-    /// Whether there is a list of devices at all: where there is none, nothing
-    /// is known to be gone.
+    /// Whether the list of devices exists. Without it, no device is known to be
+    /// gone.
     pub fn has_usb(&self) -> bool {
         self.path("/sys/bus/usb/devices").is_dir()
     }
 
-    /// Every device but the root hubs, by port. One that cannot be read is
-    /// warned about and left out.
+    /// Every device except the root hubs, sorted by port. A device that cannot
+    /// be read is left out, with a warning.
     ///
     /// # Errors
     ///
-    /// When there is no list of devices at all.
+    /// When the list of devices cannot be read.
     pub fn devices(&self) -> Result<Vec<Device>, Error> {
         let path = self.path("/sys/bus/usb/devices");
         let names = match fs::read_dir(&path) {
@@ -178,7 +178,7 @@ impl Host {
         let mut devices = Vec::new();
         for name in names {
             let name = name.map_err(|source| Error::Read { path: path.clone(), source })?;
-            // Interfaces (`1-1:1.0`) and root hubs (`usb1`) are no ports.
+            // Interfaces (`1-1:1.0`) and root hubs (`usb1`) are not ports.
             let Some(port) = name.file_name().to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
@@ -192,12 +192,13 @@ impl Host {
         Ok(devices)
     }
 
-    /// The device that a person named. [`Selector::Id`] means the port in it.
+    /// The device that a person named. [`Selector::Id`] stands for the port in
+    /// it.
     ///
     /// # Errors
     ///
-    /// [`Error::NoDevice`], [`Error::Ambiguous`], [`Error::RootHub`], or what
-    /// reading sysfs met.
+    /// [`Error::NoDevice`], [`Error::Ambiguous`], [`Error::RootHub`], or an
+    /// error of reading sysfs.
     pub fn find(&self, selector: &Selector) -> Result<Device, Error> {
         let none = || Error::NoDevice(self.absent(selector));
         let port = match selector {
@@ -213,8 +214,8 @@ impl Host {
         device.ok_or_else(none)
     }
 
-    /// The device of an event: as the event says it, or where a person typed it
-    /// and it says too little, as sysfs does.
+    /// The device of an event, with the event's own data. If a person typed the
+    /// event and it has too little data, sysfs is read.
     ///
     /// # Errors
     ///
@@ -226,7 +227,7 @@ impl Host {
         }
     }
 
-    /// The device, with what its interfaces say it is.
+    /// The device, with the class codes of its interfaces.
     fn with_interfaces(&self, device: Device) -> Device {
         Device { hub: device.hub || usb::is_hub(&self.descriptors(&device.port)), ..device }
     }
@@ -240,7 +241,8 @@ impl Host {
         devices.pop().ok_or_else(|| Error::NoDevice(self.absent(selector)))
     }
 
-    /// The device with a serial number, written as it is, or as it is shown.
+    /// The device with a serial number. The user may write it as it is, or with
+    /// the escapes that this tool shows.
     fn with_serial(&self, selector: &Selector, serial: &str) -> Result<Device, Error> {
         let (mut devices, mut starting) = (Vec::new(), Vec::new());
         for (device, its) in self.serials(self.devices()?) {
@@ -258,8 +260,8 @@ impl Host {
         }
     }
 
-    /// The serial numbers of devices; `None` stands for one that cannot be read
-    /// within a second, because its device is starting.
+    /// The serial numbers of devices. The outer `None` means that it could not
+    /// be read within a second, because the device is starting.
     pub fn serials(&self, devices: Vec<Device>) -> Vec<(Device, Option<Option<String>>)> {
         let host = self.clone();
         let (with, without): (Vec<Device>, Vec<Device>) =
@@ -269,15 +271,15 @@ impl Host {
         with.into_iter().zip(read).chain(without).collect()
     }
 
-    /// The port of the device at an address, through the kernel's index of
-    /// character devices.
+    /// The port of the device at an address. It is found through the kernel's
+    /// index of character devices.
     fn port_at(&self, address: Address, selector: &Selector) -> Result<Option<Port>, Error> {
         let link = format!("/sys/dev/char/{USB_DEVICE_MAJOR}:{}", address.minor());
         self.port_of_path(Path::new(&link), selector)
     }
 
-    /// The port of a path in sysfs: that of the device itself, or of the
-    /// device that the thing belongs to.
+    /// The port of a path in sysfs: the path of a device itself, or of
+    /// something that belongs to a device.
     fn port_of_path(&self, path: &Path, selector: &Selector) -> Result<Option<Port>, Error> {
         let path = self.path(path);
         let real = match path.canonicalize() {
@@ -297,20 +299,21 @@ impl Host {
         Ok(None)
     }
 
-    /// Whether udev has seen the device at a port: before that, it knows no
-    /// property of it.
+    /// Whether udev has processed the device at a port. Before that, udev has
+    /// no property of it.
     pub fn is_known_to_udev(&self, port: &Port) -> bool {
         let path = self.directory(port).canonicalize();
         let device = path.and_then(|path| udev::Device::from_syspath(&path));
         device.is_ok_and(|device| device.is_initialized())
     }
 
-    /// The speed of the device at a port; `None` if the kernel does not know.
+    /// The speed of the device at a port. `None` if the kernel does not know
+    /// it.
     pub fn speed(&self, port: &Port) -> Option<Speed> {
         self.attribute(port, "speed")?.parse().ok()
     }
 
-    /// What the device at a port says of itself. This may wait for its drivers.
+    /// The strings of the device at a port. This may wait for its drivers.
     pub fn strings(&self, port: &Port) -> Strings {
         Strings {
             manufacturer: self.string(port, "manufacturer"),
@@ -319,13 +322,13 @@ impl Host {
         }
     }
 
-    /// The serial number of the device at a port, without the blanks around it.
-    /// This may wait for its drivers.
+    /// The serial number of the device at a port, without leading and trailing
+    /// blanks. This may wait for its drivers.
     pub fn serial(&self, port: &Port) -> Option<String> {
         self.string(port, "serial")
     }
 
-    /// The serial number with the blanks around it: so does udev compare it.
+    /// The serial number with its blanks, because udev compares it with them.
     /// This may wait for the device's drivers.
     pub fn serial_with_blanks(&self, port: &Port) -> Option<String> {
         self.attribute(port, "serial")
@@ -336,8 +339,8 @@ impl Host {
         (!text.is_empty()).then_some(text)
     }
 
-    /// Whether the device at a port has a serial number. The kernel shows no
-    /// attribute for what a device does not have.
+    /// Whether the device at a port has a serial number. If a device has none,
+    /// the kernel does not create the attribute.
     pub fn has_serial(&self, port: &Port) -> bool {
         self.directory(port).join("serial").exists()
     }
@@ -349,21 +352,21 @@ impl Host {
         let _ = self.attribute(port, "bConfigurationValue");
     }
 
-    /// An attribute of the device at a port, without its newline; `None` if
-    /// there is none. A device's own strings need not be UTF-8.
+    /// An attribute of the device at a port, without its newline. `None` if
+    /// there is none. A device's own strings may be invalid UTF-8.
     fn attribute(&self, port: &Port, name: &str) -> Option<String> {
         let text = read_if_there(&self.directory(port).join(name)).ok()??;
         Some(text.strip_suffix('\n').unwrap_or(&text).to_owned())
     }
 }
 
-/// A file's text, bounded; `None` if there is no such file, or the device it
-/// belonged to is gone (ENODEV).
+/// The text of a file, up to a limit. `None` if there is no such file, or if
+/// its device is gone (ENODEV).
 fn read_if_there(path: &Path) -> Result<Option<String>, Error> {
     Ok(read_bytes(path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
 }
 
-/// As [`read_if_there`], but what is no text.
+/// Like [`read_if_there`], for content that is not text.
 fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     use io::Read;
     let mut bytes = Vec::new();

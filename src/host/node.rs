@@ -1,6 +1,6 @@
-//! A device's node: opened, checked, and locked. The open descriptor is the
-//! permission that QEMU gets, and the lock on it is the claim: it belongs to
-//! the open file, so it lasts as long as QEMU holds its copy (flock(2)).
+//! Opens, checks and locks a device's node. The open descriptor allows QEMU to
+//! use the device, and the lock on it is the claim. The lock belongs to the
+//! open file, so it lasts as long as QEMU keeps its copy (flock(2)).
 
 use std::fs::OpenOptions;
 use std::io;
@@ -12,19 +12,19 @@ use rustix::fs::{FileType, FlockOperation, OFlags, flock, fstat, major, minor};
 use super::{Error, Holder, Host, USB_DEVICE_MAJOR};
 use crate::usb::Address;
 
-/// What came of opening a node.
+/// The result of opening a node.
 #[derive(Debug)]
 pub enum Node {
     /// Open for reading and writing, and locked.
     Ours(Claim),
     /// Another process has the lock.
     Held,
-    /// This process may not open it; QEMU may still.
+    /// This process may not open it. QEMU may still be able to.
     NotPermitted,
 }
 
-/// An open node and the lock on it. Dropped, it gives the lock up for every
-/// copy of the descriptor, those in other processes too.
+/// An open node and the lock on it. When it is dropped, the lock is released
+/// for every copy of the descriptor, also for copies in other processes.
 #[derive(Debug)]
 pub struct Claim {
     node: OwnedFd,
@@ -38,19 +38,20 @@ impl Claim {
         &self.node
     }
 
-    /// Who has locked the node and has no right to the device, so that this
-    /// claim is the open node alone.
+    /// The processes that have locked the node although they have no right to
+    /// the device. If there are any, this claim is only the open node, without
+    /// a lock.
     pub fn strangers(&self) -> &[Holder] {
         &self.strangers
     }
 
-    /// Whether the device has left: the kernel has removed its node (Linux,
+    /// Whether the device is gone: the kernel has removed its node (Linux,
     /// drivers/base/core.c, `device_del`).
     pub fn is_gone(&self) -> bool {
         fstat(&self.node).is_ok_and(|stat| stat.st_nlink == 0)
     }
 
-    /// Leaves the lock to whoever has the copies.
+    /// Leaves the lock to the processes that have copies of the descriptor.
     pub fn hand_over(mut self) {
         self.is_handed_over = true;
     }
@@ -71,8 +72,8 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// [`Error::Gone`] when there is no such node, [`Error::NotTheNode`] when
-    /// something else has its name.
+    /// [`Error::Gone`] if there is no such node, [`Error::NotTheNode`] if the
+    /// path belongs to something else.
     pub fn open(&self, address: Address) -> Result<Node, Error> {
         let path = self.path(address.node());
         let flags = OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
@@ -104,8 +105,9 @@ impl Host {
         }
         match flock(&node, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Node::Ours(Claim { node, is_handed_over: false, strangers: Vec::new() })),
-            // The node is open for writing before the others' are looked at: of
-            // two who come to the same end at once, one sees the other.
+            // The node is opened for writing before the other processes are
+            // checked. If two processes do this at the same time, at least one
+            // sees the other.
             Err(rustix::io::Errno::WOULDBLOCK) => match self.strangers(address) {
                 Some(strangers) => Ok(Node::Ours(Claim { node, is_handed_over: false, strangers })),
                 None => Ok(Node::Held),

@@ -1,7 +1,7 @@
-//! Whether a device is somebody else's: a program's that has claimed an
-//! interface of it, or a VM's that got it without this tool. Neither takes our
-//! lock, so the kernel is asked: an interface whose driver is `usbfs` is
-//! claimed by a process (Linux, drivers/usb/core/devio.c, `claimintf`).
+//! Whether somebody else uses a device: a program that has claimed an interface
+//! of it, or a VM that got it without this tool. Neither takes our lock, so the
+//! kernel's state is read: if the driver of an interface is `usbfs`, a process
+//! has claimed it (Linux, drivers/usb/core/devio.c, `claimintf`).
 
 use std::fmt;
 use std::fs;
@@ -13,16 +13,16 @@ use crate::usb::{Address, Device, Port};
 /// drivers/usb/core/devio.c, `usbfs_driver`).
 pub const CLAIMED: &str = "usbfs";
 
-/// Whose a device is.
+/// The user of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Owner {
-    /// A VM's.
+    /// A VM uses it.
     Vm(Holder),
-    /// A program's.
+    /// A program uses it.
     Program(Holder),
-    /// That of one of these processes.
+    /// One of these processes uses it.
     OneOf(Vec<Holder>),
-    /// That of a process which cannot be seen from here.
+    /// A process uses it that this process cannot see.
     Unseen,
 }
 
@@ -40,7 +40,7 @@ impl fmt::Display for Owner {
 }
 
 impl Owner {
-    /// What to do so that the device is free.
+    /// What the user can do to free the device.
     pub fn advice(&self) -> &'static str {
         match self {
             Owner::Vm(_) => "detach it there first, or use `attach --take`",
@@ -50,26 +50,26 @@ impl Owner {
     }
 }
 
-/// How well to look for an owner.
+/// How thoroughly to look for an owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Look {
-    /// At what the kernel says of the device: a few links in sysfs.
+    /// Read only what the kernel says about the device: a few links in sysfs.
     #[default]
     Quick,
-    /// At all processes, too: a QEMU whose guest has not got to the device yet
-    /// has it open, and has claimed nothing.
+    /// Check all processes, too. A QEMU whose guest has not configured the
+    /// device yet has it open, but has claimed nothing.
     Thorough,
 }
 
 impl Host {
-    /// Who has the device, if somebody has that our lock does not tell of.
-    /// To be asked while nobody else has the lock.
+    /// The owner of the device, if somebody uses it without our lock. Call it
+    /// only while nobody else has the lock.
     pub fn owner(&self, device: &Device, look: Look) -> Option<Owner> {
         let drivers = self.drivers_of(&device.port);
         if drivers.iter().flatten().any(|driver| driver == CLAIMED) {
             return Some(self.claimer(device.address));
         }
-        // QEMU takes the kernel's drivers off before it claims anything (QEMU,
+        // QEMU unbinds the kernel's drivers before it claims anything (QEMU,
         // hw/usb/host-libusb.c, `usb_host_detach_kernel`).
         let is_bare = drivers.iter().any(Option::is_none);
         if look == Look::Quick || !is_bare {
@@ -79,8 +79,8 @@ impl Host {
         vms.find(|pid| self.qemu(*pid).is_some()).map(|pid| Owner::Vm(self.holder(pid)))
     }
 
-    /// Whether no driver of the host has the device at a port: QEMU takes them
-    /// all off, and claims some interfaces for itself.
+    /// Whether no driver of the host is bound to the device at a port. QEMU
+    /// unbinds all of them and claims some interfaces for itself.
     pub fn has_no_driver(&self, port: &Port) -> bool {
         self.drivers_of(port).iter().flatten().all(|driver| driver == CLAIMED)
     }
@@ -94,14 +94,15 @@ impl Host {
         self.interfaces(port).into_iter().map(driver).collect()
     }
 
-    /// Whether the kernel lets anybody use the device at a port (Linux,
-    /// Documentation/usb/authorization.rst). Where it does not say, it does.
+    /// Whether the device at a port is authorized (Linux,
+    /// Documentation/usb/authorization.rst). If the kernel does not tell, it
+    /// is.
     pub fn is_authorized(&self, port: &Port) -> bool {
         self.attribute(port, "authorized").is_none_or(|text| text != "0")
     }
 
-    /// The process that has claimed an interface: one of those that have the
-    /// node open for writing.
+    /// The process that has claimed an interface. It is one of those that have
+    /// the node open for writing.
     fn claimer(&self, address: Address) -> Owner {
         let mut pids = self.writers(address);
         let is_vm = |pid: &i32| self.qemu(*pid).is_some();
@@ -117,9 +118,9 @@ impl Host {
         }
     }
 
-    /// The processes, apart from this one, that have the node of the device at
-    /// an address open for reading and writing; who reads only can claim
-    /// nothing (Linux, drivers/usb/core/devio.c, `usbdev_do_ioctl`).
+    /// The other processes that have the node of the device at an address open
+    /// for reading and writing. A process with read access only cannot claim
+    /// anything (Linux, drivers/usb/core/devio.c, `usbdev_do_ioctl`).
     fn writers(&self, address: Address) -> Vec<i32> {
         let this = i32::try_from(std::process::id()).ok();
         let mut pids = self.processes();
@@ -137,9 +138,9 @@ impl Host {
     }
 }
 
-/// Whether a descriptor is open for reading and writing, and not one that this
-/// tool has passed on (proc(5), `/proc/pid/fdinfo`). QEMU may keep such a one
-/// that it could not use; ours alone are opened with O_NONBLOCK.
+/// Whether a descriptor is open for reading and writing and was not passed on
+/// by this tool (proc(5), `/proc/pid/fdinfo`). QEMU may keep a descriptor of
+/// this tool that it could not use. Only this tool opens nodes with O_NONBLOCK.
 fn is_foreign_writer(info: &str) -> bool {
     use rustix::fs::OFlags;
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));

@@ -1,4 +1,4 @@
-//! Waiting for a descriptor to become readable, or to have something urgent.
+//! Waits until a descriptor is readable or has a priority event.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Has the runtime tell when a descriptor can be read.
+/// Makes the runtime report when a descriptor is readable.
 ///
 /// # Errors
 ///
@@ -15,7 +15,7 @@ pub fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     registered(descriptor, Interest::READABLE)
 }
 
-/// Has the runtime tell when a descriptor has a priority event.
+/// Makes the runtime report when a descriptor has a priority event.
 ///
 /// # Errors
 ///

@@ -1,5 +1,5 @@
-//! A device back to the host: a QEMU that is killed leaves its devices'
-//! interfaces without a driver.
+//! Returns a device to the host. A QEMU that is killed leaves the interfaces of
+//! its devices without a driver.
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use crate::text::escape;
 use crate::usb::Port;
 
 impl Host {
-    /// Has the kernel look for drivers for those interfaces of the device at
-    /// a port that have none, by writing their names to `drivers_probe`
-    /// (Linux, Documentation/ABI/testing/sysfs-bus-usb and drivers/base/bus.c,
-    /// `drivers_probe_store`).
+    /// Makes the kernel look for drivers for the interfaces of the device at a
+    /// port that have none. The names of the interfaces are written to
+    /// `drivers_probe` (Linux, Documentation/ABI/testing/sysfs-bus-usb and
+    /// drivers/base/bus.c, `drivers_probe_store`).
     pub fn probe_drivers(&self, port: &Port) {
         for interface in self.interfaces(port) {
             if interface.join("driver").exists() {
@@ -25,7 +25,7 @@ impl Host {
             let probe = self.path("/sys/bus/usb/drivers_probe");
             match fs::write(probe, name.as_bytes()) {
                 Ok(()) => debug!(%port, interface = %name, "looked for a driver"),
-                // Nobody drives it: it had no driver before, either.
+                // No driver fits it, so it had none before, either.
                 Err(error)
                     if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {}
                 Err(error) => {

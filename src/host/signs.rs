@@ -1,6 +1,6 @@
-//! Signs that somebody may have let go of a device: the kernel tells of mounts,
-//! of swap space, and of files that are closed, so nobody has to look again
-//! and again. A sign comes a moment before what it stands for.
+//! Signs that somebody may have released a device. The kernel reports mounts,
+//! swap space and files that are closed, so no repeated check is needed. A sign
+//! arrives a moment before the change itself.
 
 use std::fs::File;
 use std::future::{pending, poll_fn};
@@ -19,12 +19,12 @@ use super::Host;
 use super::readable::{readable, urgent};
 use crate::usb::{Address, Port};
 
-/// Tables of the kernel's that tell by a priority event that they have changed
-/// (proc(5), `/proc/pid/mountinfo`; Linux, mm/swapfile.c, `swaps_poll`). The
-/// mounts of process 1 may be others than those of a service.
+/// Tables of the kernel that report their changes as a priority event (proc(5),
+/// `/proc/pid/mountinfo`; Linux, mm/swapfile.c, `swaps_poll`). Process 1 may
+/// have other mounts than a service.
 const TABLES: [&str; 3] = ["/proc/self/mountinfo", "/proc/1/mountinfo", "/proc/swaps"];
 
-/// What tells that somebody may have let go of a device.
+/// The sources of these signs.
 #[derive(Debug, Default)]
 pub struct Signs {
     tables: Vec<AsyncFd<OwnedFd>>,
@@ -32,11 +32,11 @@ pub struct Signs {
 }
 
 impl Signs {
-    /// Those of the disks of the device at a port.
+    /// The signs for the disks of the device at a port.
     ///
     /// # Errors
     ///
-    /// When the system has no descriptor to give.
+    /// When the system has no free descriptor.
     pub fn of_disks(host: &Host, port: &Port) -> io::Result<Self> {
         let mut tables = Vec::new();
         for table in TABLES {
@@ -48,7 +48,7 @@ impl Signs {
         Ok(Signs { tables, files: Some(closes(host.disk_nodes(port))?) })
     }
 
-    /// Those of the node of the device at an address.
+    /// The signs for the node of the device at an address.
     ///
     /// # Errors
     ///
@@ -58,7 +58,7 @@ impl Signs {
         Ok(Signs { files, ..Signs::default() })
     }
 
-    /// Waits for the next sign; for ever where nothing gives any.
+    /// Waits for the next sign. If there is no source, it waits for ever.
     pub async fn next(&self) {
         let mut waits: Vec<Pin<Box<dyn Future<Output = ()> + '_>>> = Vec::new();
         for table in &self.tables {
@@ -95,7 +95,7 @@ async fn file_closed(files: &AsyncFd<OwnedFd>) {
     }
 }
 
-/// Tells when one of these files is closed by anybody (inotify(7)).
+/// Reports when any process closes one of these files (inotify(7)).
 fn closes(files: Vec<PathBuf>) -> io::Result<AsyncFd<OwnedFd>> {
     let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     let flags = WatchFlags::CLOSE_WRITE | WatchFlags::CLOSE_NOWRITE;

@@ -1,8 +1,9 @@
-//! Locks that are no claims. By default any user may open a device's node for
-//! reading (systemd, rules.d/50-udev-default.rules.in, mode 0664) and lock it,
-//! and so keep a VM from its own device. But who reads only can use nothing
-//! (Linux, drivers/usb/core/devio.c, `usbdev_do_ioctl`), and a claim of this
-//! tool is a descriptor that is open for writing, too.
+//! Locks that are not claims. By default, any user may open a device's node for
+//! reading (systemd, rules.d/50-udev-default.rules.in, mode 0664) and lock it.
+//! Such a lock would keep a VM from its own device. But a process with read
+//! access only cannot use the device (Linux, drivers/usb/core/devio.c,
+//! `usbdev_do_ioctl`). A claim of this tool is always a descriptor that is open
+//! for writing, too.
 
 use std::fs;
 use std::io;
@@ -11,22 +12,22 @@ use super::life::is_first_pid_namespace;
 use super::{Holder, Host, read_if_there};
 use crate::usb::Address;
 
-/// What a process has of a node.
+/// How a process uses a node.
 #[derive(Debug, PartialEq, Eq)]
 enum Has {
-    /// Nothing that matters.
+    /// It does nothing that matters here.
     Nothing,
-    /// It is open for reading, and locked.
+    /// It has the node open for reading, and has locked it.
     Lock,
-    /// It is open for writing.
+    /// It has the node open for writing.
     Claim,
 }
 
 impl Host {
     /// The processes that have locked the node of the device at an address and
-    /// have it open only for reading, where that is all that anybody has: this
-    /// process may have it open once. `None` where somebody may have a claim,
-    /// and where this process may not see what all others have open.
+    /// have it open only for reading. This process itself may have it open
+    /// once. `None` if any process may have a claim, or if this process may not
+    /// see the open files of all others.
     pub fn strangers(&self, address: Address) -> Option<Vec<Holder>> {
         if !is_first_pid_namespace(self) {
             return None;
@@ -55,8 +56,8 @@ impl Host {
     }
 
     /// The living processes that took the locks on the node of the device at an
-    /// address, if the kernel tells; they may have passed them on (proc(5),
-    /// `/proc/locks`).
+    /// address, if the kernel tells. They may have passed the locks on
+    /// (proc(5), `/proc/locks`).
     pub fn lockers(&self, address: Address) -> Vec<Holder> {
         let locks = self.locks(address).unwrap_or_default();
         let mut pids: Vec<i32> = locks.iter().filter_map(|pid| pid.parse().ok()).collect();
@@ -66,7 +67,7 @@ impl Host {
         holders.filter(|holder| !holder.program.is_empty()).collect()
     }
 
-    /// What a process has of a node; `None` if this process may not see that.
+    /// How a process uses a node. `None` if this process may not see that.
     fn has(&self, pid: i32, address: Address) -> Option<Vec<Has>> {
         let directory = self.path(format!("/proc/{pid}"));
         let descriptors = match fs::read_dir(directory.join("fd")) {
@@ -79,7 +80,8 @@ impl Host {
         for descriptor in descriptors.flatten() {
             let file = match fs::metadata(descriptor.path()) {
                 Ok(file) => file,
-                // It was closed in between, or is no file with a name.
+                // It was closed in the meantime, or it is not a file with a
+                // name.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(_) => return None,
             };
@@ -93,7 +95,7 @@ impl Host {
     }
 }
 
-/// What a descriptor is, by its lines in `/proc/PID/fdinfo` (proc(5)).
+/// What the lines of a descriptor in `/proc/PID/fdinfo` mean (proc(5)).
 fn has(info: &str) -> Has {
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
     let mode = flags.and_then(|octal| u32::from_str_radix(octal.trim(), 8).ok()).map(|f| f & 0o3);
@@ -104,7 +106,7 @@ fn has(info: &str) -> Has {
     match mode {
         Some(0) if is_locked => Has::Lock,
         Some(0) => Has::Nothing,
-        // If it cannot be read, it may be a claim of ours.
+        // If it cannot be read, it may be a claim of this tool.
         _ => Has::Claim,
     }
 }

@@ -1,5 +1,6 @@
-//! What other users may change: a socket's directory, a file that root reads,
-//! a program that root runs. Who may change it can have a device, or be root.
+//! Files that other users may change: the directory of a socket, a file that
+//! root reads, a program that root runs. A user who may change one can get a
+//! device or become root.
 
 use std::fmt;
 use std::fs;
@@ -12,9 +13,9 @@ use crate::text::escape;
 /// A file or directory that others may change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exposed {
-    /// Which.
+    /// The path.
     pub path: PathBuf,
-    /// Who they are.
+    /// The users who may change it.
     pub to: String,
 }
 
@@ -25,15 +26,15 @@ impl fmt::Display for Exposed {
 }
 
 impl Host {
-    /// Who, apart from root and this user, may change a file, or put another
-    /// one in its place. What cannot be looked at is passed over.
+    /// The users, apart from root and this user, who may change a file or
+    /// replace it. What cannot be read is skipped.
     pub fn exposed_file(&self, path: &Path) -> Option<Exposed> {
         let path = fs::canonicalize(self.path(path)).ok()?;
         path.ancestors().find_map(exposed_to_some)
     }
 
-    /// The directory of a socket's path that anybody may change. That a VM's
-    /// own user or group may is as it must be.
+    /// The directory on a socket's path that any user may change. The VM's own
+    /// user or group has to be able to change it, so that is not reported.
     pub fn exposed_socket(&self, path: &Path) -> Option<Exposed> {
         let directory = fs::canonicalize(self.path(path).parent()?).ok()?;
         directory.ancestors().find_map(exposed_to_all)
@@ -42,8 +43,8 @@ impl Host {
 
 fn exposed_to_all(path: &Path) -> Option<Exposed> {
     let found = fs::symlink_metadata(path).ok()?;
-    // In a directory with the sticky bit anybody may make what is not there
-    // yet, and a socket is not there while its VM does not run.
+    // In a directory with the sticky bit, any user may create a file that does
+    // not exist yet. A socket does not exist while its VM does not run.
     (found.mode() & 0o002 != 0).then(|| Exposed { path: path.to_owned(), to: "any user".into() })
 }
 
@@ -51,7 +52,7 @@ fn exposed_to_some(path: &Path) -> Option<Exposed> {
     let found = fs::symlink_metadata(path).ok()?;
     let this = rustix::process::geteuid().as_raw();
     let exposed = |to: String| Some(Exposed { path: path.to_owned(), to });
-    // The sticky bit keeps what is there from others (inode(7)).
+    // The sticky bit protects existing files from other users (inode(7)).
     let is_sticky = found.is_dir() && found.mode() & 0o1000 != 0;
     if ![0, this].contains(&found.uid()) {
         return exposed(format!("user {}", found.uid()));
@@ -82,7 +83,8 @@ mod tests {
             fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
         };
         let told = |found: Option<Exposed>| found.map(|found| (found.path, found.to));
-        // A sticky directory above, like /tmp, keeps what is in it.
+        // A directory above with the sticky bit, like /tmp, protects what is in
+        // it.
         mode(root.path(), 0o1777);
         assert_eq!(told(host.exposed_file(Path::new("/vm/file"))), None);
         mode(&directory, 0o777);

@@ -1,5 +1,6 @@
-//! What the host uses a device for that is no disk: its network, a program, or
-//! the person who types. Nothing is lost when it leaves; but somebody should know.
+//! Uses of a device that have nothing to do with disks: its network, a program,
+//! or the person who types. No data is lost when the device leaves, but the
+//! user should know about it.
 
 use std::fmt;
 use std::fs;
@@ -9,24 +10,24 @@ use super::disk::{directories, name, number_of};
 use super::{Holder, Host, Look, read_if_there};
 use crate::usb::Port;
 
-/// How deep a node's directory lies below its device's, at most.
+/// The most levels between the directory of a device and that of its node.
 const MAX_DEPTH: usize = 8;
 
-/// How many bridges, bonds and VLANs are followed from an adapter upwards.
+/// The most bridges, bonds and VLANs that are followed upwards from an adapter.
 const MAX_STACK: usize = 4;
 
 /// A use of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OtherUse {
-    /// The network adapter of this name has the default route, perhaps by way of
-    /// the bridge it is in.
+    /// The network adapter of this name has the default route. The route may
+    /// belong to a bridge that the adapter is in.
     DefaultRoute(String),
-    /// The network adapter of this name has an address, or its bridge has.
+    /// The network adapter of this name has an address, or its bridge has one.
     Address(String),
-    /// The node of this name, a serial port, sound device, printer or camera, is
-    /// open in that program.
+    /// This program has the node of this name open: a serial port, a sound
+    /// device, a printer or a camera.
     Program(String, Holder),
-    /// It is the only keyboard.
+    /// It is the only keyboard of the host.
     OnlyKeyboard,
 }
 
@@ -43,7 +44,7 @@ impl OtherUse {
 }
 
 /// All uses on one line: `eth1 has an address; it is the only keyboard`. `None`
-/// if there is none.
+/// if there is no use.
 pub fn listed(uses: &[OtherUse]) -> Option<String> {
     let shown: Vec<String> = uses.iter().map(ToString::to_string).collect();
     (!shown.is_empty()).then(|| shown.join("; "))
@@ -60,7 +61,7 @@ impl fmt::Display for OtherUse {
     }
 }
 
-/// What a device has that the host can use, as directories of sysfs.
+/// The parts of a device that the host can use, as directories of sysfs.
 #[derive(Debug, Default)]
 struct Functions {
     adapters: Vec<PathBuf>,
@@ -69,9 +70,9 @@ struct Functions {
 }
 
 impl Host {
-    /// What the host uses the device at a port for, besides its disks. Who looks
-    /// thoroughly is told which programs have it open, too, as far as this
-    /// process may see that.
+    /// What the host uses the device at a port for, besides its disks. With a
+    /// thorough look, it also finds the programs that have it open, as far as
+    /// this process may see that.
     pub fn other_uses(&self, port: &Port, look: Look) -> Vec<OtherUse> {
         let functions = self.functions(port);
         let mut uses = Vec::new();
@@ -101,7 +102,7 @@ impl Host {
                 let its_name = name(&child);
                 match subsystem(&child).as_deref() {
                     Some("net") => functions.adapters.push(child),
-                    // The mixer of a sound device is open wherever there is a desktop.
+                    // Every desktop has the mixer of a sound device open.
                     Some("tty" | "sound" | "usbmisc" | "video4linux")
                         if child.join("dev").exists() && !its_name.starts_with("control") =>
                     {
@@ -126,8 +127,8 @@ impl Host {
         let mut stack = vec![name(adapter)];
         let mut next = 0;
         while let Some(lower) = stack.get(next).filter(|_| next < MAX_STACK) {
-            // A link for each bridge, bond or VLAN (Linux, net/core/dev.c,
-            // `netdev_adjacent_sysfs_add`).
+            // There is a link for each bridge, bond or VLAN (Linux,
+            // net/core/dev.c, `netdev_adjacent_sysfs_add`).
             let links = fs::read_dir(self.path(format!("/sys/class/net/{lower}")));
             let upper = |entry: fs::DirEntry| {
                 entry.file_name().to_str()?.strip_prefix("upper_").map(str::to_owned)
@@ -146,7 +147,7 @@ impl Host {
         }
     }
 
-    /// How many keyboards the host has, but for those that programs pretend
+    /// How many keyboards the host has, without those that programs simulate
     /// (Linux, drivers/input/misc/uinput.c).
     fn keyboards(&self) -> usize {
         let inputs = fs::read_dir(self.path("/sys/class/input")).into_iter().flatten().flatten();
@@ -165,10 +166,10 @@ fn subsystem(directory: &Path) -> Option<String> {
     Some(name(&fs::read_link(directory.join("subsystem")).ok()?))
 }
 
-/// Whether an input device has the keys from Esc to S, the first 31, which is
-/// what udev takes for a keyboard (systemd, src/udev/udev-builtin-input_id.c,
-/// `test_key`). The last word has the first keys (Linux,
-/// drivers/input/input.c, `input_print_bitmap`).
+/// Whether an input device has the keys from Esc to S, which are the first 31.
+/// udev recognizes a keyboard by them (systemd,
+/// src/udev/udev-builtin-input_id.c, `test_key`). The last word contains the
+/// first keys (Linux, drivers/input/input.c, `input_print_bitmap`).
 fn is_keyboard(input: &Path) -> bool {
     const FIRST: u64 = 0xffff_fffe;
     let keys = read_if_there(&input.join("capabilities/key")).ok().flatten().unwrap_or_default();
@@ -180,15 +181,16 @@ fn is_keyboard(input: &Path) -> bool {
 /// The network adapters with routes, by name.
 #[derive(Debug, Default)]
 struct Routes {
-    /// Those with a default route.
+    /// The adapters with a default route.
     default: Vec<String>,
-    /// Those with any, which all have that have an address, or with an address
-    /// for IPv6 that is good beyond its own link.
+    /// The adapters with any route. An adapter with an address always has one.
+    /// An adapter with an IPv6 address counts if the address is valid beyond
+    /// its own link.
     all: Vec<String>,
 }
 
 impl Routes {
-    /// Reads what the kernel has in `/proc/net` (Linux, net/ipv4/fib_trie.c,
+    /// Reads the kernel's tables in `/proc/net` (Linux, net/ipv4/fib_trie.c,
     /// `fib_route_seq_show`; net/ipv6/route.c, `rt6_info_route`;
     /// net/ipv6/addrconf.c, `if6_seq_show`).
     fn read(host: &Host) -> Self {
@@ -208,7 +210,8 @@ impl Routes {
         for line in read("ipv6_route").lines() {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let [target, length, .., flags, name] = fields.as_slice() else { continue };
-            // RTF_UP without RTF_REJECT (Linux, include/uapi/linux/route.h).
+            // The route needs RTF_UP and must not have RTF_REJECT (Linux,
+            // include/uapi/linux/route.h).
             let flags = u32::from_str_radix(flags, 16).unwrap_or_default();
             let is_up = flags & 0x201 == 1;
             if is_up && *length == "00" && target.bytes().all(|byte| byte == b'0') {
@@ -217,7 +220,8 @@ impl Routes {
         }
         for line in read("if_inet6").lines() {
             let fields: Vec<&str> = line.split_whitespace().collect();
-            // Every adapter that is up has one with the scope of its link.
+            // Every adapter that is up has an address with the scope of its
+            // link.
             if let [_, _, _, scope, _, name] = fields.as_slice() {
                 if *scope != "20" {
                     routes.all.push((*name).to_owned());

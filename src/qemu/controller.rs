@@ -1,4 +1,4 @@
-//! One USB controller more for a VM that has no port for a device.
+//! Adds a USB controller to a VM that has no port for a device.
 
 use std::collections::BTreeSet;
 
@@ -12,33 +12,37 @@ use super::{Controller, ControllerKind, GuestPort, NoGuestPort, Placement, guest
 use crate::text::escape;
 use crate::usb::Speed;
 
-/// The id of the first controller that is added; the next ones have a number.
+/// The id of the first controller that is added. A number is added to the next
+/// ones.
 const ID: &str = "usb-qmp-hotplug-xhci";
 
-/// The most controllers that are added to one VM: enough for 60 devices.
+/// The most controllers that are added to one VM. They are enough for 60
+/// devices.
 const MAX_ADDED: usize = 4;
 
-/// The ports of each speed; there can be no more (QEMU, hw/usb/hcd-xhci.h,
+/// The ports of each speed. This is the maximum (QEMU, hw/usb/hcd-xhci.h,
 /// `XHCI_MAXPORTS_2`).
 const PORTS: u32 = 15;
 
-/// The bus of a `pc` machine, whose slots take devices at any time. A `q35`
-/// machine has none of this name: there only the ports do that which it was
-/// given for it (QEMU, docs/pcie.txt, section 3).
+/// The bus of a `pc` machine. Its slots accept devices at any time. A `q35`
+/// machine has no bus of this name. There, only the ports that the VM was given
+/// for hotplug accept devices (QEMU, docs/pcie.txt, section 3).
 const PCI: &str = "pci.0";
 
-/// Those ports (QEMU, hw/pci-bridge/). The bus of each has its id (QEMU,
-/// hw/pci/pci_bridge.c, `pci_bridge_initfn`), and takes one device, at slot 0;
-/// where no slot is named, QEMU puts more there, and no guest finds them.
+/// The types of those ports (QEMU, hw/pci-bridge/). The bus of each has the
+/// port's id (QEMU, hw/pci/pci_bridge.c, `pci_bridge_initfn`) and accepts one
+/// device, at slot 0. If no slot is named, QEMU adds more devices there, but no
+/// guest finds them.
 const SLOTS: [&str; 3] = ["pcie-root-port", "ioh3420", "xio3130-downstream"];
 
-/// Where a PCI device goes: the bus and the slot, or QEMU chooses.
+/// The place of a PCI device: its bus and its slot. QEMU chooses what is not
+/// set.
 type Slot = (Option<String>, Option<u8>);
 
 impl Vm {
-    /// Adds an xHCI controller because the VM `lacks` a port, and gives the
-    /// places on it for a device of this speed, or says that there is no slot
-    /// for one. With `dry_run`, only says what it would be.
+    /// Adds an xHCI controller because the VM `lacks` a port. Returns the ports
+    /// on it for a device of this speed, or the error that there is no slot.
+    /// With `dry_run`, it changes nothing and returns what it would do.
     ///
     /// # Errors
     ///
@@ -70,8 +74,8 @@ impl Vm {
         Ok(guest_ports(&[controller], &[], speed, placement))
     }
 
-    /// Adds it to the first slot that QEMU finds free. QEMU's last words if
-    /// there is none.
+    /// Adds it at the first slot that QEMU finds free. If there is none,
+    /// returns QEMU's last message.
     async fn add_xhci(
         &mut self,
         id: &str,
@@ -95,8 +99,8 @@ impl Vm {
             let Some(refusal) = error.refusal() else { return Err(error) };
             debug!(?bus, ?slot, "no slot for a controller: {}", escape(&refusal.desc));
             said.clone_from(&refusal.desc);
-            // Of a bus that is there, only the slot is taken (QEMU,
-            // hw/pci/pci.c, `do_pci_register_device`).
+            // If the bus exists, this refusal means only that the slot is in
+            // use (QEMU, hw/pci/pci.c, `do_pci_register_device`).
             if !refusal.desc.starts_with("PCI: slot") {
                 missing.extend(bus);
             }
@@ -112,8 +116,8 @@ fn free_id(objects: &[Object]) -> Option<String> {
     std::iter::once(ID.to_owned()).chain(numbered).find(|id| !taken.contains(id.as_str()))
 }
 
-/// The slots that may take a controller, the highest first: whoever manages the
-/// VM counts from the lowest.
+/// The slots that a controller may use, the highest first, because VM managers
+/// count from the lowest.
 fn slots(objects: &[Object]) -> Vec<Slot> {
     let pci = (1..=31).rev().map(|slot| (Some(PCI.to_owned()), Some(slot)));
     let ports = objects.iter().filter(|object| SLOTS.contains(&object.driver.as_str()));

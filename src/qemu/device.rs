@@ -1,4 +1,4 @@
-//! A host device into the VM.
+//! Attaches a host device to the VM.
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
@@ -17,30 +17,31 @@ use super::vm::{ALL, FDSET, Given, Object, USERS, Vm};
 use crate::qemu::{ControllerKind, GuestPort, InfoLine, Layout, NoGuestPort, Placement};
 use crate::usb::{Address, DeviceId, Speed};
 
-/// The most places that are tried before QEMU's last "in use" is believed.
+/// The most ports that are tried before QEMU's answer "in use" is final.
 const MAX_TRIES: usize = 64;
 
-/// How long an id may be taken by a device that was removed. It took QEMU 5.2
-/// some 50 ms.
+/// How long the id of a removed device may stay in use. QEMU 5.2 needed about
+/// 50 ms.
 const UNTIL_DELETED: Duration = Duration::from_secs(1);
 
-/// The event of a device that is gone from the VM.
+/// The event that QEMU sends when a device has been removed.
 pub(super) const DELETED: &str = "DEVICE_DELETED";
 
-/// What it tells (QEMU, qapi/qdev.json).
+/// The data of that event (QEMU, qapi/qdev.json).
 #[derive(serde::Deserialize)]
 struct Deleted {
     device: Option<String>,
 }
 
-/// How QEMU gets at the device.
+/// How QEMU opens the device.
 #[derive(Debug)]
 pub enum Access<'a> {
-    /// We opened its node, and pass the descriptor.
+    /// This tool opened the node, and it passes the descriptor.
     Descriptor(&'a OwnedFd),
     /// QEMU opens its node.
     Node(PathBuf),
-    /// QEMU looks for it in its list of devices; for a QEMU older than 5.2.
+    /// QEMU looks for it in its list of devices. This is for a QEMU older than
+    /// 5.2.
     Address,
 }
 
@@ -49,43 +50,45 @@ pub enum Access<'a> {
 pub struct Attachment<'a> {
     /// The id it gets.
     pub id: &'a DeviceId,
-    /// Where it is on the host.
+    /// Its address on the host.
     pub address: Address,
     /// More properties of usb-host, as the user gave them.
     pub options: &'a Map<String, Value>,
 }
 
-/// What a VM is doing, as far as it matters to a device (QEMU,
+/// The state of a VM, as far as it matters to a device (QEMU,
 /// qapi/run-state.json, `RunState`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
     /// Its processors run.
     Running,
-    /// They do not.
+    /// Its processors are stopped.
     Stopped,
-    /// It waits for the state of a saved or migrated VM, which will not have
-    /// what it is given now: a device would be an object without hardware
-    /// (QEMU, hw/usb/host-libusb.c, `usb_host_post_load`).
+    /// It waits for the state of a saved or migrated VM. That state does not
+    /// include a device that is attached now, so the device would be an object
+    /// without hardware (QEMU, hw/usb/host-libusb.c, `usb_host_post_load`).
     Incoming,
 }
 
-/// What the VM looks like to a device that wants in.
+/// The facts about a VM that an attach needs.
 #[derive(Debug)]
 pub struct Probe {
     /// The host device that has the id already.
     pub present: Option<Given>,
-    /// The host devices that others gave to the VM: those without an id of ours.
+    /// The host devices in the VM that do not have an id of this tool.
     pub others: Vec<UsbHost>,
-    /// What the VM is doing.
+    /// The state of the VM.
     pub status: Status,
-    /// Where the device can go once the id is free, the best place first.
+    /// The ports that the device can use once the id is free, the best one
+    /// first.
     pub guest_ports: Result<Vec<GuestPort>, NoGuestPort>,
 }
 
 impl Vm {
-    /// Looks for the id, and for places where a device of this speed can go,
-    /// in two round trips; in four where the user gave the VM no xHCI
-    /// controller with a free port, and the machine's own are looked at, too.
+    /// Looks for the id, and for ports that a device of this speed can use.
+    /// This takes two round trips. It takes four if no xHCI controller that the
+    /// user added has a free port, because the machine's own controllers are
+    /// read then, too.
     ///
     /// # Errors
     ///
@@ -109,7 +112,7 @@ impl Vm {
         self.probe_of(ALL, id, speed, placement).await
     }
 
-    /// The probe of the controllers in these containers.
+    /// Probes the controllers in these containers.
     async fn probe_of(
         &mut self,
         containers: &[&'static str],
@@ -139,7 +142,8 @@ impl Vm {
             }
         }
         let controllers = self.ask_controllers(&objects)?;
-        // The text numbers the buses; one device of each bus tells its name.
+        // The text has only numbers for buses. One device of each bus gives its
+        // name.
         let with_id: HashMap<&str, &Object> =
             objects.iter().filter_map(|object| Some((object.id.as_deref()?, object))).collect();
         let mut buses = BTreeMap::new();
@@ -164,8 +168,8 @@ impl Vm {
                 names.extend(by_path.get(path.as_str()).map(|bus| (number, (*bus).to_owned())));
             }
         }
-        // If there is one bus only and its number is not known, all other lines
-        // are about that bus.
+        // If there is only one bus and its number is not known, all other lines
+        // belong to that bus.
         let only = match controllers.as_slice() {
             [only] if !names.values().any(|name| *name == only.bus) => Some(&only.bus),
             _ => None,
@@ -174,15 +178,15 @@ impl Vm {
             let bus = names.get(&line.bus).or(only)?.clone();
             Some(GuestPort { bus, port: line.port })
         };
-        // The port of a leftover is free for the new device: the leftover is
-        // removed first.
+        // The port of a leftover is free for the new device, because the
+        // leftover is removed first.
         let stays =
             |line: &InfoLine| present.is_none() || line.product(Some(id.as_str())).is_none();
         let taken: Vec<GuestPort> =
             lines.into_iter().filter(stays).filter_map(guest_port).collect();
         let layout = Layout { controllers, taken, by_id: BTreeMap::new() };
         let guest_ports = layout.guest_ports(speed, placement);
-        // A VM that waits for a saved state gets other devices with it.
+        // A VM that waits for a saved state gets other devices from that state.
         self.layout = (status != Status::Incoming).then_some(layout);
         Ok(Probe { present, others, status, guest_ports })
     }
@@ -203,12 +207,12 @@ impl Vm {
         }
     }
 
-    /// Attaches a device at the first of the ports that QEMU finds free. `None`
-    /// if there was no port to try.
+    /// Attaches a device at the first of these ports that QEMU finds free.
+    /// Returns `None` if there was no port to try.
     ///
     /// # Errors
     ///
-    /// QEMU's refusal, or what the session met.
+    /// QEMU's refusal, or an error of the session.
     pub async fn attach(
         &mut self,
         attachment: &Attachment<'_>,
@@ -270,10 +274,11 @@ impl Vm {
             bus: Some(guest_port.bus.clone()),
             arguments,
         })?;
-        // The removal is on its way before the addition is answered: whatever
-        // becomes of it or of us, no descriptor stays in the set. The device
-        // keeps a copy of its own. (Before QEMU 9.1, those of a paused VM stay
-        // until it runs: monitor/fds.c, `monitor_fdset_cleanup`.)
+        // The removal is sent before the reply to the addition arrives, so no
+        // descriptor stays in the set, even if the attach or this process
+        // fails. The device keeps its own copy. (Before QEMU 9.1, the
+        // descriptors of a paused VM stay until it runs: monitor/fds.c,
+        // `monitor_fdset_cleanup`.)
         let removed = match added {
             Some(_) => Some(self.session.send(&remove_fd { fdset_id, fd: None })?),
             None => None,
@@ -291,23 +296,25 @@ impl Vm {
         attached.map(|_| ())
     }
 
-    /// Waits until a device that was removed is: QEMU before 6.0 frees its id a
-    /// moment later, and then tells. False if it does not come to that.
+    /// Waits until a removed device has released its id. QEMU before 6.0 does
+    /// that a moment later, and then sends an event. Returns false if the event
+    /// does not arrive in time.
     async fn is_deleted(&mut self, id: &DeviceId) -> Result<bool, qmp::Error> {
         self.session.want_events(DELETED);
         let is_it = |deleted: &Deleted| deleted.device.as_deref() == Some(id.as_str());
         self.session.event(is_it, Instant::now() + UNTIL_DELETED).await
     }
 
-    /// Closes what an attach has left that was cut off, when its process was
-    /// killed, say. A descriptor in the set claims its device for ever.
+    /// Closes the descriptors of an attach that was interrupted, for example
+    /// because its process was killed. A descriptor in the set claims its
+    /// device for ever.
     ///
     /// # Errors
     ///
     /// As for [`crate::qemu::qmp::Session::reply`].
     pub async fn drop_descriptors(&mut self) -> Result<(), qmp::Error> {
         let emptied = self.ask_to_drop_descriptors()?;
-        // QEMU refuses where there is no such set. That is the usual case.
+        // QEMU refuses if there is no such set. That is the usual case.
         self.answer(emptied).await.map(|_| ())
     }
 
@@ -328,13 +335,15 @@ impl Vm {
         Ok(sets.iter().any(|set| set.fdset_id == fdset_id && !set.fds.is_empty()))
     }
 
-    /// The set that our descriptors go through. QEMU keeps an emptied set for
-    /// ever, so each socket always uses the same one, by whatever path; and QEMU
-    /// opens any descriptor of a set, so two sockets must not share one.
+    /// The number of the set that descriptors are passed through. QEMU keeps an
+    /// emptied set for ever, so each socket always uses the same number,
+    /// whatever path leads to it. QEMU opens any descriptor of a set, so two
+    /// sockets must not share one.
     fn fdset_id(&self) -> i64 {
         let address = self.session.address();
         let file = address.socket().and_then(|socket| std::fs::metadata(socket).ok());
-        // FNV-1a: small, and the same in every build of this tool.
+        // FNV-1a is short, and it gives the same result in every build of this
+        // tool.
         let hash = |bytes: &[u8]| {
             let step = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
             i64::from(bytes.iter().fold(0x811c_9dc5, step) & 0x7fff_ffff)
@@ -346,17 +355,17 @@ impl Vm {
     }
 }
 
-/// Whether QEMU said that the id is taken, in the words that it had before 6.0
-/// (QEMU, util/qemu-option.c, `qemu_opts_create`).
+/// Whether QEMU said that the id is in use, with the text that it had before
+/// 6.0 (QEMU, util/qemu-option.c, `qemu_opts_create`).
 fn is_duplicate(error: &qmp::Error) -> bool {
     error.refusal().is_some_and(|refusal| {
         refusal.desc.starts_with("Duplicate ID '") && refusal.desc.ends_with("for device")
     })
 }
 
-/// Whether QEMU would not have the device where it was to go, under the id that
-/// it was to have: what was known of the VM is out of date. It says so before
-/// it opens the device (QEMU, hw/usb/bus.c, `usb_qdev_realize`).
+/// Whether QEMU refused the device because of its port or its id. Then the
+/// known layout of the VM is out of date. QEMU refuses before it opens the
+/// device (QEMU, hw/usb/bus.c, `usb_qdev_realize`).
 pub fn is_misplaced(error: &qmp::Error) -> bool {
     let starts = |with: &[&str]| {
         let refusal = error.refusal();
@@ -365,8 +374,9 @@ pub fn is_misplaced(error: &qmp::Error) -> bool {
     is_in_use(error) || starts(&["Duplicate ", "Bus '"])
 }
 
-/// Whether QEMU said that the port is taken (QEMU, hw/usb/bus.c,
-/// `usb_claim_port`). The class is `GenericError`, so only the text tells.
+/// Whether QEMU said that the port is in use (QEMU, hw/usb/bus.c,
+/// `usb_claim_port`). The class is `GenericError`, so only the text can be
+/// compared.
 fn is_in_use(error: &qmp::Error) -> bool {
     error.refusal().is_some_and(|refusal| refusal.desc.ends_with("not found (in use?)"))
 }

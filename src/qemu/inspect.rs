@@ -1,4 +1,4 @@
-//! What a VM really has.
+//! Reads the USB devices that a VM has.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -9,10 +9,10 @@ use crate::qemu::qmp::{Error, ErrorKind, Version};
 use crate::qemu::{Controller, InfoLine};
 use crate::usb::Speed;
 
-/// What QEMU's hub says it is (QEMU, hw/usb/dev-hub.c).
+/// The product name of QEMU's own hub (QEMU, hw/usb/dev-hub.c).
 const HUB_PRODUCT: &str = "QEMU USB Hub";
 
-/// A VM's USB.
+/// The USB controllers and devices of a VM.
 #[derive(Debug)]
 pub struct Inventory {
     /// The name that the VM was given (`-name`).
@@ -23,13 +23,13 @@ pub struct Inventory {
     pub status: Option<String>,
     /// The controllers.
     pub controllers: Vec<Controller>,
-    /// The devices, by bus and port.
+    /// The devices, sorted by bus and port.
     pub devices: Vec<GuestDevice>,
 }
 
 impl Inventory {
-    /// How many ports of a controller have nothing plugged in. What is behind
-    /// a hub takes none.
+    /// How many ports of a controller are free. A device behind a hub uses no
+    /// port of the controller.
     pub fn free_ports(&self, controller: &Controller) -> u32 {
         let on_it = |device: &&GuestDevice| {
             device.bus.as_ref() == Some(&controller.bus)
@@ -51,17 +51,17 @@ pub struct GuestDevice {
     pub driver: String,
     /// The bus it is on.
     pub bus: Option<String>,
-    /// The port it is at.
+    /// The port it is plugged into.
     pub port: Option<String>,
     /// How fast it runs.
     pub speed: Option<Speed>,
-    /// Its own name. Untrusted.
+    /// Its product name, as the device gives it. Untrusted.
     pub product: Option<String>,
-    /// The host's device, if it is one.
+    /// The host's device, if it is a host device.
     pub host: Option<Given>,
 }
 
-/// What QOM says of a device.
+/// The properties of a device in QOM.
 struct QomDevice {
     object: Object,
     bus_path: Option<String>,
@@ -70,7 +70,7 @@ struct QomDevice {
 }
 
 impl Vm {
-    /// Every USB device in the VM, in two round trips.
+    /// Reads every USB device in the VM, in two round trips.
     ///
     /// # Errors
     ///
@@ -92,9 +92,10 @@ impl Vm {
         let lines = self.answer_info_usb(info).await?;
 
         let controllers = self.ask_controllers(&objects)?;
-        // A device is USB when its bus is. The types would tell, too, but to
-        // list them QEMU loads all of its modules, and QEMU 10.0 aborts when a
-        // package upgrade has replaced them under it (util/module.c).
+        // A device is a USB device if its bus is a USB bus. The list of types
+        // would tell this, too, but QEMU loads all of its modules for that
+        // list. QEMU 10.0 aborts if a package upgrade has replaced the modules
+        // of the running QEMU (util/module.c).
         let mut asked = Vec::new();
         for object in objects {
             let bus = self.ask(&object.path, "parent_bus")?;
@@ -111,8 +112,8 @@ impl Vm {
         let mut facts = Vec::new();
         for (object, bus, port, host) in asked {
             let bus_path = self.answer_text(bus).await?;
-            // Some boards have a controller in a place that this tool does not
-            // search.
+            // Some boards have a controller at a path where this tool does not
+            // look.
             let bus = bus_path.as_deref().and_then(|path| path.rsplit('/').next());
             let is_usb = object.driver == "usb-host"
                 || bus.is_some_and(|name| name.starts_with("usb-bus."))
@@ -133,11 +134,11 @@ impl Vm {
     }
 }
 
-/// Joins what QOM says with the lines of `info usb`.
+/// Joins the properties from QOM with the lines of `info usb`.
 fn join(mut facts: Vec<QomDevice>, lines: &[InfoLine]) -> Vec<GuestDevice> {
-    // QEMU numbers its own names for devices without id in the order of their
-    // creation, which is also the order of the text's lines. Those that come
-    // with the machine are created before those of the user.
+    // QEMU gives names to devices without an id. It numbers them in the order
+    // of their creation, and the text's lines have the same order. The
+    // machine's own devices are created before those of the user.
     facts.sort_by_cached_key(|fact| {
         (fact.object.path.starts_with(PERIPHERAL), natural(&fact.object.path))
     });
@@ -150,9 +151,9 @@ fn join(mut facts: Vec<QomDevice>, lines: &[InfoLine]) -> Vec<GuestDevice> {
     let mut line_of: Vec<Option<usize>> =
         facts.iter().map(|fact| by_id(fact, lines, &with_id)).collect();
 
-    // The devices without id, bus by bus, hubs apart from the rest: QEMU adds a
-    // hub wherever it runs out of ports. Where as many are left as lines, they
-    // are the same in the same order.
+    // The devices without an id, for each bus, and hubs apart from other
+    // devices: QEMU adds a hub when a bus has no free port. If there are as
+    // many devices as lines, they belong together in this order.
     let mut buses: BTreeMap<Option<&str>, Bus> = BTreeMap::new();
     for (i, (fact, line)) in facts.iter().zip(&line_of).enumerate() {
         let bus = buses.entry(fact.bus_path.as_deref()).or_default();
@@ -167,7 +168,8 @@ fn join(mut facts: Vec<QomDevice>, lines: &[InfoLine]) -> Vec<GuestDevice> {
     }
     let known: BTreeSet<u32> = buses.values().filter_map(|bus| bus.number).collect();
     let used: BTreeSet<usize> = line_of.iter().flatten().copied().collect();
-    // By the number of the bus, or together where that tells nothing.
+    // Sorted by the number of the bus, or all together if the number is not
+    // known.
     let mut left: BTreeMap<(Option<u32>, bool), Vec<usize>> = BTreeMap::new();
     for (number, line) in lines.iter().enumerate().filter(|(number, _)| !used.contains(number)) {
         let bus = Some(line.bus).filter(|bus| known.contains(bus));
@@ -204,19 +206,19 @@ fn join(mut facts: Vec<QomDevice>, lines: &[InfoLine]) -> Vec<GuestDevice> {
     devices
 }
 
-/// A bus, in the join of its devices with the text's lines.
+/// The state of a bus while its devices are joined with the text's lines.
 #[derive(Default)]
 struct Bus {
-    /// Its number in the text, if a device with an id tells.
+    /// Its number in the text, if a device with an id has told it.
     number: Option<u32>,
     /// Its hubs that have no line yet.
     hubs: Vec<usize>,
-    /// Its other devices that have none.
+    /// Its other devices that have no line yet.
     others: Vec<usize>,
 }
 
-/// The line of a device with an id. Where a product's name forges a second
-/// one, the port that was asked for decides, or nothing does.
+/// The line of a device with an id. A product name can imitate a second line.
+/// Then the port that was asked for decides. If it does not, no line is used.
 fn by_id(
     fact: &QomDevice,
     lines: &[InfoLine],

@@ -1,4 +1,5 @@
-//! A VM's USB controllers, and the choice of a free port. Pure.
+//! The USB controllers of a VM, and the choice of a free port. There is no I/O
+//! here.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
@@ -6,17 +7,16 @@ use std::fmt;
 use crate::text::{escape, fit, words};
 use crate::usb::{DeviceId, Speed};
 
-/// The kinds of USB controllers that QEMU has, by the interface they give to
-/// the guest.
+/// The kinds of USB controllers in QEMU, by their interface to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ControllerKind {
-    /// Every speed.
+    /// Takes devices of every speed.
     Xhci,
-    /// High speed; slower devices only through companions.
+    /// Takes high-speed devices. Slower devices work only through companions.
     Ehci,
-    /// Full and low speed.
+    /// Takes full-speed and low-speed devices.
     Ohci,
-    /// Full and low speed.
+    /// Takes full-speed and low-speed devices.
     Uhci,
 }
 
@@ -37,7 +37,7 @@ impl ControllerKind {
 /// A USB controller with a bus of its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Controller {
-    /// Its bus, as `bus=` takes it: `xhci.0`.
+    /// The name of its bus, as in `bus=`: `xhci.0`.
     pub bus: String,
     /// The bus's QOM path.
     pub bus_path: String,
@@ -58,12 +58,12 @@ impl Controller {
         self.usb2_ports.max(self.usb3_ports)
     }
 
-    /// The ports that a device of this speed can use, the best first. QEMU
-    /// lets most fast devices run slower where the port is slow (QEMU,
-    /// hw/usb/host-libusb.c, `usb_host_speed_compat`), never the reverse. The
-    /// highest port comes first: whoever else plugs in devices counts from 1
-    /// (libvirt, src/conf/domain_addr.c, `virDomainUSBAddressFindFreePort`),
-    /// and finds those ports free.
+    /// The ports that a device of this speed can use, the best first. QEMU lets
+    /// most fast devices run slower at a slow port (QEMU, hw/usb/host-libusb.c,
+    /// `usb_host_speed_compat`), never the reverse. The highest port comes
+    /// first. Other programs count from 1 when they add devices, so the ports
+    /// that they choose stay free (libvirt, src/conf/domain_addr.c,
+    /// `virDomainUSBAddressFindFreePort`).
     fn fitting(&self, speed: Option<Speed>) -> Vec<u32> {
         let all = (1..=self.ports()).rev();
         let slow = speed.is_some_and(|speed| speed <= Speed::FULL);
@@ -81,7 +81,7 @@ impl Controller {
         }
     }
 
-    /// The order of preference for a device of this speed, smallest first.
+    /// The order of preference for a device of this speed, the best first.
     fn rank(&self, speed: Option<Speed>) -> u8 {
         let slow = speed.is_some_and(|speed| speed <= Speed::FULL);
         match self.kind {
@@ -93,17 +93,17 @@ impl Controller {
     }
 }
 
-/// The most buses that a message names, and how much of each, in columns: a
-/// peer may have many, with long names.
+/// The most bus names in a message, and the most columns of each name. A peer
+/// may have many buses with long names.
 const MOST_NAMES: usize = 8;
 const WIDEST_NAME: usize = 40;
 
-/// A place for a device: a bus and a port on it.
+/// A bus of the guest and a port on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestPort {
     /// The bus, `xhci.0`.
     pub bus: String,
-    /// The port, `3`, or behind a hub `2.1`.
+    /// The port: `3`, or `2.1` behind a hub.
     pub port: String,
 }
 
@@ -118,42 +118,42 @@ impl fmt::Display for GuestPort {
     }
 }
 
-/// What the user wants of the guest's side.
+/// The bus and the port of the guest that the user asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Placement {
-    /// The bus, if it matters.
+    /// The bus, if the user named one.
     pub bus: Option<String>,
-    /// The port, if it matters.
+    /// The port, if the user named one.
     pub port: Option<String>,
 }
 
-/// Why there is no place for a device.
+/// Why there is no port for a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NoGuestPort {
     /// The VM has no USB controller.
     NoController,
     /// The VM has no such bus.
     UnknownBus(String, Vec<String>),
-    /// Nothing takes a device that slow.
+    /// No controller takes such a slow device.
     NoneFits {
         /// The device's speed.
         speed: Speed,
         /// The VM's buses.
         buses: Vec<String>,
     },
-    /// Every port that would do is taken.
+    /// Every port that fits is in use.
     Full(Vec<String>),
-    /// A controller was to be added, and there is no slot for one.
+    /// A controller was to be added, but there is no slot for it.
     NoSlot {
-        /// Why one was to be added.
+        /// Why a controller was to be added.
         lacks: Box<NoGuestPort>,
-        /// QEMU's words.
+        /// QEMU's message.
         said: String,
     },
 }
 
 impl NoGuestPort {
-    /// The VM's buses, where a controller more would help.
+    /// The VM's buses, if one more controller would help.
     fn buses(&self) -> Option<&[String]> {
         match self {
             NoGuestPort::NoController => Some(&[]),
@@ -163,7 +163,7 @@ impl NoGuestPort {
         }
     }
 
-    /// The words for who has libvirt start QEMU.
+    /// The message for a VM that libvirt starts.
     pub fn for_libvirt(&self) -> impl fmt::Display {
         ForLibvirt(self)
     }
@@ -183,7 +183,7 @@ impl NoGuestPort {
         }
     }
 
-    /// What is the matter, without advice.
+    /// The problem, without advice.
     fn matter(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             NoGuestPort::NoController => f.write_str("this VM has no USB controller"),
@@ -204,7 +204,8 @@ impl NoGuestPort {
     }
 }
 
-/// The words for who starts QEMU; [`NoGuestPort::for_libvirt`] has others.
+/// The message for a VM that is started without libvirt.
+/// [`NoGuestPort::for_libvirt`] has the other one.
 impl fmt::Display for NoGuestPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.with_advice(f, |buses| format!("add `{}` to its QEMU", line_to_add(buses)))
@@ -213,7 +214,7 @@ impl fmt::Display for NoGuestPort {
 
 impl std::error::Error for NoGuestPort {}
 
-/// What a domain's XML needs for as many ports as there can be (libvirt,
+/// The XML of a domain's controller with the most possible ports (libvirt,
 /// docs/formatdomain.rst, "Controllers").
 pub const CONTROLLER_XML: &str = "<controller type='usb' model='qemu-xhci' ports='15'/>";
 
@@ -227,42 +228,44 @@ impl fmt::Display for ForLibvirt<'_> {
     }
 }
 
-/// The option that adds a controller with as many ports as there can be
-/// (QEMU, include/hw/usb/xhci.h, `XHCI_MAXPORTS_2`), under an id not yet taken.
+/// The option that adds a controller with the most possible ports (QEMU,
+/// include/hw/usb/xhci.h, `XHCI_MAXPORTS_2`). Its id is not in use yet.
 fn line_to_add(buses: &[String]) -> String {
     let taken = |id: &str| buses.iter().any(|bus| bus.strip_suffix(".0") == Some(id));
     let id = ["xhci", "xhci2", "xhci3"].into_iter().find(|id| !taken(id)).unwrap_or("xhci4");
     format!("-device qemu-xhci,id={id},p2=15,p3=15")
 }
 
-/// The controllers of a VM, and what is at their ports: where a device can go.
-/// It may be out of date, for a VM has other clients.
+/// The controllers of a VM and the devices at their ports, which show where a
+/// device can be attached. It may be out of date, because a VM has other
+/// clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     /// The controllers.
     pub controllers: Vec<Controller>,
     /// The ports that are known to be in use.
     pub taken: Vec<GuestPort>,
-    /// Those of them that were taken in this process, by the device's id.
+    /// The ports that this process used for its own devices, by the device's
+    /// id.
     pub by_id: BTreeMap<DeviceId, GuestPort>,
 }
 
 impl Layout {
-    /// Notes that a device took a port.
+    /// Records that a device uses a port.
     pub fn take(&mut self, id: &DeviceId, guest_port: &GuestPort) {
         self.taken.push(guest_port.clone());
         self.by_id.insert(id.clone(), guest_port.clone());
     }
 
-    /// Notes that a device is gone. The port of one that came in another way
-    /// counts as in use from then on, which costs no more than that port.
+    /// Records that a device was removed. If it was attached in another way,
+    /// its port is still counted as in use. The only cost is that one port.
     pub fn free(&mut self, id: &DeviceId) {
         if let Some(free) = self.by_id.remove(id) {
             self.taken.retain(|taken| *taken != free);
         }
     }
 
-    /// The places for a device of a speed, the best first.
+    /// The ports for a device of this speed, the best first.
     ///
     /// # Errors
     ///
@@ -276,13 +279,13 @@ impl Layout {
     }
 }
 
-/// The places for a device of a speed, the best first. `taken` are the places
-/// that are known to be in use; others may be, so the next place is worth a
-/// try when QEMU says that a port is in use.
+/// The ports for a device of this speed, the best first. `taken` are the ports
+/// that are known to be in use. Others may be in use, too, so try the next port
+/// if QEMU says that one is in use.
 ///
 /// # Errors
 ///
-/// When there is none, and what to do about it.
+/// When there is no port. The error says what to do about it.
 pub fn guest_ports(
     controllers: &[Controller],
     taken: &[GuestPort],
@@ -312,8 +315,8 @@ pub fn guest_ports(
         .flat_map(|c| {
             let guest_port = |port| GuestPort { bus: c.bus.clone(), port };
             match &placement.port {
-                // This tool does not know the ports of the guest's hubs. It
-                // takes what the user gave.
+                // This tool does not know the ports of the guest's hubs, so it
+                // uses the port that the user gave.
                 Some(port) => vec![guest_port(port.clone())],
                 None => {
                     c.fitting(speed).into_iter().map(|port| guest_port(port.to_string())).collect()
@@ -441,7 +444,8 @@ mod tests {
         let found = |placement| {
             guest_ports(&controllers, &[guest_port("xhci.0", 1)], speed("480"), &placement)
         };
-        // Taken or not: QEMU has the last word on what was asked for.
+        // Whether it is in use or not: QEMU decides about a port that was asked
+        // for.
         assert_eq!(found(placement(Some("xhci.0"), Some("1"))), Ok(vec![guest_port("xhci.0", 1)]));
         assert_eq!(found(placement(None, Some("3"))), Ok(vec![guest_port("xhci.0", 3)]));
         assert_eq!(found(placement(Some("xhci.0"), None)).unwrap()[0], guest_port("xhci.0", 4));

@@ -1,5 +1,5 @@
-//! The host devices in a VM, whoever gave them to it, and what QEMU was told
-//! to look for (QEMU, hw/usb/host-libusb.c, `usb_host_dev_properties`).
+//! The host devices in a VM, whoever attached them, and the properties by which
+//! QEMU looks for them (QEMU, hw/usb/host-libusb.c, `usb_host_dev_properties`).
 
 use super::qmp::{Error, Ticket};
 use super::qom::{Property, QomGet};
@@ -12,16 +12,17 @@ pub(super) const USB_HOST: &str = "usb-host";
 /// A host device in a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsbHost {
-    /// Its id, if it has one that QEMU finds again, or its place in QEMU's
-    /// object tree: what `device_del` takes (QEMU, qapi/qdev.json).
+    /// Its id if QEMU can find it by that, or else its path in QEMU's object
+    /// tree. `device_del` accepts both (QEMU, qapi/qdev.json).
     pub name: String,
-    /// What QEMU was told to look for.
+    /// The properties by which QEMU looks for the device.
     pub wanted: Wanted,
-    /// Whether QEMU has found it; `None` if it does not tell.
+    /// Whether QEMU has found the device. `None` if QEMU does not tell.
     pub is_attached: Option<bool>,
 }
 
-/// What QEMU was told to look for; what it was not told fits every device.
+/// The properties by which QEMU looks for a device. A property that is not set
+/// fits every device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// `hostdevice`: a node, or a descriptor that was passed.
@@ -50,7 +51,7 @@ impl Wanted {
         self.node.is_none() && !only_address
     }
 
-    /// The address of the one device that it means, if it means one.
+    /// The address of the device, if the properties name exactly one.
     pub fn exact(&self) -> Option<Address> {
         if self.is_search() {
             return None;
@@ -59,8 +60,8 @@ impl Wanted {
         address.or_else(|| address_of_node(self.node.as_deref()?))
     }
 
-    /// Whether a device is one that it may mean (QEMU, hw/usb/host-libusb.c,
-    /// `usb_host_auto_check`). A hub never is.
+    /// Whether these properties fit a device (QEMU, hw/usb/host-libusb.c,
+    /// `usb_host_auto_check`). They never fit a hub.
     pub fn fits(&self, device: &Device) -> bool {
         let Device { port, address, id, .. } = device;
         let VendorProduct { vendor, product } = id;
@@ -75,7 +76,7 @@ impl Wanted {
     }
 }
 
-/// What is asked about a host device, and not yet answered.
+/// The questions about a host device that have no answer yet.
 pub(super) struct UsbHostTickets {
     name: String,
     texts: [Ticket<QomGet>; 2],

@@ -1,8 +1,8 @@
-//! One VM's USB, over a [`Session`] with its monitor.
+//! One VM's USB devices, read and changed over a [`Session`] with its monitor.
 //!
-//! Everything is read from QOM, QEMU's object tree (QEMU,
-//! docs/devel/qom.rst); only a device's real port and its speed stand nowhere
-//! but in the text of `info usb`.
+//! Everything is read from QOM, QEMU's object tree (QEMU, docs/devel/qom.rst).
+//! Only a device's real port and its speed are not there: they are read from
+//! the text of `info usb`.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Duration;
@@ -15,19 +15,19 @@ use super::qom::{Property, QomGet, QomList};
 use super::{Controller, ControllerKind, InfoLine, Layout, parse_info_usb};
 use crate::usb::{Address, DeviceId};
 
-/// Where QEMU keeps the devices of its user that have an id (QEMU,
+/// The QOM path of the devices that the user added with an id (QEMU,
 /// system/qdev-monitor.c).
 pub(super) const PERIPHERAL: &str = "/machine/peripheral";
 
-/// Where QEMU keeps the devices of its user.
+/// The QOM paths of the devices that the user added.
 pub(super) const USERS: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon"];
 
-/// Where QEMU keeps all devices, the machine's own among them (QEMU,
-/// hw/core/qdev.c). Those are many.
+/// The QOM paths of all devices, including the machine's own (QEMU,
+/// hw/core/qdev.c). A machine has many devices of its own.
 pub(super) const ALL: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon", "/machine/unattached"];
 
-/// What holds the USB controller of a `pc` machine as a part of itself, since
-/// QEMU 8.2 (QEMU, hw/isa/piix.c).
+/// The devices that contain the USB controller of a `pc` machine since QEMU 8.2
+/// (QEMU, hw/isa/piix.c).
 const SOUTH_BRIDGES: [&str; 2] = ["PIIX3", "piix4-isa"];
 
 /// EHCI controllers have six ports (QEMU, hw/usb/hcd-ehci.h, `EHCI_PORTS`).
@@ -39,36 +39,36 @@ const X_QUERY_USB_SINCE: Version = Version { major: 6, minor: 2, micro: 0 };
 /// UHCI controllers have two ports (QEMU, hw/usb/hcd-uhci.h, `UHCI_PORTS`).
 const UHCI_PORTS: u32 = 2;
 
-/// How a set of descriptors is named where QEMU wants a file (QEMU,
+/// The prefix that names a set of descriptors where QEMU expects a file (QEMU,
 /// qapi/misc.json, `add-fd`).
 pub(super) const FDSET: &str = "/dev/fdset/";
 
 /// A device of the host that a VM was given, as far as the VM knows it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Given {
-    /// Where on the host it is, if the VM was told.
+    /// Its address on the host, if the VM was told.
     pub address: Option<Address>,
-    /// Whether QEMU got it as an open descriptor.
+    /// Whether QEMU got an open descriptor of it.
     pub by_descriptor: bool,
 }
 
-/// What is asked about a device that the VM was given, and not yet answered.
+/// The questions about a host device in the VM that have no answer yet.
 pub(super) struct GivenTickets {
     address: [Ticket<QomGet>; 2],
     node: Ticket<QomGet>,
 }
-/// The most objects that are looked at in one conversation. A VM with 512
-/// processors has a thousand.
+/// The most objects that are read in one conversation. A VM with 512 processors
+/// has about a thousand.
 const MAX_OBJECTS: usize = 4096;
 
-/// The longest name of an object, in bytes. Managers of VMs give ids of some
-/// ten.
+/// The longest name of an object, in bytes. The ids that VM managers choose
+/// have about ten.
 const MAX_NAME: usize = 256;
 
-/// The most controllers that are looked at; a PCI bus has 32 slots.
+/// The most controllers that are read. A PCI bus has 32 slots.
 const MAX_CONTROLLERS: usize = 256;
 
-/// Controllers whose ports are a property have no more (QEMU,
+/// The most ports of a controller that has their number as a property (QEMU,
 /// hw/usb/hcd-xhci.h, `XHCI_MAXPORTS_2`; hw/usb/hcd-ohci.h, `OHCI_MAX_PORTS`).
 const MAX_PORTS: u32 = 15;
 
@@ -76,7 +76,7 @@ const MAX_PORTS: u32 = 15;
 #[derive(Debug)]
 pub struct Vm {
     pub(super) session: Session,
-    /// What is known of its controllers and ports, from this conversation or an
+    /// The known controllers and ports, from this conversation or from an
     /// earlier one with the same QEMU.
     pub layout: Option<Layout>,
 }
@@ -86,21 +86,21 @@ pub struct Vm {
 pub(super) struct Object {
     pub path: String,
     pub driver: String,
-    /// Its name, where that is the device's id.
+    /// Its name, if that is the device's id.
     pub id: Option<String>,
 }
 
-/// What is asked about a controller, and not yet answered.
+/// The questions about a controller that have no answer yet.
 pub(super) struct ControllerTickets {
     kind: ControllerKind,
     path: String,
     bus: BusName,
     counts: [Option<Ticket<QomGet>>; 2],
-    /// For a companion: whose, and from which of its ports on.
+    /// For a companion: its main controller, and the first port that it serves.
     master: Option<[Ticket<QomGet>; 2]>,
 }
 
-/// What is asked to get the text of `info usb`.
+/// The request for the text of `info usb`.
 pub(super) enum InfoUsb {
     ForPrograms(Ticket<x_query_usb>),
     ForPeople(Ticket<human_monitor_command>),
@@ -108,11 +108,11 @@ pub(super) enum InfoUsb {
 
 /// The name of a controller's bus.
 enum BusName {
-    /// It follows from the controller's id (QEMU, hw/core/bus.c,
+    /// The name follows from the controller's id (QEMU, hw/core/bus.c,
     /// `qbus_init_internal`).
     Known(String),
-    /// The controller's children tell, if it has a bus of its own: a companion
-    /// has none.
+    /// The name is read from the controller's children, if it has its own bus.
+    /// A companion has none.
     Asked(Ticket<QomList>),
 }
 
@@ -123,7 +123,8 @@ impl From<Session> for Vm {
 }
 
 impl Vm {
-    /// Connects to the VM's monitor; `time` is for the whole conversation.
+    /// Connects to the VM's monitor. `time` is the limit for the whole
+    /// conversation.
     ///
     /// # Errors
     ///
@@ -132,7 +133,7 @@ impl Vm {
         Ok(Session::connect(address, time).await?.into())
     }
 
-    /// Connects as soon as the monitor is free; `time` begins then.
+    /// Connects as soon as the monitor is free. `time` begins then.
     ///
     /// # Errors
     ///
@@ -141,7 +142,7 @@ impl Vm {
         Ok(Session::connect_when_free(address, time).await?.into())
     }
 
-    /// Connects when the monitor is free, within `turn`; `time` begins then.
+    /// Connects when the monitor is free, within `turn`. `time` begins then.
     ///
     /// # Errors
     ///
@@ -154,12 +155,12 @@ impl Vm {
         Ok(Session::connect_in_turn(address, turn, time).await?.into())
     }
 
-    /// The session below, for what this module has no word for.
+    /// The session, for commands that this module has no function for.
     pub fn session(&mut self) -> &mut Session {
         &mut self.session
     }
 
-    /// Where its monitor is, as text for messages.
+    /// The monitor's address, as text for messages.
     pub fn name(&self) -> String {
         self.session.address().to_string()
     }
@@ -169,7 +170,7 @@ impl Vm {
         self.session.peer_pid()
     }
 
-    /// Removes the device with this id; false if there is none.
+    /// Removes the device with this id. Returns false if there is none.
     ///
     /// # Errors
     ///
@@ -182,9 +183,10 @@ impl Vm {
         Ok(is_detached)
     }
 
-    /// Removes a device by its id, or by its place in the object tree; false
-    /// if there is none. For a USB device QEMU has done it when it answers. What
-    /// an attach of it left in the set goes with it.
+    /// Removes a device by its id or by its path in the object tree. Returns
+    /// false if there is none. A USB device is removed completely when QEMU
+    /// answers. Descriptors of its attach that are still in the set are
+    /// removed, too.
     ///
     /// # Errors
     ///
@@ -204,8 +206,8 @@ impl Vm {
         }
     }
 
-    /// The host device behind an id: `None` if the VM has no such id, or it is
-    /// not a host device.
+    /// The host device with this id. `None` if the VM has no such id, or if the
+    /// object is not a host device.
     ///
     /// # Errors
     ///
@@ -232,7 +234,7 @@ impl Vm {
         }
         let bus = bus.and_then(|value| u16::try_from(value.number()?).ok());
         let device = device.and_then(|value| u8::try_from(value.number()?).ok());
-        // Zero is "not given".
+        // Zero means that the property was not set.
         let address = bus.zip(device).filter(|(bus, device)| *bus > 0 && *device > 0);
         let address = address.map(|(bus, device)| Address { bus, device });
         let by_descriptor = node.as_ref().is_some_and(|node| node.starts_with(FDSET));
@@ -269,8 +271,8 @@ impl Vm {
         self.session.send(&QomGet { path: path.to_owned(), property: property.to_owned() })
     }
 
-    /// The reply to a question that QEMU may refuse, because the object or the
-    /// property is not there.
+    /// The reply to a question that QEMU may refuse because the object or the
+    /// property does not exist.
     pub(super) async fn answer<C: qapi::qmp::QmpCommand>(
         &mut self,
         ticket: Ticket<C>,
@@ -307,7 +309,7 @@ impl Vm {
             let mut names = HashSet::new();
             for property in &self.answer(ticket).await?.unwrap_or_default() {
                 let Some(driver) = property.child_type() else { continue };
-                // QEMU names each once.
+                // QEMU names each object once.
                 if !names.insert(property.name.as_str()) {
                     continue;
                 }
@@ -331,9 +333,9 @@ impl Vm {
         Ok(objects)
     }
 
-    /// Asks for the text of `info usb`. A QEMU may be built without commands for
-    /// people, and has another one for programs since 6.2 (QEMU,
-    /// qapi/machine.json, `x-query-usb`).
+    /// Asks for the text of `info usb`. A QEMU can be built without the
+    /// commands of the human monitor. QEMU has a QMP command for the same text
+    /// since 6.2 (QEMU, qapi/machine.json, `x-query-usb`).
     pub(super) fn ask_info_usb(&mut self) -> Result<InfoUsb, Error> {
         if self.session.version() >= X_QUERY_USB_SINCE {
             return Ok(InfoUsb::ForPrograms(self.session.send(&x_query_usb {})?));

@@ -1,5 +1,5 @@
-//! The disks of a device, and who uses them. A guest that writes to a disk
-//! which something else uses destroys its filesystem, and so does the host.
+//! The disks of a device, and their users. If the guest and somebody else write
+//! to the same disk, its filesystem is destroyed.
 
 mod mounts;
 mod programs;
@@ -22,21 +22,21 @@ use self::stack::Tables;
 use super::{Error, Host};
 use crate::usb::Port;
 
-/// How deep a disk's directory lies below its device's, at most. A stick's is
-/// at 6: interface, host, target, LUN, `block`, disk.
+/// The most levels between the directory of a device and that of its disk. A
+/// USB stick has 6: interface, host, target, LUN, `block`, disk.
 const MAX_DEPTH: usize = 12;
 
-/// Where the character devices of a disk are, below its LUN: those of the
-/// drivers `sg`, `st` and `bsg`, which reach it without its block device
-/// (Linux, drivers/scsi/sg.c, drivers/scsi/st.c, block/bsg.c).
+/// The directories below a LUN with the character devices of a disk. The
+/// drivers `sg`, `st` and `bsg` create them, and they reach the disk without
+/// its block device (Linux, drivers/scsi/sg.c, drivers/scsi/st.c, block/bsg.c).
 const CHARACTER: [&str; 3] = ["scsi_generic", "scsi_tape", "bsg"];
 
-/// The disks of a device, opened for exclusive use: while this lives, nothing
-/// on the host can mount them.
+/// The disks of a device, opened for exclusive use. While this value exists,
+/// nothing on the host can mount them.
 #[derive(Debug, Default)]
 pub struct Claims(#[expect(dead_code, reason = "held open, never read")] Vec<OwnedFd>);
 
-/// What a device has of storage, as directories of sysfs.
+/// The storage of a device, as directories of sysfs.
 #[derive(Debug, Default)]
 struct Storage {
     /// Whole disks.
@@ -48,7 +48,7 @@ struct Storage {
 }
 
 impl Storage {
-    /// Everything that has a filesystem, or part of one.
+    /// Everything that contains a filesystem or a part of one.
     fn blocks(&self) -> impl Iterator<Item = &PathBuf> {
         self.disks.iter().chain(&self.partitions)
     }
@@ -59,23 +59,24 @@ impl Storage {
 }
 
 impl Host {
-    /// Claims the disks of the device at a port for the moment of its attach.
+    /// Claims the disks of the device at a port while it is attached to a VM.
     ///
     /// # Errors
     ///
     /// [`Error::InUse`] when something uses one of them.
     pub fn claim_disks(&self, port: &Port) -> Result<Claims, Error> {
         let storage = self.storage(port);
-        // All tables for all disks, before anything is guessed.
+        // Read all tables for all disks before anything else is tried.
         if let Some(used) = self.uses_of(port, &storage).into_iter().next() {
             return Err(Error::InUse(Box::new(used)));
         }
         let mut claims = Vec::new();
         for disk in &storage.disks {
-            // The kernel's own answer, for every mount namespace and every
-            // kind of holder: an exclusive open of the whole disk fails with
-            // EBUSY while it or a partition is in use, and keeps others out
-            // afterwards (open(2), O_EXCL; Linux, block/bdev.c, bd_may_claim).
+            // The kernel's own answer covers every mount namespace and every
+            // kind of holder. An exclusive open of the whole disk fails with
+            // EBUSY while the disk or a partition is in use. Afterwards it
+            // keeps others out (open(2), O_EXCL; Linux, block/bdev.c,
+            // bd_may_claim).
             let flags = OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
             let flags = i32::try_from(flags.bits()).unwrap_or_default();
             let node = self.path(node_of(disk));
@@ -85,28 +86,28 @@ impl Host {
                     let used = self.unseen_use(port, disk, &storage);
                     return Err(Error::InUse(Box::new(used)));
                 }
-                // No medium, no right to open it, no node: what the tables
-                // above said must do.
+                // There is no medium, no permission or no node. Then the tables
+                // above are the only answer.
                 Err(_) => {}
             }
         }
         Ok(Claims(claims))
     }
 
-    /// What the disks of the device at a port are used for, as far as the
-    /// kernel's tables and the other processes show. Opens no disk.
+    /// How the disks of the device at a port are used, as far as the kernel's
+    /// tables and the other processes show. No disk is opened.
     pub fn uses(&self, port: &Port) -> Vec<Use> {
         self.uses_of(port, &self.storage(port))
     }
 
-    /// The nodes of the disks of the device at a port, and of their parts.
+    /// The nodes of the disks of the device at a port, and of their partitions.
     pub fn disk_nodes(&self, port: &Port) -> Vec<PathBuf> {
         let storage = self.storage(port);
         storage.blocks().chain(&storage.characters).map(|part| self.path(node_of(part))).collect()
     }
 
     /// Whether the device at a port has disks, as far as the kernel has found
-    /// them yet.
+    /// them.
     pub fn has_disk(&self, port: &Port) -> bool {
         !self.storage(port).is_empty()
     }
@@ -118,7 +119,7 @@ impl Host {
         let tables = Tables::read(self);
         let found = |part: &PathBuf| Some((name(part), self.used_by(part, &tables, 0)?));
         let mut found: Vec<(String, UsedBy)> = storage.blocks().filter_map(found).collect();
-        // What has the disk open by way of a mount is told by the mount.
+        // A program that uses the disk through a mount is covered by the mount.
         for (part, program) in self.programs(storage) {
             let is_told = |(told, _): &(String, UsedBy)| *told == part;
             if !found.iter().any(is_told) {
@@ -129,8 +130,8 @@ impl Host {
         found.into_iter().map(|(disk, by)| Use { port: port.clone(), disk, by }).collect()
     }
 
-    /// Who uses a disk that is busy although no table says so: perhaps a mount
-    /// in another mount namespace.
+    /// The use of a disk that is busy although no table shows why. It may be
+    /// mounted in another mount namespace.
     fn unseen_use(&self, port: &Port, disk: &Path, storage: &Storage) -> Use {
         let used = |part: &Path, by| Use { port: port.clone(), disk: name(part), by };
         let elsewhere =
@@ -171,13 +172,13 @@ fn partitions(disk: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     directories(disk).filter(|part| part.join("partition").exists())
 }
 
-/// The node of a block device, by its directory: `/dev/sda`. The kernel writes
-/// `!` where a name has a `/` (Linux, drivers/base/core.c).
+/// The node of a block device, found by its directory: `/dev/sda`. The kernel
+/// writes `!` for a `/` in a name (Linux, drivers/base/core.c).
 fn node_of(part: &Path) -> String {
     format!("/dev/{}", name(part).replace('!', "/"))
 }
 
-/// The directories in a directory, links left out.
+/// The directories in a directory. Links are left out.
 pub(super) fn directories(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(path).into_iter().flatten().flatten();
     entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path())

@@ -8,16 +8,17 @@ use crate::host::read_if_there;
 /// A line of a mount table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mount {
-    /// The number of its filesystem's block device, `8:17`, or one of its own.
+    /// The number of its filesystem's block device, `8:17`, or the filesystem's
+    /// own number.
     pub number: String,
-    /// Where it is.
+    /// The mount point.
     pub place: String,
-    /// What is mounted there: often a node.
+    /// The source of the mount, often a node.
     pub source: String,
 }
 
 impl Mount {
-    /// Reads a mount table, in its order: what is mounted on top comes later.
+    /// Reads a mount table in its order. A mount on top of another comes later.
     pub fn table(text: &str) -> Vec<Mount> {
         let mount = |line: &str| {
             let (mount, filesystem) = line.split_once(" - ")?;
@@ -30,22 +31,23 @@ impl Mount {
         text.lines().filter_map(mount).collect()
     }
 
-    /// Whether it is that of a block device: by its number, or where the
-    /// filesystem has a number of its own (btrfs), by its node.
+    /// Whether the mount belongs to a block device. The device number tells it.
+    /// If the filesystem has its own number (btrfs), the node tells it.
     pub fn is_of(&self, number: &str, node: &str) -> bool {
         self.number == number || self.source == node
     }
 }
 
 impl Host {
-    /// The mounts of a process, `self` for this one.
+    /// The mounts of a process. `self` is this process.
     pub(super) fn mounts(&self, process: &str) -> Vec<Mount> {
         let table = read_if_there(&self.path(format!("/proc/{process}/mountinfo")));
         Mount::table(&table.ok().flatten().unwrap_or_default())
     }
 
-    /// The first process that has a block device mounted in its mount
-    /// namespace, and where. Everybody may read the tables of all processes.
+    /// The first process that has mounted a block device in its mount
+    /// namespace, and the mount point. Every user may read the tables of all
+    /// processes.
     pub(super) fn mounted_elsewhere(&self, part: &Path) -> Option<UsedBy> {
         let number = read_if_there(&part.join("dev")).ok()??;
         let (number, node) = (number.trim_end(), node_of(part));
@@ -57,7 +59,7 @@ impl Host {
     }
 }
 
-/// A path of a mount table, where blanks are written as `\040`.
+/// Decodes a path of a mount table, where a blank is written as `\040`.
 fn unescape_octal(path: &str) -> String {
     let mut bytes = Vec::with_capacity(path.len());
     let mut rest = path.as_bytes();

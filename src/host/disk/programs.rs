@@ -8,14 +8,14 @@ use std::path::Path;
 use super::{Host, Storage, name, node_of};
 use crate::host::{Holder, read_if_there};
 
-/// udev looks into every new disk, for a moment, and so it is nobody's use:
-/// its program, and what it calls its processes (systemd, src/udev/).
+/// udev opens every new disk for a moment. That does not count as a use. These
+/// are the names of its program and its processes (systemd, src/udev/).
 const UDEV: [&str; 3] = ["systemd-udevd", "(udev-worker)", "udevd"];
 
 impl Host {
-    /// The programs that have something of a storage open, and what: a disk, a
-    /// partition or a character device. As far as this process may see them;
-    /// where it may not, a lock on the node still tells that there is one.
+    /// The programs that have a part of the storage open, and the part: a disk,
+    /// a partition or a character device. Only processes are found that this
+    /// process may see. A lock on the node shows that there is another one.
     pub(super) fn programs(&self, storage: &Storage) -> Vec<(String, Option<Holder>)> {
         let node = |is_block| {
             move |part: &std::path::PathBuf| Some((is_block, number_of(part)?, name(part)))
@@ -38,8 +38,9 @@ impl Host {
         programs
     }
 
-    /// The processes that have one of these nodes open, by the node's name: each
-    /// node is a block device or not, its number, and its name.
+    /// The processes that have one of these nodes open, by the node's name. For
+    /// each node, the input says whether it is a block device, its number and
+    /// its name.
     pub(in crate::host) fn open_in(
         &self,
         nodes: &[(bool, u64, String)],
@@ -63,9 +64,10 @@ impl Host {
         found
     }
 
-    /// Whether a program has locked a disk's node, as QEMU does with its
-    /// drives (QEMU, block/file-posix.c, `raw_apply_lock_bytes`), and which one
-    /// if the kernel says so (proc(5), `/proc/locks`). udev's lock is shared.
+    /// Whether a program has locked a disk's node, as QEMU does with its drives
+    /// (QEMU, block/file-posix.c, `raw_apply_lock_bytes`). It also returns the
+    /// process if the kernel tells it (proc(5), `/proc/locks`). udev's lock is
+    /// shared, so it does not count.
     fn lock_on(&self, part: &Path) -> Option<Option<i32>> {
         let node = fs::metadata(self.path(node_of(part))).ok()?;
         let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
@@ -81,7 +83,7 @@ impl Host {
     }
 }
 
-/// The number of a block or character device, by its directory.
+/// The number of a block or character device, found by its directory.
 pub(in crate::host) fn number_of(part: &Path) -> Option<u64> {
     let text = read_if_there(&part.join("dev")).ok()??;
     let (major, minor) = text.trim_end().split_once(':')?;

@@ -1,5 +1,5 @@
-//! What stands on a block device: a mount, swap space, or another block device
-//! with something on it in turn.
+//! What is built on a block device: a mount, swap space, or another block
+//! device that is used in turn.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,10 +8,10 @@ use super::mounts::Mount;
 use super::{Host, Kind, UsedBy, directories, name, node_of, partitions};
 use crate::host::read_if_there;
 
-/// How many block devices stand on each other, at most.
+/// The most block devices that are followed from one to the next.
 const MAX_LAYERS: usize = 8;
 
-/// What the kernel tells of all block devices at once.
+/// The kernel's tables about all block devices.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     mounts: Vec<Mount>,
@@ -47,7 +47,8 @@ impl Tables {
             let autoclear = text(&directory.join("loop/autoclear")).trim_end() == "1";
             Some(Loop { directory, file: file.trim_end_matches('\n').to_owned(), autoclear })
         };
-        // Linux, fs/btrfs/sysfs.c: a directory for each one, by its UUID.
+        // There is a directory for each filesystem, named by its UUID (Linux,
+        // fs/btrfs/sysfs.c).
         let filesystems = directories(&host.path("/sys/fs/btrfs"));
         let members = |filesystem: PathBuf| {
             let links = fs::read_dir(filesystem.join("devices")).into_iter().flatten().flatten();
@@ -61,13 +62,13 @@ impl Tables {
         }
     }
 
-    /// The places where a block device is mounted, the last one mounted first.
+    /// The mount points of a block device, the last mount first.
     fn places<'a>(&'a self, number: &'a str, node: &'a str) -> impl Iterator<Item = &'a str> {
         let mounts = self.mounts.iter().rev().filter(move |mount| mount.is_of(number, node));
         mounts.map(|mount| mount.place.as_str())
     }
 
-    /// The btrfs that a block device is a member of: the nodes of all members.
+    /// The nodes of all members of the btrfs that a block device belongs to.
     fn members(&self, part: &Path) -> Option<impl Iterator<Item = String>> {
         let its_name = name(part);
         let members = self.btrfs.iter().find(|members| members.contains(&its_name))?;
@@ -76,7 +77,7 @@ impl Tables {
 }
 
 impl Host {
-    /// What a block device is used by, by its directory in sysfs.
+    /// How a block device is used, found by its directory in sysfs.
     pub(super) fn used_by(&self, part: &Path, tables: &Tables, layer: usize) -> Option<UsedBy> {
         if layer > MAX_LAYERS {
             return Some(UsedBy::Unknown);
@@ -115,15 +116,16 @@ impl Host {
         if tables.swaps.contains(&node) {
             return Some(UsedBy::Swap);
         }
-        // A device that was registered (Linux, drivers/md/bcache/sysfs.c).
+        // bcache has registered the device (Linux, drivers/md/bcache/sysfs.c).
         if part.join("bcache").exists() {
             return Some(UsedBy::Bcache);
         }
         self.zfs_pool(part).map(UsedBy::Zfs)
     }
 
-    /// The imported ZFS pool that a block device is a part of: udev knows its
-    /// name (libblkid, `zfs_member`), and ZFS lists those it has imported.
+    /// The imported ZFS pool that a block device belongs to. udev knows its
+    /// name (libblkid, `zfs_member`), and ZFS lists the pools that are
+    /// imported.
     fn zfs_pool(&self, part: &Path) -> Option<String> {
         let pools = self.path("/proc/spl/kstat/zfs");
         if !pools.exists() {

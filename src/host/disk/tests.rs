@@ -1,4 +1,5 @@
-//! Trees like the kernel's, with one stick at 1-1 that has one partition.
+//! Directory trees like the kernel's, with one USB stick at 1-1 that has one
+//! partition.
 
 use super::*;
 
@@ -75,7 +76,7 @@ fn what_stands_on_a_disk_is_told_with_what_stands_on_that() {
     tree.file("proc/1/mountinfo", "40 21 253:0 / /secret rw - ext4 /dev/mapper/luks-1 rw\n");
     let then = "unmount it, then `cryptsetup close luks-1`";
     assert_eq!(tree.uses(), [format!("{part}, which is mounted on /secret: {then}")]);
-    // However many there are, and if they stand on each other in a circle.
+    // The search ends for any number of them, and even if they form a circle.
     std::os::unix::fs::symlink("..", tree.0.path().join(&dm).join("holders")).unwrap();
     assert_eq!(tree.uses().len(), 1);
 }

@@ -1,4 +1,5 @@
-//! Unmounting all that is mounted from a device, cleanly or not at all.
+//! Unmounts everything that is mounted from a device. It unmounts cleanly, or
+//! it fails.
 
 use std::fs;
 use std::io;
@@ -19,24 +20,26 @@ const CAP_SYS_ADMIN: u32 = 21;
 /// How this process can unmount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Means {
-    /// By itself: it may, and it is in the host's mount namespace.
+    /// By itself: it has the permission, and it is in the host's mount
+    /// namespace.
     Itself,
-    /// systemd has a unit for every mount, and does it when told by root
-    /// (systemd.mount(5)).
+    /// Through systemd, which has a unit for every mount and stops it when root
+    /// asks (systemd.mount(5)).
     Systemd,
-    /// It may not.
+    /// It cannot.
     Nothing,
 }
 
 impl Host {
-    /// Unmounts all that is mounted from the disks of the device at a port,
-    /// and says what. Nothing is unmounted where that would not free it: where
-    /// it is used as swap space, say. May take long: what was not written is
-    /// written first.
+    /// Unmounts everything that is mounted from the disks of the device at a
+    /// port, and returns the mount points. It unmounts nothing if that would
+    /// not free the device, for example because it is used as swap space. This
+    /// may take long, because unwritten data is written first.
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`] by something else than mounts, and [`Error::Unmount`].
+    /// [`Error::InUse`] if it is used by something else than mounts, and
+    /// [`Error::Unmount`].
     pub fn unmount(&self, port: &Port) -> Result<Vec<String>, Error> {
         let means = self.means();
         let mut unmounted: Vec<String> = Vec::new();
@@ -56,7 +59,7 @@ impl Host {
                 }
             }
             match failed {
-                // What it was busy with may have been another of them.
+                // It may have been busy because of another mount of the list.
                 Some(_) if unmounted.len() > count => {}
                 Some(error) => return Err(error),
                 None if unmounted.len() > count => {}
@@ -65,11 +68,11 @@ impl Host {
         }
     }
 
-    /// Where the disks of the device at a port are mounted.
+    /// The mount points of the disks of the device at a port.
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`] by something else than mounts.
+    /// [`Error::InUse`] if it is used by something else than mounts.
     pub fn mounted(&self, port: &Port) -> Result<Vec<String>, Error> {
         let uses = self.uses(port);
         if let Some(used) = uses.iter().find(|used| used.by.mount().is_none()) {
@@ -78,7 +81,7 @@ impl Host {
         Ok(uses.iter().filter_map(|Use { by, .. }| by.mount().map(str::to_owned)).collect())
     }
 
-    /// Whether this process has the means to unmount what the host has mounted.
+    /// Whether this process is able to unmount the host's mounts.
     pub fn can_unmount(&self) -> bool {
         self.means() != Means::Nothing
     }
@@ -100,7 +103,8 @@ impl Host {
 
     fn unmount_by(&self, means: Means, place: &str) -> io::Result<()> {
         match means {
-            // Not lazily, and no link is followed (umount2(2)).
+            // Not a lazy unmount, and symbolic links are not followed
+            // (umount2(2)).
             Means::Itself => Ok(unmount(self.path(place), UnmountFlags::NOFOLLOW)?),
             Means::Systemd => {
                 let mut command = Command::new("systemctl");

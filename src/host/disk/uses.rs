@@ -1,4 +1,5 @@
-//! What a disk can be used by, in words, and what to do about it.
+//! The ways a disk can be used, their text for messages, and what to do about
+//! each.
 
 use std::fmt;
 
@@ -13,22 +14,24 @@ pub struct Use {
     pub port: Port,
     /// The disk's or partition's name, `sda1`.
     pub disk: String,
-    /// By what.
+    /// How it is used.
     pub by: UsedBy,
 }
 
-/// What a disk is used by.
+/// How a disk is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UsedBy {
-    /// Mounted there.
+    /// It is mounted at this mount point.
     Mount(String),
-    /// Mounted there, in the mount namespace of that process.
+    /// It is mounted at this mount point, in the mount namespace of this
+    /// process.
     MountElsewhere(String, Holder),
-    /// A member of the btrfs that is mounted there, if that is known.
+    /// It is a member of the btrfs that is mounted at this mount point, if that
+    /// is known.
     Btrfs(Option<String>),
-    /// The host swaps to it.
+    /// The host uses it as swap space.
     Swap,
-    /// Part of another block device, and what that is used by.
+    /// It is a part of another block device.
     Part {
         /// The other block device's name, `dm-0`.
         of: String,
@@ -36,39 +39,40 @@ pub enum UsedBy {
         kind: Kind,
         /// The name that device-mapper has for it, `luks-1`.
         label: Option<String>,
-        /// What it is used by in turn.
+        /// How that block device is used in turn.
         by: Option<Box<UsedBy>>,
     },
-    /// The cache of a bcache, or what one keeps its cache of.
+    /// It is the cache of a bcache, or the device that a bcache stores a cache
+    /// of.
     Bcache,
-    /// Part of the ZFS pool of this name.
+    /// It is a part of the ZFS pool of this name.
     Zfs(String),
-    /// Open in that program, if it can be seen.
+    /// This program has it open, if the program can be seen.
     Program(Option<Holder>),
-    /// Claimed by something that cannot be found.
+    /// Something uses it that cannot be found.
     Unknown,
 }
 
-/// Whether the kernel tells when a disk is not used any more.
+/// Whether the kernel reports when a disk is not used any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Told {
-    /// It does.
+    /// It always reports.
     Always,
-    /// It does as a rule.
+    /// It reports in most cases.
     Mostly,
-    /// It does not.
+    /// It never reports.
     Never,
 }
 
-/// The kind of a block device that is made of others.
+/// The kind of a block device that is built on others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A loop device (losetup(8)).
     Loop {
-        /// Whether it goes by itself when nothing uses it any more.
+        /// Whether the kernel removes it when nothing uses it any more.
         autoclear: bool,
     },
-    /// Opened by cryptsetup(8).
+    /// It was opened by cryptsetup(8).
     Crypt,
     /// A logical volume of LVM (lvm(8)).
     Lvm,
@@ -83,9 +87,9 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// By its name, and by the UUID that device-mapper has for it, whose
-    /// beginning says who made it (libdevmapper.h, `dm_tree_node`; Linux,
-    /// drivers/md/dm-sysfs.c).
+    /// The kind, found by the device's name and by its UUID in device-mapper.
+    /// The beginning of the UUID says which program created it (libdevmapper.h,
+    /// `dm_tree_node`; Linux, drivers/md/dm-sysfs.c).
     pub(super) fn of(name: &str, uuid: Option<&str>) -> Self {
         match uuid {
             Some(uuid) if uuid.starts_with("CRYPT-") => Kind::Crypt,
@@ -148,7 +152,7 @@ impl fmt::Display for UsedBy {
 }
 
 impl Use {
-    /// What to do so that the disk is free: `unmount it`. Without a full stop.
+    /// What to do to free the disk: `unmount it`. Without a full stop.
     pub fn advice(&self) -> String {
         self.by.advice(&self.disk).unwrap_or_else(|| "stop what uses it".to_owned())
     }
@@ -189,8 +193,9 @@ impl UsedBy {
         })
     }
 
-    /// Whether a sign of the kernel's tells of the end ([`Signs`]), for sure or
-    /// as a rule: a program may have opened the disk by a node of its own.
+    /// Whether a sign of the kernel ([`Signs`]) reports the end of the use,
+    /// always or in most cases. A program may have opened the disk through its
+    /// own node, and that is not reported.
     ///
     /// [`Signs`]: crate::host::Signs
     pub fn told(&self) -> Told {
@@ -204,7 +209,7 @@ impl UsedBy {
         }
     }
 
-    /// The word for it in JSON documents.
+    /// The name of the use in JSON documents.
     pub fn word(&self) -> &'static str {
         match self {
             UsedBy::Mount(_) | UsedBy::MountElsewhere(..) => "mount",
@@ -219,7 +224,8 @@ impl UsedBy {
         }
     }
 
-    /// Where it is mounted, of what it is a part, or which program has it.
+    /// The mount point, the block device that it is part of, or the program
+    /// that has it open.
     pub fn what(&self) -> Option<String> {
         match self {
             UsedBy::Mount(place) | UsedBy::MountElsewhere(place, _) => Some(place.clone()),
@@ -232,7 +238,7 @@ impl UsedBy {
         }
     }
 
-    /// Where it is mounted, if it is free once that is unmounted.
+    /// The mount point, if the disk is free after it is unmounted.
     pub fn mount(&self) -> Option<&str> {
         match self {
             UsedBy::Mount(place) | UsedBy::Btrfs(Some(place)) => Some(place),
