@@ -1,24 +1,25 @@
-//! Rules that name a port by the number of its bus, and the names that stay.
+//! Finds rules that name a port by the number of its bus, and the stable names
+//! to write instead.
 
 use std::fmt;
 
 use super::rule::{Glob, Rule};
 use crate::host::Host;
 
-/// The most replacements that are told.
+/// The most replacements that one message shows.
 const MOST: usize = 3;
 
-/// The ports of a configuration that have bus numbers in their names, and what
-/// to write instead. Shown, it is one line.
+/// The ports of a configuration that have bus numbers in their names, and the
+/// names to write instead. Its text is one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ByNumber {
-    /// The line of the rule, its port, and the same by its stable name, where
-    /// the bus is there now.
+    /// The line of the rule, its port, and the port's stable name if the bus
+    /// exists now.
     ports: Vec<(usize, Glob, Option<String>)>,
 }
 
 impl ByNumber {
-    /// Looks for such rules; `None` if there is none.
+    /// Looks for such rules. Returns `None` if there is none.
     pub fn of(rules: &[Rule], host: &Host) -> Option<Self> {
         let ports: Vec<_> = rules
             .iter()
@@ -29,7 +30,8 @@ impl ByNumber {
     }
 }
 
-/// The same port, or ports, by the name that stays: only the bus has another.
+/// The same port or ports by their stable name. Only the part for the bus
+/// differs.
 fn instead(port: &Glob, host: &Host) -> Option<String> {
     let (bus, chain) = port.as_str().split_once('-')?;
     let bus = host.bus_path(bus.parse().ok()?)?;

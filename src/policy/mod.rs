@@ -1,5 +1,5 @@
-//! Which device belongs where: the configuration, its rules, and both applied
-//! to the host's devices.
+//! Decides which device belongs to which VM. The configuration has the rules,
+//! and they are applied to the host's devices.
 
 mod by_number;
 pub mod config;
@@ -15,41 +15,41 @@ use self::rule::{Decision, Effect, Fact, Facts, Needs, Rule, Target};
 use crate::host::{self, Host, blocking_each};
 use crate::usb::{Device, Port};
 
-/// A device of the host, and where it belongs.
+/// A device of the host and the VM that it belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostDevice {
     /// The device.
     pub device: Device,
     /// The VM it belongs to, if it belongs to one.
     pub assignment: Option<Assignment>,
-    /// Whether that is certain. A rule may ask what the device, or udev, does
-    /// not tell yet.
+    /// Whether the assignment is certain. A rule may ask for something that the
+    /// device or udev does not tell yet.
     pub is_clear: bool,
 }
 
-/// How to read what a rule asks.
+/// How to read the facts that a rule asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reading {
-    /// Only what is there at once.
+    /// Read only what can be read at once.
     AtOnce,
-    /// All of it. The kernel lets a reader of the serial number or of a
-    /// property wait while drivers start, which may take minutes.
+    /// Read everything. While drivers start, the kernel makes a reader of the
+    /// serial number or of a property wait, which may take minutes.
     Patient,
 }
 
-/// Where a device belongs.
+/// The assignment of a device to a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assignment {
     /// The VM's name.
     pub vm: String,
-    /// Which rule says so: its place among the rules, from 0.
+    /// The rule that decided: its index among the rules, from 0.
     pub rule: usize,
 }
 
 /// The host's devices, by port.
 pub type Table = BTreeMap<Port, HostDevice>;
 
-/// A configuration that is asked often.
+/// A configuration that is prepared for many questions.
 #[derive(Debug, Clone, Default)]
 pub struct Policy {
     config: Config,
@@ -57,7 +57,7 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Takes a configuration.
+    /// Prepares a configuration.
     pub fn new(config: Config) -> Self {
         let needs = Needs::of(&config.rules);
         Policy { config, needs }
@@ -68,20 +68,22 @@ impl Policy {
         &self.config
     }
 
-    /// The rules that name ports by bus number, to be told once.
+    /// The rules that name ports by bus number, so that the user can be told
+    /// once.
     pub fn by_number(&self, host: &Host) -> Option<ByNumber> {
         ByNumber::of(&self.config.rules, host)
     }
 
-    /// Whether a rule asks what only udev knows.
+    /// Whether a rule asks for something that only udev knows.
     pub fn needs_udev(&self) -> bool {
         self.needs.properties
     }
 
-    /// What the rules say of a device. What no rule asks is not read. None
-    /// decides about a device that udev is to tell of and has not got to yet:
-    /// its event is still to come. A hub stays with the host, whatever a rule
-    /// says: rules for all that is behind a hub match the hubs there, too.
+    /// What the rules say about a device. Only the facts that a rule asks for
+    /// are read. If a rule needs udev and udev has not processed the device
+    /// yet, no rule decides, because udev's event will still arrive. A hub
+    /// stays with the host, whatever a rule says: rules for everything behind a
+    /// hub match the hubs there, too.
     pub fn decision(&self, host: &Host, device: &Device, reading: Reading) -> Decision<'_> {
         if device.is_hub() {
             return Decision::NoRule;
@@ -110,7 +112,7 @@ impl Policy {
         rule::first_match(&self.config.rules, &facts)
     }
 
-    /// A device, and where it belongs.
+    /// A device and the VM that it belongs to.
     pub fn seen(&self, host: &Host, device: Device, reading: Reading) -> HostDevice {
         let decision = self.decision(host, &device, reading);
         let assignment = match decision {
@@ -122,9 +124,9 @@ impl Policy {
         HostDevice { device, assignment, is_clear: decision != Decision::Unknown }
     }
 
-    /// All devices of the host, and where they belong. What is not known at
-    /// once is read on threads; where that takes longer than the limit, the
-    /// device's place stays unclear.
+    /// All devices of the host and the VMs that they belong to. Facts that are
+    /// not known at once are read on threads. If a read takes longer than the
+    /// limit, the device's VM stays unclear.
     ///
     /// # Errors
     ///
@@ -145,8 +147,8 @@ impl Policy {
         Ok(table)
     }
 
-    /// All devices of the host, and where they belong as far as that is known
-    /// at once.
+    /// All devices of the host and the VMs that they belong to, as far as this
+    /// is known at once.
     ///
     /// # Errors
     ///
@@ -157,7 +159,8 @@ impl Policy {
         Ok(devices.map(|device| (device.port.clone(), seen(device))).collect())
     }
 
-    /// The VM that a device goes to by its rule, and how it is attached there.
+    /// The VM that a device belongs to by its rule, and how it is attached
+    /// there.
     pub fn target(&self, assignment: &Assignment) -> Option<&Target> {
         match &self.config.rules.get(assignment.rule)?.effect {
             Effect::Attach(target) => Some(target),
@@ -165,14 +168,14 @@ impl Policy {
         }
     }
 
-    /// The line of the configuration that the rule begins on.
+    /// The line of the configuration where the rule begins.
     pub fn line(&self, assignment: &Assignment) -> usize {
         self.config.rules.get(assignment.rule).map_or(0, |rule| rule.line)
     }
 }
 
-/// What is behind either half of a hub, and where it belongs as far as was known
-/// when that was looked at.
+/// The devices behind both halves of a hub, and the VMs that they belonged to
+/// when they were last read.
 pub fn behind(host: &Host, hub: &Port, table: &Table) -> Vec<HostDevice> {
     if !table.get(hub).is_some_and(|seen| seen.device.is_hub()) {
         return Vec::new();

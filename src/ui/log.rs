@@ -1,6 +1,6 @@
-//! Where log lines go. On standard error they are for people, just the
-//! message; a command that udev runs, and the daemon, also log to the journal, with
-//! its fields, or where there is no journal to syslog.
+//! Writes the log. On standard error, people read only the message. A command
+//! that udev runs, and the daemon, also log to the journal with all fields.
+//! Without a journal, they log to syslog.
 
 use std::fmt::Debug;
 use std::io::Write as _;
@@ -16,7 +16,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::text::escape;
 
-/// The name that log lines carry.
+/// The program's name in the log.
 const NAME: &str = "usb-qmp-hotplug";
 
 /// Starts logging.
@@ -27,8 +27,8 @@ pub fn start(to_system_log: bool, quiet: bool, verbose: bool) {
         _ => LevelFilter::INFO,
     };
     let system_log = if to_system_log { system_log() } else { None };
-    // As a service, standard error is the journal, which is to have each line
-    // once, and with its fields.
+    // In a service, standard error is the journal. Each line must appear there
+    // only once, and with its fields.
     let is_twice = system_log.is_some() && is_the_journal(std::io::stderr());
     let standard_error = (!is_twice).then_some(StandardError);
     let registry = tracing_subscriber::registry().with(level).with(standard_error);
@@ -36,7 +36,7 @@ pub fn start(to_system_log: bool, quiet: bool, verbose: bool) {
     let _ = registry.with(system_log).try_init();
 }
 
-/// Whether this is the stream to the journal that systemd gave us
+/// Whether this stream is the connection to the journal that systemd created
 /// (systemd.exec(5), `$JOURNAL_STREAM`).
 fn is_the_journal(stream: impl AsFd) -> bool {
     let Ok(stat) = rustix::fs::fstat(stream) else { return false };
@@ -44,7 +44,7 @@ fn is_the_journal(stream: impl AsFd) -> bool {
     journal.is_ok_and(|journal| journal == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-/// The journal, or else syslog, or where that fails too, nothing.
+/// The journal. Without it, syslog. If that fails, too, `None`.
 fn system_log<S>() -> Option<Box<dyn Layer<S> + Send + Sync>>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
@@ -60,8 +60,9 @@ where
     Some(layer.with_ansi(false).with_level(false).with_target(false).without_time().boxed())
 }
 
-/// Each message as a line on standard error; what --verbose adds, with its
-/// fields, since there the message alone may not say of what it speaks.
+/// Writes each message as a line on standard error. The messages that --verbose
+/// adds have their fields, because those messages alone may not name the VM or
+/// the device.
 struct StandardError;
 
 impl<S: Subscriber> Layer<S> for StandardError {

@@ -1,5 +1,5 @@
-//! What people see: tables and screens, the line that says what is waited
-//! for, standard output, and the log.
+//! The output for people: tables, text for the screen, the progress line,
+//! standard output, and the log.
 
 pub mod log;
 pub mod output;

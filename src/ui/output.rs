@@ -1,4 +1,4 @@
-//! Data on standard output, and failures in the log.
+//! Writes results to standard output, and errors to the log.
 
 use std::io::Write;
 
@@ -7,12 +7,12 @@ use tracing::{error, warn};
 use crate::error::Error;
 use crate::text::{chain, escape_json};
 
-/// Writes to standard output. Whoever closes the pipe has seen enough.
+/// Writes to standard output. It is no error if the reader closes the pipe.
 pub fn print(text: &str) -> Result<(), Error> {
     print_more(text).map(drop)
 }
 
-/// As [`print()`]; false if nobody reads any more.
+/// Like [`print()`]. Returns false if nobody reads any more.
 pub fn print_more(text: &str) -> Result<bool, Error> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -22,15 +22,15 @@ pub fn print_more(text: &str) -> Result<bool, Error> {
     }
 }
 
-/// A JSON document, for people too.
+/// A JSON document, with indentation for people.
 pub fn json(document: &impl serde::Serialize) -> Result<String, Error> {
     serde_json::to_string_pretty(document)
         .map(|json| escape_json(json) + "\n")
         .map_err(|error| Error::Write { what: "the JSON document", source: error.into() })
 }
 
-/// Reports an error to the log. A hub that udev met is no failure: a rule for
-/// all that is behind a hub meets the hubs there, too.
+/// Writes an error to the log. If udev called the program for a hub, that is no
+/// failure: a rule for everything behind a hub also matches the hubs there.
 pub fn report(error: &Error, in_background: bool) {
     match error {
         Error::Several { errors, .. } => {
@@ -42,7 +42,7 @@ pub fn report(error: &Error, in_background: bool) {
     }
 }
 
-/// One error, or several as one.
+/// Returns one error, or combines several into one.
 pub fn together(mut errors: Vec<Error>, of: usize) -> Result<(), Error> {
     if errors.len() > 1 {
         return Err(Error::Several { errors, of });

@@ -1,5 +1,5 @@
-//! A line that says what a person waits for: on a terminal's standard error,
-//! written over in place, and gone when it is over.
+//! Shows on a terminal what a person waits for. The line is on standard error.
+//! It is overwritten in place and erased at the end.
 
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,23 +9,24 @@ use tokio::time::{Instant, interval_at};
 
 use crate::text::fit;
 
-/// What takes less is not worth a line.
+/// Work that takes less time is not shown.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// Goes back to the line's beginning and erases it (ECMA-48, Erase in Line).
+/// Moves to the beginning of the line and erases it (ECMA-48, Erase in Line).
 const ERASE: &str = "\r\x1b[K";
 
-/// Whether there is a line that others who write to standard error must erase.
+/// Whether a line is shown that other writers to standard error must erase
+/// first.
 static SHOWN: AtomicBool = AtomicBool::new(false);
 
-/// What to write before a line of another kind: it takes the place of one that
-/// is shown now, and the next [`Progress::show`] brings that back.
+/// The text to write before another kind of line. It erases the line that is
+/// shown now, and the next [`Progress::show`] shows that again.
 pub fn make_way() -> &'static str {
     if SHOWN.swap(false, Ordering::Relaxed) { ERASE } else { "" }
 }
 
-/// Does the work. If it takes longer than half a second, a line says what is
-/// waited for, and for how long.
+/// Does the work. If it takes longer than half a second, a line shows what it
+/// waits for and for how long.
 pub async fn during<T>(quiet: bool, what: impl Fn() -> String, work: impl Future<Output = T>) -> T {
     let progress = Progress::new(quiet);
     let mut work = std::pin::pin!(work);
@@ -43,30 +44,30 @@ pub async fn during<T>(quiet: bool, what: impl Fn() -> String, work: impl Future
     }
 }
 
-/// The line; it goes away with this.
+/// The progress line. It is erased when this value is dropped.
 #[derive(Debug)]
 pub struct Progress {
     seen: bool,
 }
 
 impl Progress {
-    /// A line that is seen only on a terminal that can erase it.
+    /// Creates a line. It is visible only on a terminal that can erase it.
     pub fn new(quiet: bool) -> Self {
         let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
         Progress { seen: !quiet && !dumb && std::io::stderr().is_terminal() }
     }
 
-    /// Whether anybody sees it.
+    /// Whether the line is visible.
     pub fn is_seen(&self) -> bool {
         self.seen
     }
 
-    /// Shows the text, which must be escaped already, in place of the last.
+    /// Replaces the text of the line. The text must be escaped already.
     pub fn show(&self, text: &str) {
         if self.seen {
             let size = rustix::termios::tcgetwinsize(std::io::stderr()).ok();
             let columns = size.map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0);
-            // A line that is full wraps, and then it cannot be erased.
+            // A full line would wrap, and a wrapped line cannot be erased.
             write(&format!("{ERASE}{}", fit(text, columns.unwrap_or(80).saturating_sub(1))));
             SHOWN.store(true, Ordering::Relaxed);
         }

@@ -1,5 +1,5 @@
-//! Lines for a terminal: cut to its width, never wrapped, and in colours that
-//! mean something.
+//! Lines for a terminal. They are cut to its width, they never wrap, and their
+//! colours have a meaning.
 
 use std::io::IsTerminal;
 
@@ -7,36 +7,36 @@ use unicode_width::UnicodeWidthStr;
 
 use crate::text::fit;
 
-/// What there is to write on.
+/// The properties of the screen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Screen {
-    /// How many columns a line may have.
+    /// The most columns of a line.
     pub columns: usize,
     /// Whether colours are wanted.
     pub colour: bool,
 }
 
-/// What a word is, which its colour tells.
+/// The meaning of a word, which decides its colour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
-    /// Just text.
+    /// Ordinary text.
     Plain,
-    /// What one looks for first.
+    /// The text that a reader looks for first.
     Bold,
-    /// What holds the rest together.
+    /// The text that connects the other words.
     Dim,
-    /// It is where it belongs, or may be used.
+    /// The device is where it belongs, or it may be used.
     Good,
-    /// In use: hands off, or ask.
+    /// It is in use, so it should not be taken without a question.
     Busy,
-    /// Refused, or broken.
+    /// It was refused, or it does not work.
     Bad,
-    /// What the configuration says.
+    /// The text comes from the configuration.
     Rule,
 }
 
 impl Style {
-    /// Starts the style (ECMA-48, Select Graphic Rendition).
+    /// The code that starts the style (ECMA-48, Select Graphic Rendition).
     fn code(self) -> &'static str {
         match self {
             Style::Plain => "",
@@ -51,9 +51,9 @@ impl Style {
 }
 
 impl Screen {
-    /// Standard output: a terminal of its width, or else as many columns as
-    /// `COLUMNS` says, or 80. No colours with `NO_COLOR` (no-color.org), nor on
-    /// a terminal that has none.
+    /// The properties of standard output. The width is that of the terminal, or
+    /// else `COLUMNS`, or else 80. There are no colours with `NO_COLOR`
+    /// (no-color.org), nor on a terminal without colours.
     pub fn of_stdout() -> Self {
         let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let stdout = std::io::stdout();
@@ -66,7 +66,7 @@ impl Screen {
     }
 }
 
-/// A line, word by word. What is added must be escaped already.
+/// A line, made of words. The text of a word must be escaped already.
 #[derive(Debug, Clone, Default)]
 pub struct Line {
     words: Vec<(Style, String)>,
@@ -74,7 +74,7 @@ pub struct Line {
 }
 
 impl Line {
-    /// Adds text as it is.
+    /// Adds text without a change.
     pub fn add(&mut self, style: Style, text: impl Into<String>) -> &mut Self {
         let text = text.into();
         self.columns += text.width();
@@ -88,17 +88,17 @@ impl Line {
         self.add(Style::Plain, " ".repeat(missing))
     }
 
-    /// How many columns all of it takes.
+    /// How many columns the whole line takes.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// The line with its end, as it goes to the screen.
+    /// The line with its newline, as it is written to the screen.
     pub fn shown(&self, screen: Screen) -> String {
         let mut text = String::new();
         let (mut left, mut fits) = (screen.columns, self.columns <= screen.columns);
         for (style, word) in &self.words {
-            // The mark of what is missing needs a column of its own.
+            // The mark `…` for missing text needs one column.
             let is_cut = !fits && word.width() >= left;
             let word = if is_cut { fit_marked(word, left) } else { word.clone() };
             left = left.saturating_sub(word.width());
@@ -122,7 +122,8 @@ impl Line {
     }
 }
 
-/// The beginning of a word, with `…` even if it fits exactly: more follows.
+/// The beginning of a word with `…`, even if the word fits, because more text
+/// follows.
 fn fit_marked(word: &str, columns: usize) -> String {
     fit(&format!("{word}…"), columns).into_owned()
 }

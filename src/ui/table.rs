@@ -1,11 +1,11 @@
-//! Rows of cells as lines of aligned columns. Pure.
+//! Formats rows of cells as lines with aligned columns. There is no I/O here.
 
 use unicode_width::UnicodeWidthStr;
 
 use crate::text::fit;
 
-/// Rows as lines of aligned columns, two blanks apart; the last column is not
-/// padded. The cells must be escaped already.
+/// Formats rows as lines with aligned columns, with two blanks between them.
+/// The last column is not padded. The cells must be escaped already.
 pub fn table(rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = Vec::new();
     for row in rows {
@@ -31,8 +31,8 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Cuts the cells of one column so that the lines of [`table`] have at most so
-/// many columns of a terminal, or else the cells as few as 8.
+/// Cuts the cells of one column so that the lines of [`table`] fit into
+/// `columns` columns of a terminal. A cell keeps at least 8 columns.
 pub fn narrow(rows: &mut [Vec<String>], column: usize, columns: usize) {
     const LEAST: usize = 8;
     let width = |column: usize| rows.iter().filter_map(|row| Some(row.get(column)?.width())).max();

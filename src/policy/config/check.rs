@@ -1,5 +1,5 @@
-//! From TOML to VMs and rules. What is wrong goes to the sink and the work goes
-//! on; the result counts only if the sink stays empty.
+//! Turns TOML into VMs and rules. Mistakes are reported to the sink, and the
+//! check continues. The result is valid only if the sink stays empty.
 
 use std::collections::BTreeMap;
 
@@ -20,11 +20,12 @@ const MATCH: [&str; 6] = ["port", "vendor", "product", "serial", "class", "prope
 /// The keys that say how a device is attached.
 const GUEST: [&str; 5] = ["guest_bus", "guest_port", "add_controller", "unmount", "options"];
 
-/// A rule is compared with so many earlier ones to see whether they leave it
-/// anything; with all of them, the longest files would take seconds.
+/// The most earlier rules that a rule is compared with, to find rules that can
+/// never match. A comparison with all rules would take seconds for the longest
+/// files.
 const COMPARED: usize = 2000;
 
-/// What a file says, if the sink stays empty.
+/// The configuration in a file. It is valid only if the sink stays empty.
 pub(super) fn document(text: &str, sink: &mut Sink) -> Config {
     let (root, errors) = DeTable::parse_recoverable(text);
     for error in &errors {
@@ -46,7 +47,7 @@ pub(super) fn document(text: &str, sink: &mut Sink) -> Config {
     Config { vms, rules, detach_at_stop }
 }
 
-/// A complaint about what is not TOML, in the parser's words.
+/// Complains about a text that is not TOML, with the parser's message.
 fn syntax(error: &toml::de::Error, text: &str, sink: &mut Sink) {
     let span = error.span().unwrap_or(0..0);
     let at = span.start;
@@ -55,14 +56,14 @@ fn syntax(error: &toml::de::Error, text: &str, sink: &mut Sink) {
     if part.is_empty() {
         return sink.add(at, message.into_owned());
     }
-    // TOML takes `port = 1-1` for a date, and says no more than that.
+    // TOML reads `port = 1-1` as a date, and its message does not say more.
     let before = text.get(..at).unwrap_or("").trim_end_matches([' ', '\t']);
     let unquoted = before.ends_with('=') && !message.contains("quoted");
     let hint = if unquoted { "; text must be in quotes" } else { "" };
     sink.add(at, format!("`{}`: {message}{hint}", shown(part)));
 }
 
-/// The VMs, and the names of all that are defined, rightly or not.
+/// The VMs, and all names that the file defines, even those with mistakes.
 fn vms<'t>(mut section: Section<'t, '_>) -> (Vec<VmEntry>, Vec<&'t str>) {
     let (mut vms, mut names) = (Vec::new(), Vec::new());
     let mut addresses = BTreeMap::new();
@@ -111,7 +112,7 @@ fn vms<'t>(mut section: Section<'t, '_>) -> (Vec<VmEntry>, Vec<&'t str>) {
     (vms, names)
 }
 
-/// The rules. Says also which of them can never match.
+/// The rules. It also complains about rules that can never match.
 fn rules<'t>(
     items: impl Iterator<Item = &'t Spanned<DeValue<'t>>>,
     vms: &[&str],
@@ -141,7 +142,7 @@ fn rules<'t>(
     rules.into_iter().map(|(_, rule)| rule).collect()
 }
 
-/// A rule, unless it is not clear what it matches.
+/// A rule. `None` if it is not clear what it matches.
 fn rule(mut section: Section, vms: &[&str]) -> Option<Rule> {
     let before = section.complaints();
     let known: Vec<_> = ["vm", "deny", "twin"].into_iter().chain(MATCH).chain(GUEST).collect();
@@ -183,7 +184,7 @@ fn properties(section: &mut Section) -> Vec<(String, Glob)> {
     globs.filter_map(|(name, glob)| Some((name.to_owned(), glob?))).collect()
 }
 
-/// Where the rule's devices go; `None` if they stay with the host.
+/// The VM of the rule's devices. `None` if they stay with the host.
 fn target(section: &mut Section, vms: &[&str]) -> Option<Target> {
     let vm = section.read("vm", value::vm);
     if let Some(name) = vm.filter(|name| !vms.contains(name)) {

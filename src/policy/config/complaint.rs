@@ -1,26 +1,27 @@
-//! Complaints about a file, and where in it they belong.
+//! Complaints about a file, with their place in the file.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::text::escape;
 
-/// How many complaints are told at once. Who has more reads the first ones.
+/// The most complaints that are reported at once. A longer list shows the first
+/// ones.
 pub(super) const MOST: usize = 100;
 
-/// One thing that is wrong in a file.
+/// One mistake in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Complaint {
     /// The line, counted from 1.
     pub line: usize,
     /// The column, in characters, counted from 1.
     pub column: usize,
-    /// What is wrong, and what would be right, on one line.
+    /// The mistake and its correction, on one line.
     pub message: String,
 }
 
-/// All that is wrong in a file, in the order of the file; at least one thing.
-/// Displayed, each stands on a line of its own: `FILE:LINE:COLUMN: message`.
+/// All mistakes in a file, in the order of the file. There is at least one.
+/// Each is displayed on its own line: `FILE:LINE:COLUMN: message`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Complaints {
     path: PathBuf,
@@ -72,7 +73,7 @@ impl Sink {
         Sink { text: text.to_owned(), lines, found: Vec::new() }
     }
 
-    /// Adds a complaint about what stands at a byte of the text.
+    /// Adds a complaint about the text at a byte offset.
     pub(super) fn add(&mut self, at: usize, message: String) {
         self.found.push((at, message));
     }
@@ -82,7 +83,7 @@ impl Sink {
         self.found.len()
     }
 
-    /// The line of a byte of the text, counted from 1.
+    /// The line of a byte offset, counted from 1.
     pub(super) fn line(&self, at: usize) -> usize {
         self.lines.partition_point(|start| *start <= at)
     }
@@ -90,12 +91,13 @@ impl Sink {
     fn column(&self, at: usize) -> usize {
         let start = self.lines.get(self.line(at) - 1).copied().unwrap_or(0);
         let line = self.text.get(start..).unwrap_or("");
-        // A byte order mark is no character of the first line.
+        // A byte order mark does not count as a character of the first line.
         let mark = usize::from(start == 0 && at > 0 && line.starts_with('\u{feff}'));
         line.char_indices().take_while(|(index, _)| start + index < at).count() + 1 - mark
     }
 
-    /// Nothing, or all complaints in the order of the text.
+    /// Returns an error with all complaints in the order of the text, if there
+    /// are any.
     pub(super) fn finish(mut self, path: &Path) -> Result<(), Complaints> {
         let mut found = std::mem::take(&mut self.found);
         found.sort();

@@ -1,6 +1,6 @@
 //! The configuration: VMs by name, and rules that say which device belongs to
-//! which VM. A file is right as a whole, or every complaint about it is told,
-//! each with its line and column.
+//! which VM. A file is used only if all of it is correct. Otherwise all
+//! mistakes are reported, each with its line and column.
 
 mod check;
 mod complaint;
@@ -16,21 +16,22 @@ pub use self::complaint::{Complaint, Complaints};
 use crate::policy::rule::Rule;
 use crate::qemu::VmAddress;
 
-/// Where the configuration is when nothing else is said.
+/// The path of the configuration if the user gives no other.
 pub const DEFAULT_PATH: &str = "/etc/usb-qmp-hotplug.toml";
 
 /// The largest file that is read, in bytes.
 const MAX_FILE: usize = 1 << 20;
 
-/// A configuration without a fault.
+/// A configuration without mistakes.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Config {
-    /// The VMs, in the order of the file. Names and addresses stand once.
+    /// The VMs, in the order of the file. Each name and each address occurs
+    /// once.
     pub vms: Vec<VmEntry>,
-    /// The rules, in the order of the file: the first that matches decides.
-    /// One that attaches names a VM of `vms`.
+    /// The rules, in the order of the file. The first rule that matches
+    /// decides. A rule that attaches names a VM of `vms`.
     pub rules: Vec<Rule>,
-    /// Whether the daemon takes its devices out of the VMs when it ends.
+    /// Whether the daemon detaches its devices from the VMs when it ends.
     pub detach_at_stop: bool,
 }
 
@@ -39,11 +40,11 @@ pub struct Config {
 pub struct VmEntry {
     /// Its name: letters, digits, `.`, `_` and `-`, so that it is never a path.
     pub name: String,
-    /// Where it is; a socket's path is absolute.
+    /// Its address. A socket's path is absolute.
     pub address: VmAddress,
 }
 
-/// Why there is no configuration.
+/// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file could not be read.
@@ -51,10 +52,10 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The file was read and is not right.
+    /// The file was read, but it has mistakes.
     #[error(transparent)]
     Complaints(#[from] Complaints),
 }
@@ -68,8 +69,8 @@ impl Config {
     /// refused by [`Config::parse`].
     pub fn read(path: &Path) -> Result<Self, Error> {
         let mut bytes = Vec::new();
-        // One byte more than the limit: then a file that is too long is
-        // noticed.
+        // One byte more than the limit is read, so that a file that is too long
+        // is noticed.
         File::open(path)
             .and_then(|file| file.take(MAX_FILE as u64 + 1).read_to_end(&mut bytes))
             .map_err(|source| Error::Io { path: path.to_owned(), source })?;
@@ -85,12 +86,13 @@ impl Config {
         Config::parse(path, &text)
     }
 
-    /// Reads a file's text. The path is for the complaints only.
+    /// Reads a file's text. The path is used only in complaints.
     ///
     /// # Errors
     ///
-    /// All [`Complaints`] there are. A text that is not TOML is told so first;
-    /// what it says is judged once that is right.
+    /// All mistakes ([`Complaints`]). If the text is not TOML, only that is
+    /// reported, because its content can be checked only after that is
+    /// corrected.
     pub fn parse(path: &Path, text: &str) -> Result<Self, Error> {
         let mut sink = Sink::new(text);
         let config = if text.len() > MAX_FILE {
@@ -103,7 +105,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Where the VM of that name is.
+    /// The address of the VM of that name.
     pub fn address(&self, name: &str) -> Option<&VmAddress> {
         self.vms.iter().find(|vm| vm.name == name).map(|vm| &vm.address)
     }

@@ -1,5 +1,5 @@
-//! One table of the file: its keys read one by one, and complaints that name
-//! table and key.
+//! Reads one table of the file key by key. Its complaints name the table and
+//! the key.
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -8,19 +8,19 @@ use super::complaint::{MOST, Sink};
 use super::value::{not, shown};
 use crate::text::nearest;
 
-/// A table, and where complaints about it go.
+/// A table, and the sink for complaints about it.
 pub(super) struct Section<'t, 's> {
-    /// What stands before the key in a complaint: ``rule 2, ``.
+    /// The text before the key in a complaint: ``rule 2, ``.
     who: String,
-    /// The keys that lead from there to this table: `options.`.
+    /// The keys that lead from the named table to this one: `options.`.
     within: String,
-    /// Where the table begins in the text.
+    /// The byte offset where the table begins.
     at: usize,
     table: &'t DeTable<'t>,
     sink: &'s mut Sink,
 }
 
-/// A key, where it stands, and its value.
+/// A key, its byte offset, and its value.
 pub(super) type Entry<'t> = (&'t str, usize, &'t Spanned<DeValue<'t>>);
 
 impl<'t, 's> Section<'t, 's> {
@@ -29,8 +29,8 @@ impl<'t, 's> Section<'t, 's> {
         Section { who: String::new(), within: String::new(), at: 0, table, sink }
     }
 
-    /// A table that has a name of its own, like `rule 2`. Complains, as about
-    /// the table, if it is something `expected` does not describe.
+    /// A table with its own name, like `rule 2`. If the value is not a table,
+    /// it complains and says what was `expected`.
     pub(super) fn named(
         who: String,
         item: &'t Spanned<DeValue<'t>>,
@@ -57,12 +57,12 @@ impl<'t, 's> Section<'t, 's> {
         Some(Section { who, within, at, table, sink: self.sink })
     }
 
-    /// Where the table begins in the text.
+    /// The byte offset where the table begins.
     pub(super) fn at(&self) -> usize {
         self.at
     }
 
-    /// The line the table begins on.
+    /// The line where the table begins.
     pub(super) fn line(&self) -> usize {
         self.sink.line(self.at)
     }
@@ -72,7 +72,7 @@ impl<'t, 's> Section<'t, 's> {
         self.sink.len()
     }
 
-    /// Where complaints go.
+    /// The sink for complaints.
     pub(super) fn sink(&mut self) -> &mut Sink {
         self.sink
     }
@@ -91,7 +91,7 @@ impl<'t, 's> Section<'t, 's> {
         entries
     }
 
-    /// The value of a key, if it is there and right.
+    /// Reads the value of a key, if the key exists and the value is correct.
     pub(super) fn read<T>(
         &mut self,
         key: &str,
@@ -107,34 +107,36 @@ impl<'t, 's> Section<'t, 's> {
         }
     }
 
-    /// A complaint about a key.
+    /// Adds a complaint about a key.
     pub(super) fn complain(&mut self, key: &str, at: usize, message: &str) {
         let (who, within) = (&self.who, &self.within);
         self.sink.add(at, format!("{who}key `{within}{}`: {message}", shown(key)));
     }
 
-    /// A complaint about a key, at the key; nothing if it is not there.
+    /// Adds a complaint about a key, at the key. Does nothing if the key does
+    /// not exist.
     pub(super) fn complain_at_key(&mut self, key: &str, message: &str) {
         if let Some((known, _)) = self.table.get_key_value(key) {
             self.complain(key, known.span().start, message);
         }
     }
 
-    /// A complaint about a key, at its value; nothing if it is not there.
+    /// Adds a complaint about a key, at its value. Does nothing if the key does
+    /// not exist.
     pub(super) fn complain_at_value(&mut self, key: &str, message: &str) {
         if let Some(value) = self.table.get(key) {
             self.complain(key, value.span().start, message);
         }
     }
 
-    /// A complaint about the table as a whole.
+    /// Adds a complaint about the table as a whole.
     pub(super) fn complain_here(&mut self, message: &str) {
         let who = self.who.trim_end_matches(", ");
         self.sink.add(self.at, format!("{who}: {message}"));
     }
 
-    /// What a word that is not known probably meant. Beyond the complaints that
-    /// are told, it is not worth the search.
+    /// The word that the user probably meant by an unknown one. It does not
+    /// search when there are more complaints than are reported.
     pub(super) fn nearest<'c>(
         &self,
         word: &str,

@@ -12,13 +12,13 @@ fn parse(text: &str) -> Result<Config, Error> {
     Config::parse(Path::new("f"), text)
 }
 
-/// All complaints about a text, without the file's name, a line each.
+/// All complaints about a text, one per line and without the file's name.
 fn complaints(text: &str) -> String {
     let all = parse(text).err().map(|error| error.to_string()).unwrap_or_default();
     all.lines().map(|line| line.strip_prefix("f:").unwrap()).collect::<Vec<_>>().join("\n")
 }
 
-/// Two lines that define VM `a`, and a rule, whose first key is on line 4.
+/// Two lines that define VM `a`, and then a rule whose first key is on line 4.
 fn rule(keys: &str) -> String {
     format!("[vm.a]\nqmp = '/a'\n[[rule]]\n{keys}")
 }
@@ -142,7 +142,7 @@ fn a_file_that_cannot_be_read_says_why() {
     assert_eq!(Config::read(&file).unwrap(), parse(EXAMPLE).unwrap());
 }
 
-/// What files are made of, rightly and wrongly.
+/// Pieces of configuration files, correct ones and incorrect ones.
 fn scraps() -> impl Strategy<Value = String> {
     let keys =
         "(vm|deny|port|twin|vendor|class|property|options|guest_bus|qmp|x|'\u{e9}')([.]a)? = ";

@@ -1,5 +1,5 @@
-//! What a single value may be. Each function gives the value, or what is wrong
-//! with it.
+//! Checks single values. Each function returns the value, or a message that
+//! says what is wrong with it.
 
 use std::path::{Path, PathBuf};
 
@@ -11,18 +11,18 @@ use crate::qemu::qmp::{Domain, user_id};
 use crate::text::escape;
 use crate::usb::{NO_REVISION, Port, PortPath};
 
-/// The longest path of a Unix socket, in bytes: `sun_path` less its end (Linux,
-/// include/uapi/linux/un.h).
+/// The longest path of a Unix socket, in bytes: `sun_path` without the final
+/// zero (Linux, include/uapi/linux/un.h).
 const MAX_SOCKET: usize = 107;
 
-/// The longest port on a guest's bus, in bytes (QEMU, include/hw/usb.h,
-/// `USBPort.path`, less its end).
+/// The longest port on a guest's bus, in bytes: `USBPort.path` without the
+/// final zero (QEMU, include/hw/usb.h).
 const MAX_GUEST_PORT: usize = 15;
 
 /// The longest name of a VM or a bus, in bytes.
 const MAX_NAME: usize = 64;
 
-/// The beginning of a text from the file, as it may be shown.
+/// The beginning of a text from the file, escaped for a message.
 pub(super) fn shown(text: &str) -> String {
     const MOST: usize = 80;
     let rest = if text.chars().nth(MOST).is_some() { "..." } else { "" };
@@ -30,7 +30,7 @@ pub(super) fn shown(text: &str) -> String {
     format!("{}{rest}", escape(&start))
 }
 
-/// Says that a value is something else than it should be.
+/// The message that a value is not what it should be.
 pub(super) fn not(value: &DeValue, expected: &str) -> String {
     let value = match value {
         DeValue::String(text) => format!("`\"{}\"`", shown(text)),
@@ -77,7 +77,7 @@ pub(super) fn glob(value: &DeValue) -> Result<Glob, String> {
     Glob::new(text).map_err(|error| error.to_string())
 }
 
-/// A glob that can match a port at all, by either of its names.
+/// A glob that can match a port by at least one of its names.
 pub(super) fn port(value: &DeValue) -> Result<Glob, String> {
     let expected = "a port in quotes, like `\"pci-0000:00:14.0-usbv2-0:1.2\"` or `\"1-1.2\"`, or a \
          glob of ports, like `\"1-1.*\"`";
@@ -97,15 +97,16 @@ pub(super) fn port(value: &DeValue) -> Result<Glob, String> {
     Ok(glob)
 }
 
-/// A name of ASCII letters, digits, `.`, `_` and `-`, the first no sign. It is
-/// neither a path nor an option, and `.` and `..` are none.
+/// Whether the text is a name of ASCII letters, digits, `.`, `_` and `-`, and
+/// does not begin with a sign. Such a name is neither a path nor an option, and
+/// it is neither `.` nor `..`.
 pub(super) fn is_name(text: &str) -> bool {
     text.len() <= MAX_NAME
         && text.starts_with(|c: char| c.is_ascii_alphanumeric())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
 }
 
-/// What [`is_name`] asks for.
+/// The description of [`is_name`] for messages.
 pub(super) const NAME: &str =
     "letters, digits, `.`, `_` and `-`, at most 64 of them, the first a letter or digit";
 
@@ -126,7 +127,7 @@ pub(super) fn socket(value: &DeValue) -> Result<PathBuf, String> {
     Ok(PathBuf::from(path))
 }
 
-/// A user's id, whose name this host must know.
+/// The id of a user. This host must know the user's name.
 pub(super) fn user(value: &DeValue) -> Result<u32, String> {
     let expected = "a user in quotes, by name like `\"libvirt-qemu\"`, or by number";
     let user = text(value, expected, |user| !user.is_empty())?;
@@ -149,7 +150,8 @@ pub(super) fn guest_bus(value: &DeValue) -> Result<String, String> {
 
 pub(super) fn guest_port(value: &DeValue) -> Result<String, String> {
     let expected = "a port on a guest's bus in quotes, like `\"3\"`, or `\"1.2\"` behind a hub";
-    // The numbers from the root hub down are written as in the host's ports.
+    // The numbers from the root hub down have the same format as in the host's
+    // ports.
     let fits =
         |text: &str| text.len() <= MAX_GUEST_PORT && format!("1-{text}").parse::<Port>().is_ok();
     Ok(text(value, expected, fits)?.to_owned())

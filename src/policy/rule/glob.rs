@@ -1,23 +1,24 @@
-//! Patterns for text: the wildcards of a shell, without its paths.
+//! Text patterns with the wildcards of a shell, but without its special
+//! treatment of paths.
 
 use std::fmt;
 
 use glob::Pattern;
 
-/// The longest pattern, in characters. What a glob is matched against costs
-/// at most this many steps per character.
+/// The longest pattern, in characters. A match takes at most this many steps
+/// for each character of the text.
 pub const MAX_GLOB: usize = 255;
 
 const WILDCARDS: [char; 3] = ['*', '?', '['];
 
-/// A pattern that all of a text must fit, upper and lower case apart:
+/// A pattern that the whole text must fit. Upper and lower case are different:
 ///
-/// - `*` is any text, also none, also across `.` and `/`;
+/// - `*` is any text, even an empty one, and includes `.` and `/`;
 /// - `?` is any one character;
-/// - `[a-f0]` is any one of these characters, `[!a-f0]` any other one. A `]`
-///   that comes first and a `-` at either end stand for themselves, and so do
-///   all wildcards in there: `[*]` is a star;
-/// - everything else is itself.
+/// - `[a-f0]` is any one of these characters, and `[!a-f0]` is any other
+///   character. A `]` at the beginning and a `-` at either end stand for
+///   themselves, and so do all wildcards inside: `[*]` is a star;
+/// - every other character stands for itself.
 ///
 /// # Examples
 ///
@@ -31,7 +32,8 @@ const WILDCARDS: [char; 3] = ['*', '?', '['];
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Glob {
     pattern: Pattern,
-    /// Without wildcards, which is the usual case, it is a comparison.
+    /// Whether there are no wildcards. This is the usual case, and then a
+    /// comparison is enough.
     literal: bool,
 }
 
@@ -44,20 +46,21 @@ pub enum GlobError {
     /// It has more than [`MAX_GLOB`] characters.
     #[error("the glob has more than {MAX_GLOB} characters")]
     TooLong,
-    /// It has two stars next to each other, which mean something else elsewhere.
+    /// It has two stars next to each other, which have a special meaning in
+    /// other tools.
     #[error("write `*` instead of `**`: it is any text, also across `.` and `/`")]
     DoubleStar,
-    /// A `[` has no end. It is the character at this place, counted from 1.
+    /// A `[` has no `]`. The number is its place in characters, counted from 1.
     #[error("the `[` at character {0} of the glob has no `]`; a plain `[` is written `[[]`")]
     Open(usize),
 }
 
 impl Glob {
-    /// A glob from its text.
+    /// Creates a glob from its text.
     ///
     /// # Errors
     ///
-    /// The text is empty, too long, or no glob.
+    /// The text is empty, is too long, or is not a glob.
     pub fn new(text: &str) -> Result<Self, GlobError> {
         if text.is_empty() {
             return Err(GlobError::Empty);
@@ -68,19 +71,19 @@ impl Glob {
         if text.contains("**") {
             return Err(GlobError::DoubleStar);
         }
-        // With `**` out of the way, an open class is all that can be wrong.
+        // `**` was excluded above, so an open `[` is the only possible mistake.
         let pattern = Pattern::new(text).map_err(|error| GlobError::Open(error.pos + 1))?;
         Ok(Glob { pattern, literal: !text.contains(WILDCARDS) })
     }
 
-    /// Whether the whole text fits. Takes time in proportion to the lengths of
-    /// glob and text, multiplied, whatever they hold.
+    /// Whether the whole text fits. The time is at most proportional to the
+    /// length of the glob multiplied by the length of the text.
     pub fn matches(&self, text: &str) -> bool {
         if self.literal { self.as_str() == text } else { self.pattern.matches(text) }
     }
 
-    /// Whether it is clear that every text that fits `other` fits this glob
-    /// too. `false` means that nothing is known.
+    /// Whether it is certain that every text that fits `other` fits this glob,
+    /// too. `false` means that this is not known.
     pub fn covers(&self, other: &Glob) -> bool {
         let start = self.as_str().strip_suffix('*').filter(|start| !start.contains(WILDCARDS));
         self == other
@@ -182,7 +185,7 @@ mod tests {
         assert!(!many.matches(&"a".repeat(100_000)));
     }
 
-    /// Tries everything, on the pattern's text itself.
+    /// Tries all possibilities, directly on the text of the pattern.
     fn naive(pattern: &[char], text: &[char]) -> bool {
         match pattern {
             [] => text.is_empty(),

@@ -1,4 +1,5 @@
-//! Whether a rule matches a device. Pure: the facts come from elsewhere.
+//! Decides whether a rule matches a device. There is no I/O here: the caller
+//! provides the facts.
 
 mod glob;
 
@@ -9,35 +10,36 @@ pub use self::glob::{Glob, GlobError, MAX_GLOB};
 use crate::text::escape;
 use crate::usb::{Port, PortPath, VendorProduct};
 
-/// One rule: what a device must be, and what then happens to it. A key that is
-/// not set matches every device.
+/// One rule: the properties that a device must have, and what happens to such a
+/// device. A key that is not set matches every device.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rule {
-    /// The line it begins on in the configuration, counted from 1.
+    /// The line in the configuration where it begins, counted from 1.
     pub line: usize,
-    /// Fits either name of the device's port: `1-1.2`, or the one that stays,
+    /// Matches either name of the device's port: `1-1.2`, or the stable name
     /// `pci-0000:00:14.0-usbv2-0:1.2`.
     pub port: Option<Glob>,
-    /// Whether `port` means the physical socket: it may fit the name of the
-    /// socket's other half instead.
+    /// Whether `port` means the physical socket. Then it may also match the
+    /// name of the socket's other half.
     pub twin: bool,
-    /// Is the vendor id.
+    /// The vendor id.
     pub vendor: Option<u16>,
-    /// Is the product id.
+    /// The product id.
     pub product: Option<u16>,
-    /// Fits the serial number, without the blanks around it, as it is or with
-    /// the escapes that show it; a device without one does not match.
+    /// Matches the serial number without leading and trailing blanks, either as
+    /// it is or with the escapes that this tool shows. A device without a
+    /// serial number does not match.
     pub serial: Option<Glob>,
-    /// Is the class code of the device or of any of its interfaces.
+    /// The class code of the device or of any of its interfaces.
     pub class: Option<u8>,
-    /// Fit the udev properties of these names; a device that lacks one of them
-    /// does not match.
+    /// Match the udev properties of these names. A device that lacks one of
+    /// them does not match.
     pub properties: Vec<(String, Glob)>,
     /// What happens to a device that matches.
     pub effect: Effect,
 }
 
-/// What a rule is for.
+/// The effect of a rule.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     /// The device stays with the host.
@@ -46,28 +48,31 @@ pub enum Effect {
     Attach(Target),
 }
 
-/// The VM a device belongs to, and how it is attached there.
+/// The VM that a device belongs to, and how it is attached there.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Target {
     /// The VM's name in the configuration.
     pub vm: String,
-    /// The guest's bus (`xhci.0`); if not set, one is chosen.
+    /// The guest's bus (`xhci.0`). If it is not set, this tool chooses one.
     pub guest_bus: Option<String>,
-    /// The port on the guest's bus (`3`, or `1.2` behind a hub); if not set,
-    /// a free one is chosen.
+    /// The port on the guest's bus (`3`, or `1.2` behind a hub). If it is not
+    /// set, this tool chooses a free one.
     pub guest_port: Option<String>,
-    /// Whether the VM gets a controller if it has no port for the device.
+    /// Whether a controller is added to the VM if it has no port for the
+    /// device.
     pub add_controller: bool,
-    /// Whether what the host has mounted from the device is unmounted first.
+    /// Whether the filesystems that the host has mounted from the device are
+    /// unmounted first.
     pub unmount: bool,
     /// More properties of `usb-host`: booleans, integers and strings.
     pub options: serde_json::Map<String, serde_json::Value>,
 }
 
-/// What rules look at, for one device. Holds only what it was given: see
-/// [`Needs`] for what is worth fetching.
+/// The facts about one device that rules ask for. It has only the facts that it
+/// was given. [`Needs`] tells which facts are worth reading.
 pub struct Facts<'a> {
-    // As text, written once: most rules compare them.
+    // The port as text, which is created only once because most rules compare
+    // it.
     port: String,
     twin: Option<String>,
     path: Option<String>,
@@ -78,14 +83,14 @@ pub struct Facts<'a> {
     property: Property<'a>,
 }
 
-/// What is known of a device's serial number, or of a property.
+/// The known state of a device's serial number or of a property.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fact<'a> {
-    /// It is this.
+    /// It has this value.
     Is(Cow<'a, str>),
     /// The device has none.
     Lacking,
-    /// Nobody can say yet.
+    /// It is not known yet.
     Unknown,
 }
 
@@ -104,7 +109,7 @@ impl Fact<'_> {
         }
     }
 
-    /// Whether it fits as it is or with the escapes that show it.
+    /// Whether it matches as it is or with the escapes that this tool shows.
     fn fits_as_shown(&self, glob: &Glob) -> Match {
         match self {
             Fact::Is(text) if glob.matches(&escape(text)) => Match::Yes,
@@ -116,27 +121,27 @@ impl Fact<'_> {
 /// Whether a rule matches a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Match {
-    /// All its keys do.
+    /// All its keys match.
     Yes,
-    /// A key does not.
+    /// At least one key does not match.
     No,
-    /// All its keys may, and of one nobody can say yet.
+    /// No key is known not to match, but at least one is not known yet.
     Unknown,
 }
 
-/// What the rules say of a device.
+/// The decision of the rules about a device.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Decision<'r> {
-    /// This rule decides; its place among the rules, from 0.
+    /// This rule decides. The number is its index among the rules, from 0.
     Rule(usize, &'r Rule),
     /// No rule matches.
     NoRule,
-    /// That depends on what nobody can say yet.
+    /// It depends on a fact that is not known yet.
     Unknown,
 }
 
 impl<'r> Decision<'r> {
-    /// The rule that decides, if it is clear that there is one.
+    /// The rule that decides, if it is certain that there is one.
     pub fn rule(self) -> Option<(usize, &'r Rule)> {
         match self {
             Decision::Rule(place, rule) => Some((place, rule)),
@@ -149,9 +154,9 @@ impl<'r> Decision<'r> {
 type Property<'a> = &'a dyn Fn(&str) -> Fact<'a>;
 
 impl<'a> Facts<'a> {
-    /// What is known of every device. `twin` is the other half of the physical
-    /// socket the device is in: one USB 3 socket is two ports, on two buses,
-    /// that the kernel links to each other as `peer`.
+    /// The facts that are known of every device. `twin` is the other half of
+    /// the physical socket: one USB 3 socket is two ports on two buses, and the
+    /// kernel links them to each other as `peer`.
     pub fn new(port: &Port, twin: Option<&Port>, id: VendorProduct) -> Self {
         Facts {
             port: port.to_string(),
@@ -165,45 +170,46 @@ impl<'a> Facts<'a> {
         }
     }
 
-    /// With the names that stay, of the port and of its twin.
+    /// Adds the stable names of the port and of its twin.
     pub fn with_paths(self, path: Option<&PortPath>, twin: Option<&PortPath>) -> Self {
         let (path, twin_path) = (path.map(PortPath::to_string), twin.map(PortPath::to_string));
         Facts { path, twin_path, ..self }
     }
 
-    /// With a way to ask for the serial number. It is asked only for a rule
-    /// that names one and matches in all that is known at once.
+    /// Adds a function that reads the serial number. It is called only for a
+    /// rule that names a serial number and matches in everything that is known
+    /// at once.
     pub fn with_serial(self, serial: &'a dyn Fn() -> Fact<'a>) -> Self {
         Facts { serial, ..self }
     }
 
-    /// With the class codes of the device and of all its interfaces, in any
+    /// Adds the class codes of the device and of all its interfaces, in any
     /// order.
     pub fn with_classes(self, classes: &'a [u8]) -> Self {
         Facts { classes, ..self }
     }
 
-    /// With a way to look up a udev property by name. It is asked only by a
-    /// rule that names a property and matches in everything else.
+    /// Adds a function that looks up a udev property by name. It is called only
+    /// for a rule that names a property and matches in everything else.
     pub fn with_properties(self, property: Property<'a>) -> Self {
         Facts { property, ..self }
     }
 }
 
-/// What rules look at beyond the port by its bus number, the vendor and the
-/// product.
+/// The facts that rules ask for, besides the port by its bus number, the vendor
+/// and the product.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// The names of ports that stay.
+    /// The stable names of ports.
     pub paths: bool,
-    /// The class codes of device and interfaces.
+    /// The class codes of the device and its interfaces.
     pub classes: bool,
     /// Properties of udev.
     pub properties: bool,
 }
 
 impl Needs {
-    /// What any of these rules looks at.
+    /// The facts that at least one of these rules asks for.
     pub fn of(rules: &[Rule]) -> Self {
         rules.iter().fold(Needs::default(), |all, rule| Needs {
             paths: all.paths || (rule.port.is_some() && rule.bus_number().is_none()),
@@ -245,18 +251,18 @@ impl Rule {
             || (self.twin && (fits(&facts.twin) || fits(&facts.twin_path)))
     }
 
-    /// The glob for the port, if it names a bus by its number: then it can fit
-    /// no name that stays.
+    /// The glob for the port, if it names a bus by its number. Then it cannot
+    /// match a stable name.
     pub fn bus_number(&self) -> Option<&Glob> {
         let starts =
             |text: &str| text.trim_start_matches('[').starts_with(|c: char| c.is_ascii_digit());
         self.port.as_ref().filter(|port| starts(port.as_str()))
     }
 
-    /// Whether it is clear that this rule matches every device that `later`
-    /// matches. `false` means that nothing is known.
+    /// Whether it is certain that this rule matches every device that `later`
+    /// matches. `false` means that this is not known.
     pub fn covers(&self, later: &Rule) -> bool {
-        // A port that fits everything needs no twin to do so.
+        // A glob that matches every port does not need the twin.
         let socket =
             self.twin || !later.twin || self.port.as_ref().is_none_or(|p| p.as_str() == "*");
         socket
@@ -271,7 +277,8 @@ impl Rule {
     }
 }
 
-/// Whether the later rule's key says at least what the earlier one's does.
+/// Whether the later rule's key is at least as strict as the earlier rule's
+/// key.
 fn implied<T>(earlier: &Option<T>, later: &Option<T>, covers: impl Fn(&T, &T) -> bool) -> bool {
     match (earlier, later) {
         (None, _) => true,
@@ -286,7 +293,7 @@ impl fmt::Display for Rule {
     }
 }
 
-/// The first rule that matches is the one that decides.
+/// Finds the first rule that matches. That rule decides.
 pub fn first_match<'r>(rules: &'r [Rule], facts: &Facts) -> Decision<'r> {
     for (place, rule) in rules.iter().enumerate() {
         match rule.matches(facts) {
@@ -298,8 +305,8 @@ pub fn first_match<'r>(rules: &'r [Rule], facts: &Facts) -> Decision<'r> {
     Decision::NoRule
 }
 
-/// For a property of `usb-host` that this tool sets itself, or that cannot be
-/// set: what to do instead. `None` for all others, which are the user's.
+/// The advice for a property of `usb-host` that this tool sets itself or that
+/// cannot be set. `None` for all other properties, which the user may set.
 pub fn reserved_option(name: &str) -> Option<&'static str> {
     match name {
         "bus" => Some("use `guest_bus`"),

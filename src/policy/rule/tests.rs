@@ -30,7 +30,8 @@ fn property(name: &str, value: &str) -> Rule {
     Rule { properties: vec![(name.into(), Glob::new(value).unwrap())], ..rule() }
 }
 
-/// A stick in a USB 3 socket, with a storage and a keyboard interface.
+/// A USB stick in a USB 3 socket, with a storage interface and a keyboard
+/// interface.
 fn stick<'a>() -> Facts<'a> {
     let (port, twin) = ("2-1.2".parse().unwrap(), "1-1.2".parse().unwrap());
     let path = "pci-0000:00:14.0-usbv3-0:1.2".parse().unwrap();

@@ -1,4 +1,4 @@
-//! Where a VM is.
+//! The address of a VM's monitor.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,26 +7,27 @@ use serde::{Serialize, Serializer};
 
 use super::domain::{Domain, NotADomain};
 
-/// What a domain's name begins with where a VM is written.
+/// The prefix of an address that names a domain of libvirt.
 const LIBVIRT: &str = "libvirt:";
 
-/// Where a VM's monitor is, and so which VM it is. As text it is what a user
-/// writes; that is not escaped.
+/// Where a VM's monitor is. The address also identifies the VM. Its text is
+/// what a user writes, and it is not escaped.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum VmAddress {
     /// A QMP socket.
     Socket(Socket),
-    /// A domain of libvirt, which passes on what is said to its monitor.
+    /// A domain of libvirt. libvirt passes commands on to its monitor.
     Libvirt(Domain),
 }
 
-/// A QMP socket, which is what its path says, whoever should listen there.
+/// A QMP socket. Two sockets are equal if their paths are equal, whichever user
+/// should listen there.
 #[derive(Debug, Clone)]
 pub struct Socket {
     /// Its path.
     pub path: PathBuf,
-    /// The id of the user whose process must listen there; if not set, anybody's
-    /// may.
+    /// The id of the user whose process has to listen there. If it is not set,
+    /// any user's process may.
     pub user: Option<u32>,
 }
 
@@ -59,12 +60,13 @@ impl Ord for Socket {
 }
 
 impl VmAddress {
-    /// What a user wrote, if it says by itself where the VM is: `libvirt:NAME`,
-    /// or the path of a socket, which has a `/`. Any other text is a name.
+    /// Reads an address that a user wrote: `libvirt:NAME`, or the path of a
+    /// socket, which contains a `/`. Any other text is a VM's name, and the
+    /// result is `None`.
     ///
     /// # Errors
     ///
-    /// [`NotADomain`] for what begins with `libvirt:` and names no domain.
+    /// [`NotADomain`] if the text begins with `libvirt:` but names no domain.
     pub fn read(text: &str) -> Result<Option<Self>, NotADomain> {
         match text.strip_prefix(LIBVIRT) {
             Some(domain) => Ok(Some(VmAddress::Libvirt(domain.parse()?))),
@@ -89,7 +91,7 @@ impl VmAddress {
         }
     }
 
-    /// Whether it is the same VM, and the same user must listen there.
+    /// Whether both are the same VM, and the same user has to listen there.
     pub fn is_as_before(&self, before: &VmAddress) -> bool {
         let user = |address: &VmAddress| match address {
             VmAddress::Socket(socket) => socket.user,
@@ -98,7 +100,7 @@ impl VmAddress {
         self == before && user(self) == user(before)
     }
 
-    /// The file whose appearance tells that the VM starts.
+    /// The file that appears when the VM starts.
     pub fn start(&self) -> PathBuf {
         match self {
             VmAddress::Socket(socket) => socket.path.clone(),

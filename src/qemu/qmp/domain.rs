@@ -1,4 +1,4 @@
-//! A domain of libvirt: its name, and where libvirt is for it.
+//! A domain of libvirt: its name, and the sockets and files of its libvirt.
 
 use std::fmt;
 use std::fs::File;
@@ -11,32 +11,32 @@ use rustix::process::{Pid, test_kill_process};
 
 use crate::text::escape;
 
-/// The longest name of a domain, in bytes: that of a file, less `.pid` and
-/// what else libvirt adds.
+/// The longest name of a domain, in bytes. It is the longest name of a file
+/// without `.pid` and the other text that libvirt adds.
 const MAX_NAME: usize = 240;
 
 /// The largest table of users that is read, in bytes.
 const MAX_USERS: u64 = 1 << 20;
 
-/// A domain of libvirt. As text it is what stands after `libvirt:`.
+/// A domain of libvirt. Its text is the part of an address after `libvirt:`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Domain {
     name: String,
     of: Owner,
 }
 
-/// Whose libvirt it is.
+/// The owner of the libvirt that the domain belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Owner {
-    /// The system's, `qemu:///system`.
+    /// The system, `qemu:///system`.
     System,
-    /// The user's who runs this program, `qemu:///session`.
+    /// The user who runs this program, `qemu:///session`.
     Caller,
-    /// Another user's, by name or number; for root.
+    /// Another user, by name or number. Only root can use it.
     User(String),
 }
 
-/// What is no domain.
+/// The error for a text that names no domain.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`libvirt:{}` names no domain; write `libvirt:NAME`, `libvirt:session/NAME` for a VM of your \
@@ -46,13 +46,14 @@ enum Owner {
 pub struct NotADomain(String);
 
 impl Domain {
-    /// A domain of the system's libvirt; `None` for what is no domain's name.
+    /// A domain of the system's libvirt. `None` if the text cannot be a
+    /// domain's name.
     pub fn of_system(name: &str) -> Option<Self> {
         is_name(name).then(|| Domain { name: name.to_owned(), of: Owner::System })
     }
 
-    /// A domain of a user's own libvirt: the caller's, or by name or number
-    /// another one's.
+    /// A domain of a user's own libvirt. The user is the caller, or is given by
+    /// name or number.
     pub fn of_session(name: &str, user: Option<&str>) -> Option<Self> {
         let of = match user {
             None => Owner::Caller,
@@ -62,7 +63,7 @@ impl Domain {
         is_name(name).then(|| Domain { name: name.to_owned(), of })
     }
 
-    /// The same domain as every user can name it.
+    /// The same domain, written so that it means the same for every user.
     pub fn of_user(self) -> Self {
         let Owner::Caller = self.of else { return self };
         let uid = rustix::process::geteuid().as_raw();
@@ -83,8 +84,8 @@ impl Domain {
         }
     }
 
-    /// The user whose libvirt it is, as a number; `None` for a name that the
-    /// local table of users does not have (passwd(5)).
+    /// The number of the user whose libvirt it is. `None` for a name that is
+    /// not in the local table of users (passwd(5)).
     pub(super) fn uid(&self) -> Option<u32> {
         match &self.of {
             Owner::System => Some(0),
@@ -93,15 +94,15 @@ impl Domain {
         }
     }
 
-    /// Where libvirt listens: virtqemud if it is there, else libvirtd (libvirt,
-    /// docs/daemons.rst).
+    /// The sockets of libvirt: first that of virtqemud, then that of libvirtd
+    /// (libvirt, docs/daemons.rst).
     pub(super) fn sockets(&self) -> [PathBuf; 2] {
         let directory = self.directory();
         ["virtqemud-sock", "libvirt-sock"].map(|name| directory.join(name))
     }
 
-    /// The file with the id of its QEMU's process, which comes and goes with
-    /// the domain (libvirt, src/qemu/qemu_conf.c, `stateDir`).
+    /// The file with the process id of its QEMU. It exists while the domain
+    /// runs (libvirt, src/qemu/qemu_conf.c, `stateDir`).
     pub fn pid_file(&self) -> PathBuf {
         let state = match self.of {
             Owner::System => "qemu",
@@ -110,24 +111,24 @@ impl Domain {
         self.directory().join(state).join(format!("{}.pid", self.name))
     }
 
-    /// The id of its QEMU's process, as far as this user may see it.
+    /// The process id of its QEMU, as far as this user may see it.
     pub fn pid(&self) -> Option<i32> {
         let mut text = String::new();
         File::open(self.pid_file()).ok()?.take(32).read_to_string(&mut text).ok()?;
         text.trim().parse().ok().filter(|pid| *pid > 0)
     }
 
-    /// Whether its libvirt may ask this user for a password, by a window perhaps:
-    /// root and the group `libvirt` need none (libvirt, docs/auth.rst).
+    /// Whether its libvirt may ask this user for a password, possibly in a
+    /// window. root and the group `libvirt` need none (libvirt, docs/auth.rst).
     pub fn asks_for_password(&self) -> bool {
         let is_root = rustix::process::geteuid().is_root();
         self.of == Owner::System && !is_root && !is_in_group_libvirt()
     }
 
-    /// Whether its QEMU's process is there, as far as this user may see it.
+    /// Whether the process of its QEMU exists, as far as this user may see it.
     pub(super) fn runs(&self) -> bool {
         let process = self.pid().and_then(Pid::from_raw);
-        // Another user's process may not be signalled, and is there.
+        // A process of another user exists, although it may not be signalled.
         process.is_some_and(|pid| !matches!(test_kill_process(pid), Err(Errno::SRCH)))
     }
 
@@ -137,7 +138,8 @@ impl Domain {
             Owner::Caller => std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()),
             Owner::User(_) => None,
         };
-        // Where systemd-logind puts it; a user without a number has none.
+        // This is where systemd-logind creates it. A user without a number has
+        // none.
         let of_user = || match self.uid() {
             Some(uid) => PathBuf::from(format!("/run/user/{uid}")),
             None => PathBuf::from("/run/user/unknown"),
@@ -146,8 +148,8 @@ impl Domain {
     }
 }
 
-/// libvirt allows any name without a `/` (libvirt, src/conf/domain_conf.c), and
-/// what cannot be shown is not offered.
+/// libvirt allows any name without a `/` (libvirt, src/conf/domain_conf.c).
+/// This tool does not accept names that cannot be shown.
 fn is_name(name: &str) -> bool {
     let fits = (1..=MAX_NAME).contains(&name.len()) && escape(name) == name;
     fits && !name.contains('/') && !matches!(name, "." | "..")
@@ -164,8 +166,8 @@ fn is_in_group_libvirt() -> bool {
     numbers("/etc/group").any(|(name, gid)| name == "libvirt" && own.contains(&gid))
 }
 
-/// The id of a user, by name or as a number; `None` for a name that the local
-/// table of users does not have (passwd(5)).
+/// The id of a user, given by name or number. `None` for a name that is not in
+/// the local table of users (passwd(5)).
 pub fn user_id(user: &str) -> Option<u32> {
     let by_name = || users().find(|(name, _)| name == user).map(|(_, id)| id);
     user.parse().ok().or_else(by_name)
@@ -180,7 +182,7 @@ pub(super) fn users() -> impl Iterator<Item = (String, u32)> {
 fn numbers(table: &str) -> impl Iterator<Item = (String, u32)> + use<> {
     let file = table;
     let mut table = Vec::new();
-    // What is not read is not there.
+    // A table that cannot be read has no users.
     let _ = File::open(file).and_then(|file| file.take(MAX_USERS).read_to_end(&mut table));
     let table = String::from_utf8_lossy(&table).into_owned();
     let user = |line: &str| {

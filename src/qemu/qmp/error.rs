@@ -1,4 +1,4 @@
-//! What can go wrong with a monitor: the wire broke, or the peer said no.
+//! The errors of a monitor: the connection failed, or QEMU refused a command.
 
 use std::fmt;
 use std::io;
@@ -10,10 +10,10 @@ use super::VmAddress;
 pub use super::libvirt_error::LibvirtError;
 use crate::text::escape;
 
-/// An error of a QMP session: which VM, and what.
+/// An error of a QMP session: the VM, and what went wrong.
 #[derive(Debug)]
 pub struct Error {
-    /// Where the monitor is, as it was given.
+    /// The monitor's address, as the user gave it.
     pub vm: VmAddress,
     /// What went wrong.
     pub kind: ErrorKind,
@@ -24,7 +24,7 @@ impl Error {
         Error { vm: vm.clone(), kind }
     }
 
-    /// QEMU's refusal, if that is what it was.
+    /// QEMU's refusal, if the error is one.
     pub fn refusal(&self) -> Option<&Refusal> {
         match &self.kind {
             ErrorKind::Refused(refusal) => Some(refusal),
@@ -32,13 +32,13 @@ impl Error {
         }
     }
 
-    /// Whether somebody listens there who must not.
+    /// Whether a process listens there that must not.
     pub fn is_other_user(&self) -> bool {
         matches!(self.kind, ErrorKind::OtherUser { .. })
     }
 
-    /// Whether the VM is simply not there: no socket, or nobody listens, or
-    /// somebody who must not.
+    /// Whether the VM does not run: there is no socket, or no process listens
+    /// on it, or a process listens that must not.
     pub fn is_not_running(&self) -> bool {
         match &self.kind {
             ErrorKind::NoSocket(_) | ErrorKind::NobodyListens(_) | ErrorKind::OtherUser { .. } => {
@@ -57,13 +57,14 @@ pub enum ErrorKind {
     NoSocket(io::Error),
     /// There is a socket that no process listens on: QEMU has ended.
     NobodyListens(io::Error),
-    /// What is at the path is no socket.
+    /// The file at the path is not a socket.
     NotASocket,
-    /// Another user's process listens on the socket than should.
+    /// The process that listens on the socket belongs to another user than it
+    /// should.
     OtherUser {
-        /// The id of the user whose it should be.
+        /// The id of the user that it should belong to.
         wanted: u32,
-        /// The id of the user whose it is.
+        /// The id of the user that it belongs to.
         found: u32,
     },
     /// The socket could not be reached for another reason.
@@ -71,39 +72,40 @@ pub enum ErrorKind {
     /// No greeting before the deadline: another client holds the monitor, or
     /// QEMU does not run.
     NoGreeting {
-        /// The time that was given.
+        /// How long this tool waited.
         waited: Duration,
     },
     /// What the peer sends is not QMP.
     NotQmp {
-        /// What came instead.
+        /// The data that was received instead.
         saw: String,
     },
-    /// The peer says more than is read of one conversation: so.
+    /// The peer sent more than is read in one conversation. The text says how
+    /// much.
     TooMuch(&'static str),
-    /// The connection broke; without a source, at an end of file.
+    /// The connection broke. It has no source if the peer closed it.
     Lost(Option<io::Error>),
     /// No reply before the deadline.
     NoReply {
-        /// The time that was given.
+        /// How long this tool waited.
         waited: Duration,
     },
-    /// The session met an error before, and cannot be used again.
+    /// The session had an error before, and cannot be used any more.
     Unusable,
-    /// QEMU said no.
+    /// QEMU refused the command.
     Refused(Refusal),
-    /// libvirt, which leads to the monitor, said no.
+    /// libvirt refused to pass the command on.
     Libvirt(LibvirtError),
-    /// A reply, or an argument, of another shape than the command has.
+    /// A reply or an argument does not have the format of the command.
     Unexpected {
         /// The command.
         command: &'static str,
-        /// What did not fit.
+        /// The part that did not fit.
         source: serde_json::Error,
     },
 }
 
-/// QEMU's "no" to a command, in its own words.
+/// QEMU's refusal of a command, in QEMU's words.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// The command that was refused.
@@ -115,15 +117,15 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// Whether QEMU knows no device of that id or path (class
-    /// `DeviceNotFound`; QEMU, system/qdev-monitor.c and qom/qom-qmp-cmds.c).
+    /// Whether QEMU has no device of that id or path (class `DeviceNotFound`;
+    /// QEMU, system/qdev-monitor.c and qom/qom-qmp-cmds.c).
     pub fn is_not_found(&self) -> bool {
         self.class == "DeviceNotFound"
     }
 
-    /// Whether QEMU takes and gives no device because it is migrating (QEMU,
-    /// system/qdev-monitor.c, `qdev_device_add_from_qdict`). The class is
-    /// `GenericError`, so only the text tells.
+    /// Whether QEMU neither adds nor removes devices because it is migrating
+    /// (QEMU, system/qdev-monitor.c, `qdev_device_add_from_qdict`). The class
+    /// is `GenericError`, so only the text can be compared.
     pub fn is_while_migrating(&self) -> bool {
         self.desc.ends_with("not allowed while migrating")
     }
@@ -131,7 +133,7 @@ impl Refusal {
 
 impl ErrorKind {
     pub(super) fn from_connect(error: io::Error, path: &Path) -> Self {
-        // The kernel refuses a connection to any file that is no socket.
+        // The kernel refuses a connection to a file that is not a socket.
         let other = || path.metadata().is_ok_and(|found| !found.file_type().is_socket());
         match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ErrorKind::NoSocket(error),
@@ -142,7 +144,7 @@ impl ErrorKind {
     }
 }
 
-/// A user as people know it: `libvirt-qemu (64055)`.
+/// A user as people write it: `libvirt-qemu (64055)`.
 fn user_name(id: u32) -> String {
     match super::users().find(|(_, known)| *known == id) {
         Some((name, _)) => format!("user {} ({id})", escape(&name)),

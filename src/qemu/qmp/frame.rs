@@ -1,6 +1,6 @@
-//! Bytes into messages, apart from any I/O. A monitor writes one JSON object
-//! a line, or with `pretty=on` one over many lines; where an object ends is
-//! found by its braces, so both are read alike.
+//! Turns bytes into messages, without I/O. A monitor writes one JSON object per
+//! line, or with `pretty=on` one object over many lines. The end of an object
+//! is found by its braces, so both formats are read in the same way.
 
 use std::borrow::Cow;
 
@@ -10,54 +10,55 @@ use serde_json::value::RawValue;
 use super::{ErrorKind, Version};
 use crate::text::words;
 
-/// The longest message that is read, in bytes. QEMU's longest replies here
-/// are some ten KiB.
+/// The longest message that is read, in bytes. QEMU's longest replies to this
+/// tool have some ten KiB.
 pub const MAX_MESSAGE: usize = 256 << 10;
 
 /// The most bytes that are read in one conversation.
 pub const MAX_BYTES: usize = 2 << 20;
 
-/// The most messages that are read in one conversation: two replies for each
-/// of the thousands of objects in the largest VMs, and as many events.
+/// The most messages that are read in one conversation. In the largest VMs,
+/// there are two replies for each of thousands of objects, and as many events.
 pub const MAX_MESSAGES: usize = 16 << 10;
 
-/// How deep a message may be nested. QEMU's own here are a handful deep.
+/// The deepest nesting of a message. QEMU's own messages to this tool have only
+/// a few levels.
 const MAX_DEPTH: usize = 64;
 
-/// How many bytes a read has room for, at least.
+/// The least space for one read, in bytes.
 const ROOM: usize = 1024;
 
-/// What a monitor sends.
+/// A message from a monitor.
 #[derive(Debug, PartialEq)]
 pub enum Message {
-    /// The first message of a monitor.
+    /// The first message, which a monitor sends by itself.
     Greeting(Version),
-    /// The reply to a command of ours.
+    /// The reply to a command of this session.
     Reply {
         /// The command's id.
         id: u64,
-        /// What came of it.
+        /// The result of the command.
         reply: Reply,
     },
-    /// Something happened.
+    /// An event.
     Event {
-        /// What, `DEVICE_DELETED`.
+        /// Its name, `DEVICE_DELETED`.
         name: String,
-        /// More about it, as JSON, or `null`.
+        /// Its data, as JSON, or `null`.
         data: String,
     },
-    /// A reply to a command of somebody else: it has no id of the kind that we
-    /// give.
+    /// A reply to a command of another client. It has no id of the kind that
+    /// this tool gives.
     Foreign,
     /// An error that belongs to no command: QEMU could not read what was sent.
     Complaint(String),
 }
 
-/// What came of a command.
+/// The result of a command.
 #[derive(Debug, PartialEq)]
 pub enum Reply {
-    /// Its result, as JSON. It is kept as it came: as a value of any shape it
-    /// would take up to a hundred times the memory.
+    /// Its return value, as JSON text. It is kept as text, because a generic
+    /// JSON value could need up to a hundred times the memory.
     Return(String),
     /// QEMU's refusal.
     Error {
@@ -68,14 +69,14 @@ pub enum Reply {
     },
 }
 
-/// Bytes on their way to becoming messages, no more of them than one
-/// conversation may have.
+/// The bytes that have been read and are not complete messages yet. It takes no
+/// more bytes than one conversation may have.
 #[derive(Debug, Default)]
 pub struct Frames {
     bytes: Vec<u8>,
     /// Where in `bytes` the next message begins.
     start: usize,
-    /// How far `bytes` was looked at.
+    /// How many of `bytes` were searched for the end of a message.
     scanned: usize,
     depth: usize,
     in_string: bool,
@@ -83,7 +84,7 @@ pub struct Frames {
     bounds: Bounds,
 }
 
-/// What one conversation has read.
+/// How much one conversation has read.
 #[derive(Debug, Default)]
 pub struct Bounds {
     bytes: usize,
@@ -91,7 +92,8 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// Adds a message of so many bytes, or says that it is too much.
+    /// Counts a message of so many bytes. Returns an error if the limit is
+    /// exceeded.
     pub fn add(&mut self, bytes: usize) -> Result<(), ErrorKind> {
         self.bytes += bytes;
         self.messages += 1;
@@ -106,11 +108,11 @@ impl Bounds {
 }
 
 impl Frames {
-    /// Where the next bytes go: to the end of this, which has room for some,
-    /// and not for many: whoever fills it has not been looked at yet.
+    /// The buffer for the next bytes. It has space for one read at its end, but
+    /// not for much more, because the peer is not trusted.
     pub fn space(&mut self) -> &mut Vec<u8> {
-        // What was read is dropped here, and not message by message: the rest
-        // moves once for each read.
+        // The bytes that were used are dropped here and not after each message,
+        // so the rest is moved only once per read.
         self.bytes.drain(..self.start);
         self.scanned -= self.start;
         self.start = 0;
@@ -118,7 +120,7 @@ impl Frames {
         &mut self.bytes
     }
 
-    /// The next whole message, if there is one.
+    /// Returns the next complete message, if there is one.
     pub fn next(&mut self) -> Result<Option<Message>, ErrorKind> {
         let end = self.scan()?;
         let begun = end.unwrap_or(self.bytes.len()) - self.start;
@@ -133,7 +135,7 @@ impl Frames {
         message.map(Some)
     }
 
-    /// The end of the first object, if it is all there.
+    /// The end of the first object, if the object is complete.
     fn scan(&mut self) -> Result<Option<usize>, ErrorKind> {
         for (i, &byte) in self.bytes.iter().enumerate().skip(self.scanned) {
             if self.in_string {
@@ -168,7 +170,7 @@ impl Frames {
     }
 }
 
-/// What stands between two braces, whatever it is.
+/// The content of one object, of whatever kind of message.
 #[derive(Deserialize)]
 struct Envelope<'a> {
     #[serde(rename = "QMP")]
@@ -191,7 +193,8 @@ struct Greeting {
     version: VersionInfo,
 }
 
-/// What `query-version` gives, and the greeting has (QEMU, qapi/control.json).
+/// The return value of `query-version`, which is also in the greeting (QEMU,
+/// qapi/control.json).
 #[derive(Deserialize)]
 pub struct VersionInfo {
     /// QEMU's version.
@@ -232,7 +235,7 @@ fn parse(bytes: &[u8]) -> Result<Message, ErrorKind> {
     }
 }
 
-/// A refusal in QEMU's words, as far as anybody wants to read them.
+/// A refusal in QEMU's words, cut to a length that people can read.
 fn refusal(class: &str, desc: &str) -> Reply {
     Reply::Error { class: words(class).into_owned(), desc: words(desc).into_owned() }
 }
@@ -247,7 +250,7 @@ pub fn reply(bytes: &[u8]) -> Result<Reply, ErrorKind> {
     }
 }
 
-/// The error that shows how foreign bytes begin.
+/// The error for bytes that are not QMP. It shows how they begin.
 fn not_qmp(bytes: &[u8]) -> ErrorKind {
     let start: String = String::from_utf8_lossy(bytes.get(..60).unwrap_or(bytes)).into_owned();
     ErrorKind::NotQmp { saw: format!("it sent `{}`", start.trim_end()) }
@@ -320,7 +323,7 @@ mod tests {
         }
     }
 
-    /// What is wrong with a peer that says this again and again.
+    /// The error for a peer that sends this again and again.
     fn at_last(text: &str) -> String {
         let mut frames = Frames::default();
         for _ in 0..=MAX_BYTES / text.len().min(100) {
@@ -359,7 +362,8 @@ mod tests {
 
     #[test]
     fn what_a_conversation_may_have_costs_a_bounded_amount_of_memory() {
-        // One read may bring many messages; what is read of them is not kept.
+        // One read may bring many messages. They are not kept after they were
+        // read.
         let mut frames = Frames::default();
         let many = "{\"event\":\"x\"}".repeat(MAX_MESSAGES);
         let mut messages = 0;

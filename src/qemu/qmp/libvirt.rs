@@ -1,8 +1,9 @@
-//! QMP through libvirt, which holds the monitor of its domains and passes on
-//! what it is asked to: the domain stays as it is.
+//! QMP through libvirt. libvirt holds the monitor of its domains and passes
+//! commands on. The domain needs no change for that.
 //!
-//! One call at a time: libvirt's threads reorder calls that overlap. The ids
-//! of commands are libvirt's own, and what QEMU refuses is an ordinary reply.
+//! Only one call is made at a time, because libvirt's threads may reorder calls
+//! that overlap. libvirt chooses the ids of the commands. If QEMU refuses a
+//! command, that is an ordinary reply.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -28,8 +29,8 @@ const DOMAIN_LOOKUP_BY_NAME: u32 = 23;
 const AUTH_LIST: u32 = 66;
 const AUTH_POLKIT: u32 = 70;
 
-/// Procedures of [`Program::Qemu`] (libvirt, src/remote/qemu_protocol.x); the
-/// second one since libvirt 8.2.
+/// Procedures of [`Program::Qemu`] (libvirt, src/remote/qemu_protocol.x). The
+/// second one exists since libvirt 8.2.
 const MONITOR_COMMAND: u32 = 1;
 const MONITOR_COMMAND_WITH_FILES: u32 = 7;
 
@@ -37,19 +38,21 @@ const MONITOR_COMMAND_WITH_FILES: u32 = 7;
 const NO_AUTH: u32 = 0;
 const POLKIT: u32 = 2;
 
-/// How long to wait before asking again a domain that another job holds.
-/// libvirt has waited for 30 s by itself then.
+/// How long to wait before asking again for a domain that another job holds.
+/// libvirt itself has waited for 30 s then.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How long libvirt may take to let a client go; else it logs an error.
+/// How long libvirt may take to close a connection. Without this wait, it logs
+/// an error.
 const FAREWELL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
-/// A connection to libvirt, about one domain that runs.
+/// A connection to libvirt for one running domain.
 #[derive(Debug)]
 pub struct Libvirt {
     stream: UnixStream,
     domain: Domain,
-    /// The domain as libvirt wants it named: name, UUID, and id while it runs.
+    /// The domain as libvirt's protocol names it: name, UUID, and its id while
+    /// it runs.
     named: Vec<u8>,
     pid: Option<i32>,
     serial: u32,
@@ -75,8 +78,9 @@ impl Libvirt {
         Err(nobody.unwrap_or_else(|| LibvirtError::NoUser.into()))
     }
 
-    /// The same over a stream that is connected already. Whoever listens must be
-    /// the user whose libvirt it is, or systemd on that user's behalf.
+    /// Does the same over a stream that is connected already. The process that
+    /// listens must belong to the user whose libvirt it is, or be systemd
+    /// acting for that user.
     pub async fn on_stream(
         stream: UnixStream,
         domain: &Domain,
@@ -98,17 +102,17 @@ impl Libvirt {
         libvirt.open().await?;
         libvirt.look_up().await?;
         let version = libvirt.version().await?;
-        // Not before: it is this QEMU that has answered.
+        // The process id is read only now, because this QEMU has just answered.
         libvirt.pid = domain.pid();
         Ok((libvirt, version))
     }
 
-    /// The id of the process of the domain's QEMU, if this user may see it.
+    /// The process id of the domain's QEMU, if this user may see it.
     pub fn pid(&self) -> Option<i32> {
         self.pid
     }
 
-    /// Has the domain's QEMU execute a command, and gives its answer.
+    /// Makes the domain's QEMU execute a command, and returns the answer.
     pub async fn command(
         &mut self,
         command: &str,
@@ -147,7 +151,7 @@ impl Libvirt {
     }
 
     async fn open(&mut self) -> Result<(), ErrorKind> {
-        // A URI that is there, and no flags.
+        // The arguments say that there is a URI and that no flags are set.
         let arguments = Xdr::default().number(1).string(self.domain.uri()).number(0);
         self.remote(CONNECT_OPEN, arguments).await.map(|_| ())
     }
@@ -196,7 +200,7 @@ impl Libvirt {
         self.serial += 1;
         self.write(&call.packet(self.serial, descriptor.is_some()), None).await?;
         if descriptor.is_some() {
-            // The descriptor is sent with one extra byte, which belongs to no
+            // The descriptor is sent with one extra byte that belongs to no
             // packet.
             self.write(&[0], descriptor.as_ref()).await?;
         }
@@ -248,7 +252,8 @@ impl Libvirt {
     }
 }
 
-/// libvirt logs an error for each client that leaves without a word.
+/// libvirt logs an error for each client that does not close its connection
+/// properly.
 impl Drop for Libvirt {
     fn drop(&mut self) {
         if !self.is_idle {
@@ -259,14 +264,15 @@ impl Drop for Libvirt {
         let packet = call.packet(self.serial + 1, false);
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         if rustix::net::send(&self.stream, &packet, flags).is_ok() {
-            // Whatever the answer is: libvirt has taken it in.
+            // The content of the answer does not matter: libvirt has read the
+            // request.
             let _ = poll(&mut [PollFd::new(&self.stream, PollFlags::IN)], Some(&FAREWELL));
         }
     }
 }
 
-/// What it means that libvirt could not be connected to: `Ok` if it simply does
-/// not listen there.
+/// Explains why libvirt could not be reached. `Ok` means only that it does not
+/// listen there.
 fn not_reached(
     source: io::Error,
     socket: PathBuf,

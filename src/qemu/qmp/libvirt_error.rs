@@ -1,4 +1,4 @@
-//! What libvirt says no to, and what it means (libvirt,
+//! The errors of libvirt, and what they mean (libvirt,
 //! include/libvirt/virterror.h).
 
 use std::io;
@@ -7,34 +7,34 @@ use std::path::PathBuf;
 use super::error::ErrorKind;
 use crate::text::escape;
 
-/// Why libvirt does not lead to a domain's monitor.
+/// Why a domain's monitor cannot be reached through libvirt.
 #[derive(Debug, thiserror::Error)]
 pub enum LibvirtError {
-    /// It does not run.
+    /// libvirt does not run.
     #[error(
         "libvirt does not listen at {}; start virtqemud or libvirtd",
         escape(&.socket.to_string_lossy())
     )]
     NotThere {
-        /// Where it was looked for last.
+        /// The last socket that was tried.
         socket: PathBuf,
-        /// Whether the domain runs in spite of it.
+        /// Whether the domain runs all the same.
         runs: bool,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// There is no such user.
+    /// The user does not exist.
     #[error(
         "there is no such user in /etc/passwd; give the user's number, `libvirt:1000@session/NAME`"
     )]
     NoUser,
-    /// It has no such domain.
+    /// libvirt has no such domain.
     #[error("libvirt has no such domain; `virsh list --all` shows what it has")]
     NoDomain,
     /// The domain does not run.
     #[error("the domain is not running; start it with `virsh start`")]
     NotRunning,
-    /// This user may not.
+    /// This user is not allowed to use it.
     #[error("libvirt does not allow it: {}; do it as root, or join the group libvirt", escape(.0))]
     Forbidden(String),
     /// Another job holds the domain.
@@ -42,19 +42,19 @@ pub enum LibvirtError {
         "another job holds the domain (`virsh domjobinfo` says which), or its QEMU is stopped; try again later"
     )]
     Busy,
-    /// It passes no descriptors.
+    /// libvirt cannot pass descriptors.
     #[error(
         "this libvirt cannot pass a device to QEMU: that needs libvirt 8.2; give the domain a second \
          monitor, as the README shows under libvirt"
     )]
     TooOld,
-    /// Somebody else listens where libvirt should.
+    /// Another process listens where libvirt should.
     #[error("not libvirt but user {uid} listens on its socket; look for what was started there")]
     Stranger {
-        /// The user.
+        /// The user of that process.
         uid: u32,
     },
-    /// It failed, for another reason.
+    /// It failed for another reason.
     #[error("libvirt says: {} (error {code})", escape(.message))]
     Failed {
         /// The error's number.
@@ -65,8 +65,8 @@ pub enum LibvirtError {
 }
 
 impl LibvirtError {
-    /// What an error means that came of a call: one that passes a descriptor,
-    /// or not, about a domain that runs, or does not.
+    /// The meaning of the error that a call returned. The call may have passed
+    /// a descriptor, and the domain may be running or not.
     pub(super) fn from_code(
         code: u32,
         message: String,
@@ -74,10 +74,11 @@ impl LibvirtError {
         runs: bool,
     ) -> Self {
         match code {
-            // VIR_ERR_NO_SUPPORT, VIR_ERR_RPC: no such procedure.
+            // VIR_ERR_NO_SUPPORT, VIR_ERR_RPC: there is no such procedure.
             3 | 39 if passes_descriptor => LibvirtError::TooOld,
             42 => LibvirtError::NoDomain,
-            // VIR_ERR_OPERATION_INVALID, of which this is one.
+            // VIR_ERR_OPERATION_INVALID has several causes, and this is one of
+            // them.
             55 if !runs || message.contains("not running") => LibvirtError::NotRunning,
             68 => LibvirtError::Busy,
             // VIR_ERR_RPC, VIR_ERR_AUTH_FAILED, VIR_ERR_ACCESS_DENIED,
@@ -87,7 +88,7 @@ impl LibvirtError {
         }
     }
 
-    /// Whether the VM is simply not there.
+    /// Whether the error means that the VM does not run.
     pub fn is_not_running(&self) -> bool {
         match self {
             LibvirtError::NotThere { runs, .. } => !runs,
@@ -96,12 +97,12 @@ impl LibvirtError {
         }
     }
 
-    /// Whether it may be gone soon, though the domain runs.
+    /// Whether the reason may pass soon while the domain runs.
     pub fn can_pass(&self) -> bool {
         matches!(self, LibvirtError::NotThere { runs: true, .. } | LibvirtError::Busy)
     }
 
-    /// Whether there is no VM to talk to: it does not run, or what leads to it.
+    /// Whether the VM cannot be reached because it, or libvirt, does not run.
     pub fn is_no_vm(&self) -> bool {
         let no_way = matches!(self, LibvirtError::NotThere { .. } | LibvirtError::NoUser);
         no_way || self.is_not_running()

@@ -1,11 +1,12 @@
 //! One conversation with a QMP socket (QEMU, docs/interop/qmp-spec.rst).
 //!
-//! A [`Session`] connects, waits for the greeting, and sends nothing before
-//! it. Commands are queued with [`Session::send`], which gives a [`Ticket`];
-//! what is queued goes out together when [`Session::reply`] redeems the first
-//! ticket, so that many commands cost one round trip. One deadline stands over
-//! all of it. After an error of the wire the session is unusable; a command
-//! that QEMU refuses leaves it as it was.
+//! A [`Session`] connects and waits for the greeting. It sends nothing before
+//! that. [`Session::send`] queues a command and returns a [`Ticket`].
+//! [`Session::reply`] takes the ticket, sends everything that is queued, and
+//! returns the reply, so many commands cost only one round trip. One deadline
+//! is valid for the whole conversation. After an error of the connection, the
+//! session is unusable. A command that QEMU refuses does not change the
+//! session.
 
 mod address;
 mod domain;
@@ -42,32 +43,33 @@ pub use error::{Error, ErrorKind, LibvirtError, Refusal};
 use frame::{Frames, Message, Reply};
 use libvirt::Libvirt;
 
-/// The most events that are kept of those that somebody wants; later ones are
-/// dropped, and so are all others.
+/// The most events that are kept of the kind that was asked for. Later ones are
+/// dropped, and so are all other events.
 const MAX_EVENTS: usize = 256;
 
 /// The most messages that may come before the greeting.
 const MAX_BEFORE_GREETING: usize = 256;
 
-/// The most bytes that are sent in one conversation: what is asked follows from
-/// what a peer says it has.
+/// The most bytes that are sent in one conversation. The limit is needed
+/// because the peer's answers decide how many questions follow.
 const MAX_SENT: usize = 2 << 20;
 
-/// How long to wait before connecting again while the socket's queue is full,
-/// at first and at most. There is no event to wait for instead.
+/// How long to wait before connecting again while the socket's queue is full:
+/// the first time, and at most. The kernel reports no event for that.
 const RETRY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 
-/// Longer than any machine runs, and still a time that can be added to now.
+/// A time longer than any machine runs, but short enough to be added to the
+/// current time.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// QEMU's version, from its greeting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 pub struct Version {
-    /// 10 in 10.0.2.
+    /// The major version: 10 in 10.0.2.
     pub major: u32,
-    /// 0 in 10.0.2.
+    /// The minor version: 0 in 10.0.2.
     pub minor: u32,
-    /// 2 in 10.0.2.
+    /// The micro version: 2 in 10.0.2.
     pub micro: u32,
 }
 
@@ -77,7 +79,7 @@ impl std::fmt::Display for Version {
     }
 }
 
-/// A promise of a command's reply. Each ticket is redeemed once.
+/// Stands for the reply to a command. Each ticket is used once.
 #[must_use = "a command is sent when its reply, or a later one, is asked for"]
 #[derive(Debug)]
 pub struct Ticket<C> {
@@ -85,17 +87,17 @@ pub struct Ticket<C> {
     command: PhantomData<fn() -> C>,
 }
 
-/// What leads to the monitor.
+/// The connection to the monitor.
 #[derive(Debug)]
 enum Wire {
-    /// Its socket.
+    /// The monitor's socket.
     Socket(UnixStream),
-    /// libvirt, and what is queued for it: the command's id, the command, and
-    /// its descriptor.
+    /// libvirt, and the commands that are queued for it: each with its id, its
+    /// text and its descriptor.
     Libvirt(Libvirt, VecDeque<(u64, String, Option<OwnedFd>)>),
 }
 
-/// A connected, greeted monitor.
+/// A connection to a monitor that has sent its greeting.
 #[derive(Debug)]
 pub struct Session {
     address: VmAddress,
@@ -106,8 +108,8 @@ pub struct Session {
     frames: Frames,
     outbox: Vec<u8>,
     descriptor: Option<OwnedFd>,
-    /// The ids of this conversation: QEMU may still owe replies to a client
-    /// that has left.
+    /// The ids of this conversation. They matter because QEMU may still send
+    /// replies for an earlier client.
     ids: Range<u64>,
     negotiation: Option<Ticket<qmp_capabilities>>,
     replies: BTreeMap<u64, Reply>,
@@ -120,14 +122,14 @@ pub struct Session {
 }
 
 impl Session {
-    /// Connects to the VM's monitor and waits for its greeting, all of
-    /// it, and every command after it, within `time`.
+    /// Connects to the VM's monitor and waits for its greeting. `time` is the
+    /// limit for this and for every command after it.
     ///
     /// # Errors
     ///
     /// Every [`ErrorKind`] up to [`ErrorKind::Lost`]. A monitor serves one
-    /// client at a time: while another one holds it, connecting succeeds and
-    /// the greeting does not come ([`ErrorKind::NoGreeting`]).
+    /// client at a time. While another client uses it, the connection succeeds
+    /// but the greeting does not arrive ([`ErrorKind::NoGreeting`]).
     pub async fn connect(address: &VmAddress, time: Duration) -> Result<Session, Error> {
         let started = Instant::now();
         let deadline = started + time;
@@ -139,8 +141,8 @@ impl Session {
                     .map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?
                     .map_err(|e| fail(ErrorKind::from_connect(e, socket)))?;
                 if let Some(wanted) = socket.user {
-                    // That of the process when it began to listen (unix(7),
-                    // `SO_PEERCRED`).
+                    // This is the user of the process at the time when it began
+                    // to listen (unix(7), `SO_PEERCRED`).
                     let found = stream.peer_cred().map_err(|e| fail(ErrorKind::Connect(e)))?.uid();
                     if found != wanted {
                         return Err(fail(ErrorKind::OtherUser { wanted, found }));
@@ -154,9 +156,9 @@ impl Session {
         }
     }
 
-    /// As [`Session::connect`], but waits for the greeting as long as it takes:
-    /// while another client holds the monitor, and while QEMU is stopped.
-    /// `time` begins with the greeting. Drop the future to give up.
+    /// Like [`Session::connect`], but waits for the greeting without a limit,
+    /// while another client uses the monitor or QEMU is stopped. `time` begins
+    /// with the greeting. Drop the future to stop waiting.
     ///
     /// # Errors
     ///
@@ -165,8 +167,8 @@ impl Session {
         Session::connect_in_turn(address, FOREVER, time).await
     }
 
-    /// As [`Session::connect_when_free`], but gives up when the monitor is not
-    /// free within `turn`.
+    /// Like [`Session::connect_when_free`], but stops waiting if the monitor is
+    /// not free within `turn`.
     ///
     /// # Errors
     ///
@@ -182,8 +184,8 @@ impl Session {
         Ok(session)
     }
 
-    /// A session over a stream that is connected already; `address` names it in
-    /// errors.
+    /// Creates a session over a stream that is connected already. `address` is
+    /// used in errors.
     ///
     /// # Errors
     ///
@@ -230,7 +232,7 @@ impl Session {
         }
     }
 
-    /// A session by way of libvirt.
+    /// Creates a session through libvirt.
     async fn through(
         connecting: impl Future<Output = Result<(Libvirt, Version), ErrorKind>>,
         address: &VmAddress,
@@ -248,7 +250,7 @@ impl Session {
         Err(Error::new(address, kind))
     }
 
-    /// A session with what greets on this stream.
+    /// Creates a session after the greeting on this stream.
     async fn greeted(
         stream: UnixStream,
         address: &VmAddress,
@@ -267,9 +269,10 @@ impl Session {
         Ok(session)
     }
 
-    /// Waits for the greeting. QEMU writes its events from another thread than
-    /// the greeting, so one may come before it (QEMU, monitor/qmp.c,
-    /// `monitor_qmp_event`), and so may a reply to the client before this one.
+    /// Waits for the greeting. QEMU writes events from another thread than the
+    /// greeting, so an event may arrive before it (QEMU, monitor/qmp.c,
+    /// `monitor_qmp_event`). A reply to the client before this one may arrive
+    /// first, too.
     async fn greeting(&mut self) -> Result<Version, Error> {
         for _ in 0..MAX_BEFORE_GREETING {
             match self.message().await? {
@@ -284,7 +287,7 @@ impl Session {
         Err(self.broken(ErrorKind::NotQmp { saw }))
     }
 
-    /// Where the monitor is.
+    /// The address of the monitor.
     pub fn address(&self) -> &VmAddress {
         &self.address
     }
@@ -294,13 +297,13 @@ impl Session {
         self.version
     }
 
-    /// When the conversation has to be over.
+    /// The time when the conversation has to be over.
     pub fn deadline(&self) -> Instant {
         self.deadline
     }
 
-    /// QEMU's process id, as this process sees it (unix(7), `SO_PEERCRED`);
-    /// `None` when it lies outside this process's PID namespace.
+    /// QEMU's process id, as this process sees it (unix(7), `SO_PEERCRED`).
+    /// `None` if QEMU is outside this process's PID namespace.
     pub fn peer_pid(&self) -> Option<i32> {
         match &self.wire {
             Wire::Socket(stream) => stream.peer_cred().ok()?.pid().filter(|pid| *pid > 0),
@@ -308,8 +311,8 @@ impl Session {
         }
     }
 
-    /// Has the events of this name kept that come from now on, for
-    /// [`Session::event`]. No others are.
+    /// Keeps the events of this name from now on, for [`Session::event`]. All
+    /// other events are dropped.
     pub fn want_events(&mut self, name: &'static str) {
         self.wanted = Some(name);
     }
@@ -318,7 +321,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unusable`] after an error of the wire.
+    /// [`ErrorKind::Unusable`] after an error of the connection.
     pub fn send<C: QmpCommand>(&mut self, command: &C) -> Result<Ticket<C>, Error> {
         if !self.usable {
             return Err(self.error(ErrorKind::Unusable));
@@ -354,9 +357,10 @@ impl Session {
         Ok(Ticket { id, command: PhantomData })
     }
 
-    /// Queues a command (`add-fd`, say) that takes a file descriptor. It rides
-    /// on the bytes that go out next (unix(7), `SCM_RIGHTS`); QEMU keeps only
-    /// the last one it got, so queue one for each round trip.
+    /// Queues a command that takes a file descriptor, for example `add-fd`. The
+    /// descriptor is sent with the next bytes (unix(7), `SCM_RIGHTS`). QEMU
+    /// keeps only the last descriptor that it received, so queue only one per
+    /// round trip.
     ///
     /// # Errors
     ///
@@ -382,9 +386,10 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Refused`] when QEMU says no; [`ErrorKind::Unexpected`] when
-    /// the reply has another shape than the command's; else an error of the
-    /// wire, after which the session is unusable.
+    /// [`ErrorKind::Refused`] if QEMU refuses the command,
+    /// [`ErrorKind::Unexpected`] if the reply does not have the command's
+    /// format. Otherwise an error of the connection, after which the session is
+    /// unusable.
     pub async fn reply<C: QmpCommand>(&mut self, ticket: Ticket<C>) -> Result<C::Ok, Error> {
         if let Some(negotiation) = self.negotiation.take() {
             self.reply_to(negotiation).await?;
@@ -425,13 +430,15 @@ impl Session {
         }
     }
 
-    /// Waits until one of the wanted events comes whose data is it, or has come
-    /// already; false if it does not until then. Those before it are dropped.
-    /// Where no event can come, it may have come then.
+    /// Waits for one of the kept events whose data passes the test. It may have
+    /// arrived already. Returns false if it does not arrive until the given
+    /// time. The events before it are dropped. If no event can arrive on this
+    /// connection, it waits and returns true, because the event may have
+    /// happened.
     ///
     /// # Errors
     ///
-    /// An error of the wire, after which the session is unusable.
+    /// An error of the connection, after which the session is unusable.
     pub async fn event<T: DeserializeOwned>(
         &mut self,
         is_it: impl Fn(&T) -> bool,
@@ -455,7 +462,7 @@ impl Session {
         }
     }
 
-    /// Reads one message and keeps what is ours.
+    /// Reads one message, and keeps it if it belongs to this session.
     async fn hear(&mut self) -> Result<(), Error> {
         match self.message().await? {
             // The reply to a command that this session sent.
@@ -481,7 +488,8 @@ impl Session {
         Ok(())
     }
 
-    /// Sends all that is queued, with the descriptor on its first bytes.
+    /// Sends everything that is queued, and the descriptor with the first
+    /// bytes.
     async fn flush(&mut self) -> Result<(), Error> {
         if let Wire::Libvirt(libvirt, queue) = &mut self.wire {
             while let Some((id, command, descriptor)) = queue.pop_front() {
@@ -513,7 +521,7 @@ impl Session {
         Ok(())
     }
 
-    /// The next message, read as far as needed.
+    /// Returns the next message. It reads as much as it needs.
     async fn message(&mut self) -> Result<Message, Error> {
         if !self.usable {
             return Err(self.error(ErrorKind::Unusable));
@@ -524,12 +532,13 @@ impl Session {
                 Ok(None) => {}
                 Err(kind) => return Err(self.broken(kind)),
             }
-            // libvirt answers a command where it is sent.
+            // libvirt's answers are read when the command is sent.
             let Wire::Socket(stream) = &self.wire else {
                 return Err(self.broken(ErrorKind::Unusable));
             };
-            // Straight to its place: an array here would be a part of every
-            // task that talks to a VM, also while it waits for it.
+            // The bytes are read directly into the buffer. A local array would
+            // be part of every task that talks to a VM, even while the task
+            // waits.
             let frames = &mut self.frames;
             let read = stream.async_io(Interest::READABLE, || {
                 Ok(rustix::io::read(stream, spare_capacity(frames.space()))?)
@@ -558,17 +567,19 @@ impl Session {
     }
 }
 
-/// Where the ids of a conversation begin: at random, so that they meet none of
-/// an earlier one; below 2^52, which every reader of JSON keeps whole.
+/// Chooses where the ids of a conversation begin. The number is random, so the
+/// ids differ from those of an earlier conversation. It is below 2^52, because
+/// every JSON reader can represent such a number exactly.
 fn first_id() -> Range<u64> {
-    // The standard library takes the keys of its hashes from the system.
+    // The standard library takes the keys of its hashes from the system's
+    // random numbers.
     let random = RandomState::new().build_hasher().finish();
     let first = random >> 12;
     first..first
 }
 
-/// Connects; tries again while the queue of connections is full. A connect
-/// that must not wait says so with EAGAIN (connect(2)).
+/// Connects, and tries again while the socket's queue is full. A non-blocking
+/// connect returns EAGAIN then (connect(2)).
 async fn connect_when_possible(socket: &Path) -> io::Result<UnixStream> {
     let (mut pause, longest) = RETRY;
     let started = Instant::now();
@@ -584,7 +595,7 @@ async fn connect_when_possible(socket: &Path) -> io::Result<UnixStream> {
     }
 }
 
-/// One `sendmsg`, without SIGPIPE.
+/// Sends bytes with one `sendmsg`, without SIGPIPE.
 fn send_bytes(
     stream: &UnixStream,
     bytes: &[u8],

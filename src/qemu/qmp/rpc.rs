@@ -1,8 +1,8 @@
-//! The packets that libvirt's programs exchange, apart from any I/O (libvirt,
-//! docs/kbase/internals/rpc.rst, src/rpc/virnetprotocol.x): a length, a header,
-//! and what the procedure takes or gives in XDR (RFC 4506): numbers of four
-//! bytes, the highest first, and strings with their length before them, filled
-//! up to a multiple of four.
+//! Reads and writes the packets of libvirt's protocol, without I/O (libvirt,
+//! docs/kbase/internals/rpc.rst, src/rpc/virnetprotocol.x). A packet has a
+//! length, a header, and the arguments or the result of the procedure in XDR
+//! (RFC 4506). XDR has numbers of four bytes, the highest byte first. A string
+//! has its length before it, and it is filled up to a multiple of four bytes.
 
 use super::frame::MAX_MESSAGE;
 
@@ -10,13 +10,13 @@ use super::frame::MAX_MESSAGE;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Program {
-    /// What every hypervisor has (libvirt, src/remote/remote_protocol.x).
+    /// The protocol of all hypervisors (libvirt, src/remote/remote_protocol.x).
     Remote = 0x2000_8086,
-    /// What only QEMU has (libvirt, src/remote/qemu_protocol.x).
+    /// The protocol for QEMU alone (libvirt, src/remote/qemu_protocol.x).
     Qemu = 0x2000_8087,
 }
 
-/// The version of both.
+/// The version of both protocols.
 const VERSION: u32 = 1;
 
 /// Kinds of packets (`virNetMessageType`).
@@ -25,13 +25,13 @@ const REPLY: u32 = 1;
 const CALL_WITH_FDS: u32 = 4;
 const REPLY_WITH_FDS: u32 = 5;
 
-/// How a reply went (`virNetMessageStatus`).
+/// The status of a reply (`virNetMessageStatus`).
 const OK: u32 = 0;
 
-/// The length of a packet's length and header.
+/// The size of a packet's length and header, in bytes.
 pub const HEADER: usize = 28;
 
-/// The longest packet that is read.
+/// The longest packet that is read, in bytes.
 const MAX_PACKET: usize = MAX_MESSAGE + 1024;
 
 /// A procedure and its arguments.
@@ -41,12 +41,12 @@ pub struct Call {
     pub program: Program,
     /// Its number there.
     pub procedure: u32,
-    /// What it takes.
+    /// Its arguments, in XDR.
     pub arguments: Vec<u8>,
 }
 
 impl Call {
-    /// The packet; with a descriptor, that follows it.
+    /// The packet of this call. A descriptor is sent after the packet.
     pub fn packet(&self, serial: u32, with_descriptor: bool) -> Vec<u8> {
         let kind = if with_descriptor { CALL_WITH_FDS } else { CALL };
         let mut body = Xdr::default();
@@ -65,7 +65,7 @@ impl Call {
     }
 }
 
-/// XDR in the making.
+/// Writes XDR.
 #[derive(Debug, Default)]
 pub struct Xdr(Vec<u8>);
 
@@ -84,32 +84,32 @@ impl Xdr {
         xdr
     }
 
-    /// All of it.
+    /// Everything that was written.
     pub fn bytes(self) -> Vec<u8> {
         self.0
     }
 }
 
-/// XDR that is read.
+/// Reads XDR.
 #[derive(Debug, Clone, Copy)]
 pub struct Reader<'a>(pub &'a [u8]);
 
 impl<'a> Reader<'a> {
-    /// The next number.
+    /// Reads the next number.
     pub fn number(&mut self) -> Option<u32> {
         let (number, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
         Some(u32::from_be_bytes(*number))
     }
 
-    /// The next bytes, so many.
+    /// Reads the next `count` bytes.
     pub fn take(&mut self, count: usize) -> Option<&'a [u8]> {
         let (bytes, rest) = self.0.split_at_checked(count)?;
         self.0 = rest;
         Some(bytes)
     }
 
-    /// The next string.
+    /// Reads the next string.
     pub fn string(&mut self) -> Option<&'a [u8]> {
         let length = usize::try_from(self.number()?).ok()?;
         let padded = self.take(length.checked_next_multiple_of(4)?)?;
@@ -117,12 +117,12 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// What came of a call.
+/// The result of a call.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// What the procedure gives.
+    /// The result of the procedure, in XDR.
     Done(Vec<u8>),
-    /// It failed.
+    /// The procedure failed.
     Failed {
         /// The error's number (libvirt, include/libvirt/virterror.h).
         code: u32,
@@ -131,14 +131,15 @@ pub enum Outcome {
     },
 }
 
-/// How long a packet is that begins with these bytes; `None` if no packet does.
+/// The length of the packet that begins with these bytes. `None` if no packet
+/// begins like that.
 pub fn length(start: [u8; 4]) -> Option<usize> {
     let length = usize::try_from(u32::from_be_bytes(start)).ok()?;
     (HEADER..=MAX_PACKET).contains(&length).then_some(length)
 }
 
-/// Reads a packet, without its length. `Ok(None)` for one that is no reply to
-/// this call; `Err` for what no libvirt would send.
+/// Reads a packet, without its length. Returns `Ok(None)` if it is not the
+/// reply to this call, and `Err` if libvirt would never send it.
 pub fn reply(packet: &[u8], call: &Call, serial: u32) -> Result<Option<Outcome>, ()> {
     let mut xdr = Reader(packet);
     let mut header = [0; 6];
@@ -157,7 +158,8 @@ pub fn reply(packet: &[u8], call: &Call, serial: u32) -> Result<Option<Outcome>,
     if status == OK {
         return Ok(Some(Outcome::Done(xdr.0.to_vec())));
     }
-    // The error's number and origin; then whether it has words.
+    // The error's number and origin come first. Then a flag says whether there
+    // is a message.
     let (code, _) = (xdr.number().ok_or(())?, xdr.number().ok_or(())?);
     let message = match xdr.number().ok_or(())? {
         0 => "it gives no reason".into(),
