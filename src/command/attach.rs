@@ -13,7 +13,7 @@ use crate::text::escape;
 use crate::ui::output::together;
 use crate::usb::{Device, DeviceId, Selector};
 
-/// Attaches every device it can, then reports what failed.
+/// Attaches every device that it can, and then reports the failures.
 pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
     let address = context.typed_vm(&arguments.vm)?;
     let options = options::options(&arguments.how, arguments.dry_run, Look::Thorough)?;
@@ -35,8 +35,8 @@ pub async fn run(context: &Context, arguments: &Attach) -> Result<(), Error> {
     together(errors, selectors.len())
 }
 
-/// Attaches a device. What is in the way is removed first, if that is asked
-/// for: each thing once.
+/// Attaches a device. If the user allows it, what prevents the attach is
+/// removed first, and each thing is tried only once.
 async fn one(
     context: &Context,
     address: &VmAddress,
@@ -46,7 +46,8 @@ async fn one(
 ) -> Result<(), Error> {
     let (mut may_take, mut may_unmount) = (arguments.take, arguments.unmount);
     loop {
-        // One conversation for each device: each has the whole time limit.
+        // Each device has its own conversation, so each has the whole time
+        // limit.
         let mut vm = context.connect(address).await?;
         let refused = match attach(context, &mut vm, device, options).await {
             Err(error) => error,

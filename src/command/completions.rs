@@ -1,5 +1,5 @@
-//! `completions SHELL`: the script that completes command lines there. It asks
-//! the program itself, with the hidden command `complete`.
+//! `completions SHELL`: prints the script that completes command lines in that
+//! shell. The script calls this program with the hidden command `complete`.
 
 use crate::cli::{Completions, Shell};
 use crate::error::Error;

@@ -1,4 +1,5 @@
-//! What every command needs: the global options, the configuration, the VMs.
+//! The facts that every command needs: the global options, the configuration,
+//! the VMs.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,21 +16,21 @@ use crate::text::{chain, escape, nearest};
 use crate::ui::output::print;
 use crate::ui::progress;
 
-/// What every command needs.
+/// The facts that every command needs.
 #[derive(Debug)]
 pub struct Context {
     /// The host.
     pub host: Host,
-    /// The time for one conversation with a VM.
+    /// The limit for one conversation with a VM.
     pub timeout: Duration,
-    /// Where the configuration is.
+    /// The path of the configuration.
     pub config: PathBuf,
-    /// Say only what failed.
+    /// Print only failures.
     pub quiet: bool,
 }
 
 impl Context {
-    /// The context that the global options ask for.
+    /// Creates the context from the global options.
     ///
     /// # Errors
     ///
@@ -40,7 +41,7 @@ impl Context {
         Ok(Context { host: Host::default(), timeout, config: config.clone(), quiet: *quiet })
     }
 
-    /// What the daemon is started with.
+    /// The settings for the daemon.
     pub fn settings(&self) -> Settings {
         let (host, timeout, config) = (self.host.clone(), self.timeout, self.config.clone());
         Settings { host, timeout, config }
@@ -51,7 +52,8 @@ impl Context {
         Ok(Config::read(&self.config)?)
     }
 
-    /// Reads the configuration; one that is not there is empty.
+    /// Reads the configuration. If the file does not exist, the configuration
+    /// is empty.
     pub fn config_if_there(&self) -> Result<Config, Error> {
         match self.config() {
             Err(Error::Config(config::Error::Io { source, .. }))
@@ -63,8 +65,9 @@ impl Context {
         }
     }
 
-    /// Reads the configuration for what can do without: a bad one is told and
-    /// counts as empty, and so is one that was named and is not there.
+    /// Reads the configuration for a command that also works without it. If the
+    /// file is wrong, or was named and does not exist, the user is told and the
+    /// configuration is empty.
     pub fn config_or_none(&self) -> Config {
         let is_default = self.config == Path::new(config::DEFAULT_PATH);
         let config = if is_default { self.config_if_there() } else { self.config() };
@@ -74,8 +77,9 @@ impl Context {
         })
     }
 
-    /// Where a VM is: the path of its socket, which has a `/`, `libvirt:NAME`, or a
-    /// name of the configuration, which is only read for that.
+    /// The address of a VM: the path of its socket, which contains a `/`,
+    /// `libvirt:NAME`, or a name in the configuration. The configuration is
+    /// read only for a name.
     pub fn vm(&self, vm: &str) -> Result<VmAddress, Error> {
         if let Some(address) = self.written_vm(vm)? {
             return Ok(address);
@@ -84,7 +88,7 @@ impl Context {
         Err(self.unknown_vm(vm, nearest(vm, config.vms.iter().map(|vm| vm.name.as_str()))))
     }
 
-    /// Where a VM is: what was written says it, or the configuration.
+    /// The address of a VM, from the text itself or from the configuration.
     pub fn written_vm(&self, vm: &str) -> Result<Option<VmAddress>, Error> {
         match VmAddress::read(vm)? {
             Some(address) => Ok(Some(address)),
@@ -92,7 +96,8 @@ impl Context {
         }
     }
 
-    /// The error for a name that no VM has; another one may have been meant.
+    /// The error for a name that no VM has. `meant` is a VM that the user may
+    /// have meant.
     pub fn unknown_vm(&self, vm: &str, meant: Option<&str>) -> Error {
         let next = match meant {
             Some(name) => format!("did you mean `{}`?", escape(name)),
@@ -104,7 +109,7 @@ impl Context {
         Error::NoVm(format!("no VM `{vm}` in {}; {next}", escape(&file)))
     }
 
-    /// Does what may take a while; on a terminal a line then says what it is.
+    /// Does work that may take a while. On a terminal, a line shows what it is.
     pub async fn during<T>(&self, what: impl Fn() -> String, work: impl Future<Output = T>) -> T {
         progress::during(self.quiet, what, work).await
     }
@@ -116,13 +121,13 @@ impl Context {
         Ok(self.during(what, Vm::connect(address, self.timeout)).await?)
     }
 
-    /// Says what was done, on standard output.
+    /// Prints what was done to standard output.
     pub fn say(&self, line: std::fmt::Arguments<'_>) -> Result<(), Error> {
         if self.quiet { Ok(()) } else { print(&format!("{line}\n")) }
     }
 }
 
-/// The time that an option names.
+/// The time that an option gives, in seconds.
 pub fn seconds(option: &str, text: &str) -> Result<Duration, Error> {
     let seconds: Option<f64> = text.parse().ok().filter(|s| (0.001..=86_400.0).contains(s));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| {

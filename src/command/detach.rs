@@ -11,7 +11,7 @@ use crate::text::escape;
 use crate::ui::output::together;
 use crate::usb::Selector;
 
-/// Detaches every device it can, then reports what failed.
+/// Detaches every device that it can, and then reports the failures.
 pub async fn run(context: &Context, arguments: &Detach) -> Result<(), Error> {
     let address = context.typed_vm(&arguments.vm)?;
     let selectors: Vec<Selector> =
@@ -35,8 +35,8 @@ async fn one(
     let what = || format!("asking {shown} for its devices");
     let in_vm = context.during(what, passed::look(&context.host, &mut vm)).await?;
     if !dry_run {
-        // What an attach has left that was cut off keeps other VMs out, and
-        // shows nowhere.
+        // An interrupted attach may have left descriptors. They keep other VMs
+        // from the device, and no list shows them.
         vm.drop_descriptors().await?;
     }
     for passed in &in_vm {

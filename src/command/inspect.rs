@@ -17,7 +17,8 @@ use crate::ui::screen::Screen;
 use crate::ui::table::{narrow, table};
 use crate::usb::{DeviceId, Port, PortPath, Speed};
 
-/// The column of the table with what devices say of themselves, at any length.
+/// The column with the names that devices give themselves. It can be of any
+/// length.
 const PRODUCT: usize = 4;
 
 /// The JSON document.
@@ -47,13 +48,13 @@ struct DeviceReport {
     host: Option<HostReport>,
 }
 
-/// The host's side of a host device.
+/// The facts about a host device that the host knows.
 #[derive(Debug, Default, Serialize)]
 struct HostReport {
     bus: Option<u16>,
     address: Option<u8>,
     port: Option<Port>,
-    /// The port's name that stays.
+    /// The stable name of the port.
     path: Option<PortPath>,
     vendor: Option<String>,
     product: Option<String>,
@@ -65,14 +66,14 @@ struct HostReport {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum State {
-    /// It is where it was.
+    /// The device is at its port.
     Present,
-    /// Nothing is at its port.
+    /// No device is at its port.
     #[default]
     Gone,
     /// Another device is at its port.
     Replaced,
-    /// It is where it was, and the VM is not connected to it any more.
+    /// The device is at its port, but the VM is not connected to it any more.
     Dead,
 }
 
@@ -87,7 +88,7 @@ impl State {
     }
 }
 
-/// Shows what the VM has.
+/// Shows the USB devices of the VM.
 pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     let address = context.typed_vm(&arguments.vm)?;
     let mut vm = context.connect(&address).await?;
@@ -101,7 +102,7 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     if arguments.json {
         return print(&json(&report)?);
     }
-    // Only what people read is cut to fit.
+    // Only the output for people is cut.
     let columns = std::io::stdout().is_terminal().then(|| Screen::of_stdout().columns);
     print(&shown(&report, has_controller, columns))
 }
@@ -117,10 +118,10 @@ fn device_report(host: &Host, pid: Option<i32>, device: GuestDevice) -> DeviceRe
     let host = device.host.map(|given| {
         let id = device.id.as_deref().and_then(|id| id.parse::<DeviceId>().ok());
         let (report, own) = host_report(host, pid, id.as_ref(), &given);
-        // QEMU's text of a product has 31 characters at most, `?` for all that
-        // are not ASCII, and with a line break in it neither name nor speed can
-        // be read (QEMU, include/hw/usb.h, `product_desc`; hw/usb/host-libusb.c,
-        // `usb_host_open`).
+        // QEMU's text of a product has at most 31 characters, with `?` for
+        // every character that is not ASCII. If the text has a line break,
+        // neither the name nor the speed can be read (QEMU, include/hw/usb.h,
+        // `product_desc`; hw/usb/host-libusb.c, `usb_host_open`).
         if let Some(own) = own {
             product = own.product.or(product.take());
             speed_mbps = speed_mbps.or(own.speed);
@@ -139,7 +140,7 @@ fn device_report(host: &Host, pid: Option<i32>, device: GuestDevice) -> DeviceRe
     }
 }
 
-/// What the host itself knows of a device that a VM has.
+/// The facts that the host itself has about a device in a VM.
 struct Own {
     product: Option<String>,
     speed: Option<Speed>,
@@ -157,7 +158,7 @@ fn host_report(
         address: given.address.map(|address| address.device),
         port: id.and_then(DeviceId::port),
         state: match presence {
-            // If nothing is known to be wrong, the state is `present`.
+            // If no problem is known, the state is `present`.
             Presence::Alive | Presence::Unknown => State::Present,
             Presence::Lost(Leftover::Dead) => State::Dead,
             Presence::Lost(Leftover::Gone) => State::Gone,

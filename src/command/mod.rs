@@ -1,5 +1,5 @@
-//! The commands, one file each, or a directory where a command has parts that
-//! no other one needs. No command imports another.
+//! The commands. Each has its own file, or a directory if it has parts that no
+//! other command needs. No command imports another.
 
 mod attach;
 mod complete;
@@ -30,11 +30,12 @@ use crate::error::Error;
 ///
 /// # Errors
 ///
-/// What the command met, or the signal that stopped it.
+/// The error of the command, or the signal that stopped it.
 pub async fn run(cli: &Cli) -> Result<(), Error> {
     match &cli.command {
-        // Dropped, an attach gives up what it has locked. A process that is
-        // killed leaves that to a QEMU which may not have got to it yet.
+        // When an attach is dropped, it releases its lock. If the process is
+        // killed instead, QEMU may keep a locked descriptor that it has not
+        // used yet.
         Command::Attach(_) | Command::Udev(_) | Command::Sync(_) => tokio::select! {
             biased;
             done = work(cli) => done,

@@ -10,16 +10,16 @@ use crate::policy::rule::reserved_option;
 use crate::qemu::Placement;
 use crate::text::escape;
 
-/// Properties of usb-host that take text, whatever it looks like (QEMU,
-/// hw/usb/host-libusb.c, `usb_host_dev_properties`, and hw/usb/bus.c,
-/// `usb_props`).
+/// The properties of usb-host that take text, even if the text looks like a
+/// number (QEMU, hw/usb/host-libusb.c, `usb_host_dev_properties`, and
+/// hw/usb/bus.c, `usb_props`).
 const TEXT: [&str; 2] = ["pcap", "serial"];
 
 /// Reads the options.
 ///
 /// # Errors
 ///
-/// [`Error::Usage`] names the option that is wrong.
+/// [`Error::Usage`] with the name of the option that is wrong.
 pub fn options(how: &How, dry_run: bool, look: Look) -> Result<Options, Error> {
     let mut properties = Map::new();
     for option in &how.options {
@@ -58,7 +58,7 @@ fn property(option: &str) -> Result<(String, Value), Error> {
     if name.is_empty() || !name.chars().all(legal) {
         return Err(usage("this is no name of a property"));
     }
-    // QEMU 10 takes numbers only as JSON numbers, and switches only as JSON
+    // QEMU 10 accepts numbers only as JSON numbers, and switches only as JSON
     // booleans.
     let value = match value {
         value if TEXT.contains(&name) => Value::from(value),

@@ -8,7 +8,7 @@ use crate::text::escape;
 use crate::ui::output::together;
 use crate::usb::{Device, Selector};
 
-/// Gives every device it can back to the host, then reports what failed.
+/// Returns every device that it can to the host, and then reports the failures.
 pub async fn run(context: &Context, arguments: &Release) -> Result<(), Error> {
     let selectors: Vec<Selector> =
         arguments.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
@@ -48,7 +48,7 @@ async fn one(context: &Context, selector: &Selector, dry_run: bool) -> Result<()
     }
 }
 
-/// Refuses what a program has, or a VM that cannot be asked.
+/// Refuses a device that is used by a program or by a VM that cannot be asked.
 fn must_be_free(context: &Context, device: &Device) -> Result<(), Error> {
     let (host, device) = (&context.host, device.clone());
     if host.is_locked(device.address) == Some(true) {

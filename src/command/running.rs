@@ -1,4 +1,5 @@
-//! The VMs that run on this host: what each is called, and how it is reached.
+//! The VMs that run on this host, with their names and the addresses of their
+//! monitors.
 
 use super::Context;
 use crate::error::Error;
@@ -13,7 +14,7 @@ use crate::text::{escape, nearest};
 pub struct Running {
     /// Its process.
     pub qemu: Qemu,
-    /// Its domain, if libvirt has started it.
+    /// Its domain, if libvirt started it.
     pub domain: Option<Domain>,
 }
 
@@ -29,16 +30,16 @@ impl Running {
         self.qemu.command_line.name.as_deref()
     }
 
-    /// Whether its name is taken at its word: any process can call itself
-    /// anything, so only those of root, of the caller and of the system's own
-    /// users count.
+    /// Whether its name can be trusted. Any process can give itself any name,
+    /// so only processes of root, of the caller and of the system's own users
+    /// are trusted.
     pub fn is_trusted(&self) -> bool {
         let own = rustix::process::geteuid().as_raw();
         self.qemu.uid.is_some_and(|uid| uid == own || is_system(uid))
     }
 
-    /// How it is reached: through libvirt, or at the first of its monitors that
-    /// nobody is known to hold.
+    /// Its address: through libvirt, or the first of its monitors that no
+    /// client is known to use.
     pub fn address(&self, host: &Host) -> Option<VmAddress> {
         if let Some(domain) = &self.domain {
             return Some(domain.clone().into());
@@ -67,8 +68,9 @@ impl Running {
     }
 }
 
-/// The domain of a QEMU that libvirt has started: the one whose file has its
-/// process id, or where that may not be seen, the one that it must be.
+/// The domain of a QEMU that libvirt started. It is the domain whose file has
+/// the process id of the QEMU. If this user may not read that file, the user
+/// who runs the QEMU decides whose domain it is.
 fn domain(qemu: &Qemu) -> Option<Domain> {
     qemu.command_line.libvirts.as_ref()?;
     let name = qemu.command_line.name.as_deref()?;
@@ -84,9 +86,9 @@ fn domain(qemu: &Qemu) -> Option<Domain> {
     Some(if is_persons { session } else { system })
 }
 
-/// Whether a user is no person: root, a user of the system's (login.defs(5),
-/// `UID_MIN`), or one of a service's (systemd, docs/UIDS-GIDS.md; among them is
-/// Debian's libvirt-qemu).
+/// Whether a user is not a person: root, a user of the system (login.defs(5),
+/// `UID_MIN`), or the user of a service (systemd, docs/UIDS-GIDS.md). Debian's
+/// libvirt-qemu is one of the latter.
 fn is_system(uid: u32) -> bool {
     uid < 1000 || (61_184..=65_519).contains(&uid)
 }
@@ -97,13 +99,13 @@ impl Context {
         self.host.qemus().into_iter().map(Running::of).collect()
     }
 
-    /// Where a VM is that a person has typed: as [`Context::vm`], or the name
-    /// of one that runs.
+    /// The address of a VM that a person has typed. It works like
+    /// [`Context::vm`], and it also accepts the name of a running VM.
     ///
     /// # Errors
     ///
-    /// As for [`Context::vm`]; also when several VMs have the name, or only one
-    /// of another person's.
+    /// As for [`Context::vm`]. It is also an error if several VMs have the
+    /// name, or if only a VM of another person has it.
     pub fn typed_vm(&self, vm: &str) -> Result<VmAddress, Error> {
         if let Some(address) = self.written_vm(vm)? {
             return Ok(address);
@@ -148,11 +150,11 @@ impl Context {
         }
     }
 
-    /// The VM that runs on this host, if it is one.
+    /// The address of the VM that runs on this host, if there is only one.
     ///
     /// # Errors
     ///
-    /// None runs, or several do.
+    /// When no VM runs, or several do.
     pub fn only_vm(&self) -> Result<VmAddress, Error> {
         let running = self.running();
         let reached = |running: &Running| {

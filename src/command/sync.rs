@@ -1,4 +1,5 @@
-//! `sync [VM...]`: makes reality match the configuration.
+//! `sync [VM...]`: attaches and detaches devices so that the VMs match the
+//! configuration.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
@@ -47,7 +48,7 @@ struct ActionReport {
     error: Option<String>,
 }
 
-/// What one VM's sync needs.
+/// The facts that one VM's sync needs.
 struct Job {
     host: Host,
     policy: Arc<Policy>,
@@ -56,7 +57,8 @@ struct Job {
     dry_run: bool,
 }
 
-/// Syncs every VM it can, all at the same time, then reports what failed.
+/// Syncs every VM that it can, all at the same time, and then reports the
+/// failures.
 pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
     let policy = Arc::new(Policy::new(context.config()?));
     if let Some(told) = policy.by_number(&context.host).filter(|_| arguments.dry_run) {
@@ -73,7 +75,7 @@ pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
     let (mut running, mut names) = (JoinSet::new(), Vec::new());
     for (order, (name, address)) in vms.into_iter().enumerate() {
         let (job, named) = (job.clone(), !arguments.vms.is_empty());
-        // Each job has its VM's name until it is done.
+        // Each job keeps its VM's name until it is done.
         let name: Arc<str> = name.into();
         names.push(Arc::downgrade(&name));
         running.spawn(async move { (order, job.vm(name.to_string(), address, named).await) });
@@ -100,7 +102,7 @@ pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
     together(errors, count)
 }
 
-/// The VMs that were named, or all.
+/// The VMs that the user named, or all of them.
 fn vms(
     context: &Context,
     policy: &Policy,
@@ -127,8 +129,8 @@ fn vms(
 }
 
 impl Job {
-    /// Syncs one VM. One that does not run has nothing to do, unless it was
-    /// named.
+    /// Syncs one VM. If it does not run, there is nothing to do, but that is an
+    /// error if the user named it.
     async fn vm(&self, vm: String, address: VmAddress, named: bool) -> (VmReport, Vec<Error>) {
         let mut report = VmReport {
             vm,
@@ -183,7 +185,8 @@ impl Job {
         reconcile::look(self.vms(), &mut vm).await
     }
 
-    /// Makes one port right, in a conversation of its own.
+    /// Attaches or detaches at one port, as the rules say, in its own
+    /// conversation.
     async fn port(&self, name: &str, address: &VmAddress, port: &Port) -> Result<Done, Error> {
         let seen = self.table.get(port);
         let once = async || {
@@ -196,7 +199,7 @@ impl Job {
         }
     }
 
-    /// What is reported of a step; nothing if it was not needed any more.
+    /// The report about a step. `None` if the step was not needed any more.
     fn action(&self, port: Port, step: Step, done: &Result<Done, Error>) -> Option<ActionReport> {
         let assignment = self.table.get(&port).and_then(|seen| seen.assignment.as_ref());
         let line = assignment.map(|assignment| self.policy.line(assignment));

@@ -1,5 +1,5 @@
-//! A device out of the VM that has it, whichever that is: for `attach --take`
-//! and `release`.
+//! Detaches a device from the VM that has it, whichever VM that is. `attach
+//! --take` and `release` use it.
 
 use std::time::Duration;
 
@@ -14,15 +14,15 @@ use crate::qemu::{Vm, VmAddress};
 use crate::text::{chain, escape};
 use crate::usb::{Device, Selector};
 
-/// How long a VM may take to answer that may not have the device at all.
+/// How long to wait for the answer of a VM that may not have the device.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What was taken from a VM, or in a dry run, what would be.
+/// What was detached from a VM. In a dry run, what would be.
 #[derive(Debug)]
 pub struct Taken {
     /// The VM, as text for messages.
     pub vm: String,
-    /// What it was there: ids, or places in QEMU's object tree.
+    /// Its names in the VM: ids, or paths in QEMU's object tree.
     pub names: Vec<String>,
 }
 
@@ -34,14 +34,14 @@ impl Taken {
     }
 }
 
-/// Detaches a device from the VM that has it; `None` if no VM is known to have
-/// it. A QEMU to be left alone can be given.
+/// Detaches a device from the VM that has it. Returns `None` if no VM is known
+/// to have it. The caller can name a QEMU that is left alone.
 ///
 /// # Errors
 ///
-/// [`Error::OutOfReach`] where the VM cannot be asked, [`Error::WouldReturn`]
-/// where it would take the device again, [`Error::Unclear`], and what the
-/// conversation met.
+/// [`Error::OutOfReach`] if the VM cannot be asked, [`Error::WouldReturn`] if
+/// it would take the device again, [`Error::Unclear`], and the errors of the
+/// conversation.
 pub async fn take(
     context: &Context,
     device: &Device,
@@ -61,8 +61,9 @@ pub async fn take(
         may_go(in_vm, device, &found).map(|()| found)
     };
     for address in addresses(context, qemus) {
-        // At another one's socket another QEMU may listen now; who is no QEMU
-        // has made the socket for one, as libvirt does.
+        // Another QEMU may listen now at the socket of an earlier one. A
+        // listener that is not a QEMU created the socket for one, as libvirt
+        // does.
         let is_asked = |vm: &Vm| match vm.pid() {
             Some(pid) if host.qemu(pid).is_some() => match &holder {
                 Some(holder) => holder.pid == pid,
@@ -83,11 +84,11 @@ pub async fn take(
     }
 }
 
-/// Detaches what is left of a device that is gone, from whichever VM has it.
+/// Detaches the leftover of a device that is gone, from whichever VM has it.
 ///
 /// # Errors
 ///
-/// What the conversation with that VM met.
+/// The errors of the conversation with that VM.
 pub async fn take_leftover(
     context: &Context,
     selector: &Selector,
@@ -95,7 +96,7 @@ pub async fn take_leftover(
 ) -> Result<Option<Taken>, Error> {
     let find = |in_vm: &[Passed]| passed::choose(&context.host, selector, in_vm);
     for address in addresses(context, context.host.qemus()) {
-        // What is not in this VM may be in the next one.
+        // If the leftover is not in this VM, it may be in the next one.
         let find = |in_vm: &[Passed]| Ok(find(in_vm).unwrap_or_default());
         if let Some(taken) = remove(context, &address, |_| true, find, dry_run).await? {
             return Ok(Some(taken));
@@ -104,8 +105,8 @@ pub async fn take_leftover(
     Ok(None)
 }
 
-/// Removes from a VM what is found there. A VM that cannot be asked has
-/// nothing, as far as is known.
+/// Removes from a VM the objects that `find` returns. If a VM cannot be asked,
+/// it is treated as if it had none.
 async fn remove(
     context: &Context,
     address: &VmAddress,
@@ -147,8 +148,8 @@ async fn remove(
     Ok(Some(Taken { vm: shown, names }))
 }
 
-/// Refuses to take what the VM's QEMU would take again: another of its objects
-/// looks for such a device, and has none yet.
+/// Refuses to detach a device that the VM's QEMU would take again: another of
+/// its objects is looking for such a device and has not found one yet.
 fn may_go(in_vm: &[Passed], device: &Device, names: &[String]) -> Result<(), Error> {
     let waits = |passed: &&Passed| {
         let object = &passed.object;
@@ -167,7 +168,7 @@ fn may_go(in_vm: &[Passed], device: &Device, names: &[String]) -> Result<(), Err
     }
 }
 
-/// Where these QEMUs, and the VMs of the configuration, can be asked.
+/// The addresses of the monitors of these QEMUs and of the configured VMs.
 fn addresses(context: &Context, qemus: Vec<Qemu>) -> Vec<VmAddress> {
     let running = qemus.into_iter().filter_map(|qemu| Running::of(qemu).address(&context.host));
     let mut found: Vec<VmAddress> = running.collect();

@@ -1,5 +1,5 @@
-//! `udev VM`: one event, from the environment that udev gives to a program it
-//! runs (udev(7), `RUN`), or that a person typed.
+//! `udev VM`: handles one event. The event comes from the environment that udev
+//! gives to a program (udev(7), `RUN`), or a person typed it.
 
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,12 @@ use crate::qemu::{Vm, VmAddress};
 use crate::text::{chain, escape};
 use crate::usb::{Action, Device, DeviceId, HotplugEvent};
 
-/// How long to wait until the monitor is free. Of many devices that are
-/// plugged in at once, each event has a process of its own, and QEMU serves one
-/// after the other; udev ends what it runs after three minutes (udev(7), `RUN`).
+/// How long to wait until the monitor is free. If many devices are plugged in
+/// at once, each event has its own process, and QEMU serves one process after
+/// the other. udev kills a program after three minutes (udev(7), `RUN`).
 const TURN: Duration = Duration::from_secs(60);
 
-/// Acts on the event. What came of it is logged, in one line.
+/// Handles the event, and logs the result in one line.
 pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
     let variable = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
     let start = Instant::now();
@@ -47,10 +47,11 @@ pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
     }
 }
 
-/// A variable of an event. The kernel adds the interfaces of a device that was
-/// not authorized when it is, and says nothing of the device itself (Linux,
-/// drivers/usb/core/hub.c, `usb_authorize_device`); so the `add` of an
-/// interface, where a rule asks for it, is taken for that of its device.
+/// A variable of an event. If a device is authorized later, the kernel adds its
+/// interfaces, but it sends no event for the device itself (Linux,
+/// drivers/usb/core/hub.c, `usb_authorize_device`). If a rule matches the `add`
+/// event of an interface, that event is treated as the `add` event of its
+/// device.
 fn as_of_device(get: impl Fn(&str) -> Option<String>, name: &str) -> Option<String> {
     let is = |name, value| get(name).as_deref() == Some(value);
     if !is("DEVTYPE", "usb_interface") || !is("ACTION", "add") {
@@ -64,7 +65,8 @@ fn as_of_device(get: impl Fn(&str) -> Option<String>, name: &str) -> Option<Stri
     }
 }
 
-/// What to add to a rule that met a device before it was authorized.
+/// What the user can add to a rule that was called before the device was
+/// authorized.
 fn after_authorizing(device: &Device, vm: &str) -> String {
     let program = std::env::current_exe().unwrap_or_else(|_| env!("CARGO_PKG_NAME").into());
     format!(
@@ -143,12 +145,12 @@ async fn remove(
             match attach::detach_leftover(host, &mut vm, &id, address).await? {
                 Detached::Leftover(_) => (Some(id), true),
                 Detached::NotThere => (None, false),
-                // Somebody has made the event up: `udevadm trigger`.
+                // A person created the event with `udevadm trigger`.
                 Detached::Stays => (Some(id), false),
             }
         }
-        // Typed by hand, by a person who means it. The hardware may be gone: the
-        // VM knows the id.
+        // A person typed the command, and means it. The hardware may be gone,
+        // but the VM knows the id.
         None => {
             let in_vm = vm.host_devices().await?.into_iter();
             match in_vm.filter(|(_, given)| given.address == address).map(|(id, _)| id).next() {

@@ -1,9 +1,11 @@
-//! What bash does to words before a completion sees them (bash(1),
-//! Programmable Completion): they are as typed, with their quotes, and parted
-//! at `:` and `=` (COMP_WORDBREAKS), which stand as words of their own.
+//! Undoes what bash does to words before a completion gets them (bash(1),
+//! Programmable Completion). The words have their quotes, as they were typed.
+//! They are split at `:` and `=` (COMP_WORDBREAKS), and these characters are
+//! separate words.
 
-/// The words as a program would get them, and what of the last one bash keeps
-/// to itself, because it takes the last part for the word.
+/// The words as a program would get them, and the beginning of the last word
+/// that the candidates must leave out, because bash replaces only the last part
+/// of the word.
 pub fn words(parts: &[String]) -> (Vec<String>, String) {
     let is_break = |part: &String| !part.is_empty() && part.chars().all(|c| ":=".contains(c));
     let mut words: Vec<String> = Vec::new();
@@ -26,7 +28,7 @@ pub fn words(parts: &[String]) -> (Vec<String>, String) {
     (words.iter().map(|word| unquoted(word)).collect(), unquoted(&kept))
 }
 
-/// A word without its quotes, the last of which may be open.
+/// A word without its quotes. The last quote may have no end.
 fn unquoted(word: &str) -> String {
     let mut text = String::new();
     let mut quote = None;

@@ -1,38 +1,38 @@
-//! Where in a command line the cursor is. Pure; what clap knows of the command
-//! line decides.
+//! Finds out what the cursor in a command line stands on. clap's description of
+//! the command line decides. There is no I/O here.
 
 use clap::{Arg, ArgAction, Command};
 
 /// A command line up to the cursor.
 #[derive(Debug)]
 pub struct Cursor<'c> {
-    /// The command that the words before have chosen.
+    /// The command that the earlier words have chosen.
     pub command: &'c Command,
-    /// What may stand in place of the last word.
+    /// What the last word can be.
     pub expected: Expected<'c>,
-    /// The last word as far as it was typed.
+    /// The text of the last word so far.
     pub current: String,
-    /// The arguments before that have values, by their id.
+    /// The values of the earlier arguments, by the argument's id.
     given: Vec<(&'c str, String)>,
 }
 
-/// What may stand somewhere.
+/// What a word can be.
 #[derive(Debug)]
 pub enum Expected<'c> {
-    /// A command of this one.
+    /// A subcommand of this command.
     Command(&'c Command),
     /// An option of this command.
     Option(&'c Command),
-    /// A value of this argument, and what stands before it in the same word:
-    /// `--config=`.
+    /// A value of this argument, and the text before the value in the same
+    /// word: `--config=`.
     Value(&'c Arg, String),
-    /// Nothing that is known.
+    /// Nothing is known about it.
     Nothing,
 }
 
 impl<'c> Cursor<'c> {
-    /// Reads the words after the program's name, the last one unfinished;
-    /// `None` if no command is like that.
+    /// Reads the words after the program's name. The last one is unfinished.
+    /// Returns `None` if the words fit no command.
     pub fn read(root: &'c Command, words: &[String]) -> Option<Self> {
         let (current, before) = words.split_last()?;
         let mut line = Cursor {
@@ -75,7 +75,7 @@ impl<'c> Cursor<'c> {
         self.given.iter().rev().find(|(known, _)| *known == id).map(|(_, value)| value.as_str())
     }
 
-    /// What was typed of the value.
+    /// The text of the value so far.
     pub fn typed(&self) -> &str {
         let before = match &self.expected {
             Expected::Value(_, before) => before.len(),
@@ -84,8 +84,8 @@ impl<'c> Cursor<'c> {
         self.current.get(before..).unwrap_or_default()
     }
 
-    /// Takes in a word that is an option, or several short ones; gives the one
-    /// whose value is the next word.
+    /// Reads a word that is an option, or several short options. Returns the
+    /// option whose value is the next word.
     fn option(&mut self, word: &str) -> Option<&'c Arg> {
         let (option, value) = match word.strip_prefix("--") {
             Some(long) => {
@@ -135,7 +135,8 @@ fn takes_value(option: &Arg) -> bool {
     option.get_action().takes_values()
 }
 
-/// The argument at a place; the last one may take all that follow.
+/// The positional argument at this place. The last one may take all words that
+/// follow.
 fn positional(command: &Command, place: usize) -> Option<&Arg> {
     let many = |argument: &&Arg| matches!(argument.get_action(), ArgAction::Append);
     let mut arguments = command.get_positionals();
@@ -149,7 +150,7 @@ mod tests {
     use clap::CommandFactory;
     use proptest::prelude::*;
 
-    /// What is expected at the end, in a word.
+    /// A description of what is expected at the end.
     fn expected(words: &str) -> String {
         let mut root = Cli::command();
         root.build();

@@ -1,6 +1,13 @@
-//! `complete SHELL -- WORDS`, hidden: what can stand in place of the last word.
-//! One candidate a line, a tab, and what it is; or `:files` or `:directories`
-//! where the shell knows better. The scripts in contrib/completions read it.
+//! `complete SHELL -- WORDS` is hidden. It prints the candidates for the last
+//! word: each on its own line, with a tab and a description. It prints `:files`
+//! or `:directories` if the shell is to complete a path. The scripts in
+//! contrib/completions read this output.
+//!
+//! This is our own code and not clap_complete's, for two reasons. Its stable
+//! generator writes scripts that know only commands, options and fixed values,
+//! but the candidates here come from the running system: ports, serial numbers,
+//! VMs, and the devices in the VM that an earlier word names. Its engine that
+//! can ask the program needs the feature `unstable-dynamic`.
 
 mod bash;
 mod cursor;
@@ -17,13 +24,13 @@ use crate::text::{escape, fit};
 use crate::ui::output::print;
 use cursor::{Cursor, Expected};
 
-/// How long a VM may take to say what it has. A person is waiting.
+/// How long a VM may take to answer, because a person is waiting.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The longest description, in columns.
 const LONGEST_HELP: usize = 60;
 
-/// What can be typed, and what it is.
+/// A text that the user may type, and its description.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Candidate {
     value: String,
@@ -36,16 +43,16 @@ impl Candidate {
     }
 }
 
-/// What the shell is told.
+/// The answer for the shell.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Answer {
     candidates: Vec<Candidate>,
-    /// What the shell is to complete itself.
+    /// The kind of path that the shell is to complete itself.
     files: Option<&'static str>,
 }
 
-/// Prints what can stand in place of the last word. Where nothing is known,
-/// nothing is said.
+/// Prints the candidates for the last word. If nothing is known, it prints
+/// nothing.
 pub async fn run(context: &Context, arguments: &Complete) -> Result<(), Error> {
     let (words, hidden) = match arguments.shell {
         Shell::Bash => bash::words(&arguments.words),
@@ -57,7 +64,7 @@ pub async fn run(context: &Context, arguments: &Complete) -> Result<(), Error> {
     let answer = answer(context, &line).await;
     let mut text = String::new();
     for Candidate { value, help } in &answer.candidates {
-        // A word with hidden characters or blanks cannot be offered.
+        // A word with invisible characters or blanks cannot be a candidate.
         if !value.starts_with(&line.current) || escape(value) != value.as_str() {
             continue;
         }

@@ -1,4 +1,4 @@
-//! What can be named: VMs, the host's devices, and what is in a VM.
+//! The candidates for names: VMs, the host's devices, and the devices in a VM.
 
 use std::collections::BTreeMap;
 
@@ -11,9 +11,10 @@ use crate::qemu::qmp::Domain;
 use crate::qemu::{Vm, VmAddress};
 use crate::usb::{Device, DeviceId, Port};
 
-/// The VMs of the configuration, by name; those that run, by `libvirt:` and by
-/// the paths of their monitors that have no name there, and where a person's
-/// word is `enough`, by the name that they have of their own.
+/// The VMs. A VM of the configuration has its name there. A running VM that is
+/// not in the configuration has the prefix `libvirt:`, or the path of its
+/// monitor. If the command also accepts a running VM's own name (`enough`),
+/// that is a candidate, too.
 pub fn vms(context: &Context, enough: bool) -> Vec<Candidate> {
     let config = context.config().unwrap_or_default();
     let mut candidates: Vec<Candidate> = Vec::new();
@@ -25,8 +26,7 @@ pub fn vms(context: &Context, enough: bool) -> Vec<Candidate> {
         running.iter().filter(|vm| vm.is_trusted()).filter_map(Running::name).collect();
     for vm in &running {
         let name = vm.name().unwrap_or(&vm.qemu.program);
-        // If several devices have this name, it does not say which one is
-        // meant.
+        // If several VMs have this name, it does not say which one is meant.
         let is_one = vm.is_trusted() && names.iter().filter(|other| **other == name).count() == 1;
         if enough && is_one && config.address(name).is_none() {
             let address = vm.address(&context.host).map(|address| address.to_string());
@@ -49,8 +49,8 @@ pub fn vms(context: &Context, enough: bool) -> Vec<Candidate> {
     candidates
 }
 
-/// The host's devices, by port; once something was typed, also by their other
-/// names.
+/// The host's devices by port. When the user has typed something, their other
+/// names are candidates, too.
 pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
     let mut devices = context.host.devices().unwrap_or_default();
     devices.retain(|device| hubs || !device.is_hub());
@@ -80,8 +80,9 @@ pub fn devices(context: &Context, typed: &str, hubs: bool) -> Vec<Candidate> {
     candidates
 }
 
-/// The host devices in a VM, by id; once something was typed, also by either
-/// name of their port. A VM that does not say so soon has none.
+/// The host devices in a VM, by id. When the user has typed something, both
+/// names of their ports are candidates, too. If the VM does not answer soon,
+/// there are no candidates.
 pub async fn in_vm(context: &Context, vm: &str, typed: &str) -> Vec<Candidate> {
     let ids = async {
         let address = context.typed_vm(vm).ok()?;
@@ -112,7 +113,7 @@ pub async fn in_vm(context: &Context, vm: &str, typed: &str) -> Vec<Candidate> {
     candidates
 }
 
-/// What devices say of themselves; nothing where their drivers are starting.
+/// The strings of devices. A device whose drivers are starting has none.
 fn strings(context: &Context, devices: &[Device]) -> Vec<Strings> {
     let host = context.host.clone();
     let ports: Vec<Port> = devices.iter().map(|device| device.port.clone()).collect();
@@ -120,7 +121,7 @@ fn strings(context: &Context, devices: &[Device]) -> Vec<Strings> {
     read.into_iter().map(Option::unwrap_or_default).collect()
 }
 
-/// What a device calls itself, and its ids.
+/// The name of a device, from its strings, and its ids.
 fn name(device: &Device, strings: &Strings) -> String {
     let kind = if device.is_hub() { "hub, " } else { "" };
     let name = strings.product.as_ref().or(strings.manufacturer.as_ref());

@@ -1,4 +1,4 @@
-//! What is known of one device.
+//! The facts about one device.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::usb::{Address, BusPath, Device, Port, PortPath, Speed};
 #[derive(Debug, Clone, Serialize)]
 pub struct Entry {
     pub port: Port,
-    /// The port's name that stays.
+    /// The stable name of the port.
     pub path: Option<PortPath>,
     /// The other half of the same USB 3 socket.
     pub twin: Option<Port>,
@@ -30,11 +30,11 @@ pub struct Entry {
     pub speed_mbps: Option<Speed>,
     pub drivers: Vec<String>,
     pub in_use: Vec<UseReport>,
-    /// What this host uses it for besides.
+    /// The other uses of the device on this host.
     pub other_use: Vec<OtherUseReport>,
-    /// Whether the kernel lets anybody use it.
+    /// Whether the kernel has authorized it.
     pub authorized: bool,
-    /// Whether a program has it, even one that this user may not see.
+    /// Whether a program has it open, even one that this user may not see.
     pub held: bool,
     pub held_by: Vec<HolderReport>,
     pub rule: Option<RuleReport>,
@@ -42,7 +42,7 @@ pub struct Entry {
     pub starting: bool,
 }
 
-/// What can be read of a device when no driver is starting for it.
+/// The facts about a device that cannot be read while drivers start for it.
 struct Late {
     strings: Strings,
     rule: Option<RuleReport>,
@@ -51,8 +51,8 @@ struct Late {
 impl Late {
     fn of(host: &Host, policy: &Policy, device: &Device) -> Self {
         let Strings { manufacturer, product, serial } = host.strings(&device.port);
-        // The hardware database knows many that say nothing of themselves
-        // (hwdb(7), usb.ids).
+        // The hardware database has names for many devices that have no strings
+        // of their own (hwdb(7), usb.ids).
         let name =
             |text: Option<String>, property| text.or_else(|| host.property(&device.port, property));
         let strings = Strings {
@@ -72,16 +72,17 @@ pub struct UseReport {
     /// `mount`, `btrfs`, `swap`, `loop`, `holder`, `bcache`, `zfs`, `program`
     /// or `unknown`.
     pub by: &'static str,
-    /// Where it is mounted, of what it is a part, or which program has it.
+    /// The mount point, the block device that it is part of, or the program
+    /// that has it open.
     pub what: Option<String>,
     #[serde(skip)]
     text: String,
 }
 
-/// A use that is not one of a disk.
+/// A use that does not concern a disk.
 #[derive(Debug, Clone, Serialize)]
 pub struct OtherUseReport {
-    /// The network adapter or the node, `ttyUSB0`.
+    /// The name of the network adapter or the node, `ttyUSB0`.
     pub name: Option<String>,
     /// `default-route`, `address`, `program` or `only-keyboard`.
     pub by: &'static str,
@@ -123,7 +124,7 @@ impl From<Holder> for HolderReport {
 /// The rule that decides.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RuleReport {
-    /// The line it begins on.
+    /// The line where it begins.
     pub line: usize,
     /// Whether the device stays with the host.
     pub deny: bool,
@@ -154,7 +155,7 @@ impl fmt::Display for RuleReport {
 #[derive(Debug, Clone, Serialize)]
 pub struct BusReport {
     pub bus: u16,
-    /// The bus's name that stays: its ports' names without their numbers.
+    /// The stable name of the bus, which begins the names of its ports.
     pub path: Option<BusPath>,
     pub speed_mbps: Option<Speed>,
     pub ports: Option<u32>,
@@ -169,8 +170,9 @@ impl From<Bus> for BusReport {
 }
 
 impl Entry {
-    /// Reads what there is to know of devices, each of which has these holders.
-    /// One whose drivers are starting is shown as far as it is known at once.
+    /// Reads the facts about devices, each with its holders. If drivers are
+    /// starting for a device, only the facts are shown that can be read at
+    /// once.
     pub fn of_all(
         host: &Host,
         policy: &Arc<Policy>,
@@ -230,13 +232,13 @@ impl Entry {
         }
     }
 
-    /// The maker's and the product's name.
+    /// The names of the manufacturer and the product.
     pub fn name(&self) -> Option<String> {
         let (manufacturer, product) = (self.vendor_name.clone(), self.product_name.clone());
         Strings { manufacturer, product, serial: None }.name()
     }
 
-    /// The name, or in its place why there is none.
+    /// The name. If there is none, a text that says why.
     pub fn shown_name(&self) -> String {
         match self.name() {
             Some(name) => name,

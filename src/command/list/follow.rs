@@ -1,4 +1,4 @@
-//! `list --watch`: plugs and pulls as they happen.
+//! `list --watch`: shows devices as they are plugged in and unplugged.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -29,13 +29,14 @@ enum Report<'a> {
     Pulled { device: &'a Entry },
 }
 
-/// Follows until interrupted, or nobody reads any more.
+/// Follows until the user interrupts it, or until nobody reads any more.
 pub async fn run(context: &Context, policy: &Arc<Policy>, json: bool) -> Result<(), Error> {
     let setup = |what| move |source| Error::Setup { what, source };
     let on = |kind| signal(kind).map_err(setup("handle signals"));
     let (mut interrupt, mut terminate) =
         (on(SignalKind::interrupt())?, on(SignalKind::terminate())?);
-    // First listen, then look: so no event is missed.
+    // Listen to events first, then read the devices, so that no event is
+    // missed.
     let events = Events::listen(Source::Udev).map_err(setup("listen to udev"))?;
     let mut follower = Follower { context, policy, json, present: BTreeMap::new() };
     follower.present = follower.look()?;
@@ -58,12 +59,12 @@ pub async fn run(context: &Context, policy: &Arc<Policy>, json: bool) -> Result<
     }
 }
 
-/// Comes to an end when nobody reads standard output any more, which a write
-/// would tell only at the next event.
+/// Ends when nobody reads standard output any more. A write would notice that
+/// only at the next event.
 async fn closed_stdout() {
     let watched = async {
         let stdout = std::io::stdout().as_fd().try_clone_to_owned().ok()?;
-        // The kernel cannot wait for a plain file. Nothing closes it either.
+        // The kernel cannot wait for a regular file. Nothing closes it either.
         let stdout = pipe::Sender::from_owned_fd_unchecked(stdout).ok()?;
         stdout.ready(Interest::ERROR).await.ok()
     };
@@ -76,7 +77,8 @@ struct Follower<'a> {
     context: &'a Context,
     policy: &'a Arc<Policy>,
     json: bool,
-    /// What sysfs no longer says of a device that was pulled.
+    /// The devices that are plugged in. Sysfs does not describe a device that
+    /// was unplugged, so its facts are kept here.
     present: BTreeMap<Port, Entry>,
 }
 
@@ -91,7 +93,7 @@ impl Follower<'_> {
         Entry::of_all(&self.context.host, self.policy, devices)
     }
 
-    /// Tells what happened; false if nobody listens.
+    /// Prints what happened. Returns false if nobody reads any more.
     fn heard(&mut self, batch: Batch) -> Result<bool, Error> {
         let mut goes_on = true;
         if batch.lost {
@@ -136,7 +138,7 @@ impl Follower<'_> {
         }
     }
 
-    /// Tells the difference between what was here and what is.
+    /// Prints the differences between the earlier devices and the present ones.
     fn compare(&mut self) -> Result<bool, Error> {
         let mut goes_on = true;
         let now = self.look()?;
@@ -170,7 +172,7 @@ impl Follower<'_> {
     }
 }
 
-/// What is not read on a terminal is whole.
+/// The screen for the lines. Output that is not on a terminal is never cut.
 fn screen() -> Screen {
     let screen = Screen::of_stdout();
     let columns = if std::io::stdout().is_terminal() { screen.columns } else { usize::MAX };

@@ -1,4 +1,4 @@
-//! `list`: the host's USB devices, what each is, and who has it.
+//! `list`: shows the host's USB devices and who uses each.
 
 mod entry;
 mod follow;
@@ -25,7 +25,8 @@ struct Report {
     devices: Vec<Entry>,
 }
 
-/// Shows what is plugged in, and follows what happens to it if asked to.
+/// Shows the devices that are plugged in, and follows changes if the user asks
+/// for it.
 pub async fn run(context: &Context, arguments: &List) -> Result<(), Error> {
     let policy = Arc::new(Policy::new(context.config_or_none()));
     if arguments.watch {
@@ -58,8 +59,8 @@ fn report(host: &Host, policy: &Arc<Policy>) -> Result<Report, Error> {
     Ok(Report { buses, devices })
 }
 
-/// A device as a line of fields with tabs between them. The order is part of
-/// the contract; more may follow at the end.
+/// A device as a line of fields with tabs between them. Scripts depend on the
+/// order of the fields. New fields may be added at the end.
 fn flat(entry: &Entry) -> String {
     let or_dash = |text: Option<String>| match text {
         Some(text) if !text.is_empty() => escape(&text).into_owned(),

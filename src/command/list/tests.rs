@@ -4,8 +4,8 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-/// A host with a hub, a stick that is mounted, and a device that would write
-/// over the screen if it could.
+/// A host with a hub, a USB stick that is mounted, and a device whose strings
+/// have control characters for a terminal.
 fn host() -> (tempfile::TempDir, Host) {
     let root = tempfile::tempdir().unwrap();
     let devices = root.path().join("sys/bus/usb/devices");

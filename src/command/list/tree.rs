@@ -1,4 +1,4 @@
-//! The devices as a tree by port, for people. Pure.
+//! Shows the devices as a tree of ports, for people. There is no I/O here.
 
 use unicode_width::UnicodeWidthStr;
 
@@ -8,13 +8,14 @@ use crate::text::{escape, fit};
 use crate::ui::screen::{Line, Screen, Style};
 use crate::usb::Port;
 
-/// The least that must be left for names; else other columns are left out.
+/// The least width for names. If there is less space, other columns are left
+/// out.
 const LEAST_FOR_NAMES: usize = 16;
 
-/// The least that is left of a driver's name, where it is cut.
+/// The least width of a driver's name that is cut.
 const LEAST_FOR_DRIVERS: usize = 12;
 
-/// Blanks between two columns.
+/// The number of blanks between two columns.
 const GAP: usize = 2;
 
 /// A column before the names.
@@ -95,8 +96,8 @@ fn width(port: &Port) -> usize {
     port.to_string().width()
 }
 
-/// The columns that leave room for names. Drivers are cut first; then the
-/// twin's column goes, then the driver's and the speed's.
+/// The columns that leave enough space for names. First drivers are cut. Then
+/// the twin's column is removed, then the driver's, then the speed's.
 fn columns(entries: &[Entry], ports: usize, screen: usize) -> Vec<Column> {
     let cells = entries.iter();
     let optional = |port: &Option<Port>| port.as_ref().map(ToString::to_string).unwrap_or_default();
@@ -134,7 +135,7 @@ fn bus_line(bus: &BusReport) -> Line {
     words.extend(
         bus.ports.map(|ports| format!("{ports} port{}", if ports == 1 { "" } else { "s" })),
     );
-    // Where the controller is, the stable name says.
+    // The stable name already says where the controller is.
     let (kind, place) = bus.controller.rsplit_once(' ').unwrap_or((&bus.controller, ""));
     let is_said = bus.path.as_ref().is_some_and(|path| path.to_string().contains(place));
     words.push(escape(if is_said { kind } else { &bus.controller }).into_owned());
@@ -147,8 +148,8 @@ fn bus_line(bus: &BusReport) -> Line {
     line
 }
 
-/// What there is to say of a device besides: on a line of its own, or on two
-/// where the serial number would push the rest off the screen.
+/// The other facts about a device. They are on one line, or on two if the
+/// serial number would push the rest off the screen.
 fn details(entry: &Entry, guide: &Guide, columns: usize) -> impl Iterator<Item = Line> {
     let words = detail_words(entry);
     let line = |words: &[(Style, String)]| {
@@ -193,30 +194,30 @@ fn detail_words(entry: &Entry) -> Vec<(Style, String)> {
         let style = if rule.deny { Style::Bad } else { Style::Rule };
         words.push((style, rule.to_string()));
     }
-    // The serial number of a hub helps nobody.
+    // The serial number of a hub is not useful.
     if words.is_empty() || (entry.hub && words.len() == 1 && entry.serial.is_some()) {
         words.clear();
     }
     words
 }
 
-/// The lines that lead to a port.
+/// The lines of the tree that lead to a port.
 #[derive(Debug, PartialEq, Eq)]
 struct Guide {
-    /// Before its name.
+    /// The text before the port's name.
     own: String,
-    /// Before what else is said of it.
+    /// The text before the other facts about the port's device.
     below: String,
 }
 
-/// The guides of ports in their order, where each hub comes before what is
-/// plugged into it.
+/// The guides for ports in their order. Each hub comes before the devices that
+/// are plugged into it.
 fn guides(ports: &[&Port]) -> Vec<Guide> {
     let depth = |port: &Port| std::iter::successors(port.hub(), Port::hub).count();
     let guide = |(row, port): (usize, &&Port)| {
         let rest = ports.get(row + 1..).unwrap_or_default();
-        // Whether something follows on the same hub as this port or the hub
-        // that leads to it.
+        // Whether another port follows on the same hub as this port, or on the
+        // same hub as one that leads to this port.
         let follows = |level: usize| {
             let mut rest = rest.iter().take_while(|next| next.bus() == port.bus());
             rest.find(|next| depth(next) <= level).is_some_and(|next| depth(next) == level)

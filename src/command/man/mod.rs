@@ -1,5 +1,5 @@
-//! `man DIR`: the manual pages. The command line's types tell most of it; what
-//! they cannot say lies in contrib/man.
+//! `man DIR`: writes the manual pages. Most of the text comes from the types of
+//! the command line. The rest is in contrib/man.
 
 mod page;
 
@@ -13,7 +13,8 @@ use crate::cli::{Cli, Man};
 use crate::error::Error;
 use crate::text::escape;
 
-/// The example that packages ship, which the page of the configuration shows.
+/// The example that packages install. The page about the configuration contains
+/// it.
 const EXAMPLE: &str = include_str!("../../../contrib/examples/usb-qmp-hotplug.toml");
 
 /// A file's name, and its text.

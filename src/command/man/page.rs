@@ -7,7 +7,7 @@ use clap_mangen::Man;
 
 use super::Page;
 
-/// The JSON documents, by command: an example, and what there is to say of it.
+/// The JSON documents by command: an example, and its explanation.
 pub const DOCUMENTS: [(&str, &str, &str); 4] = [
     (
         "inspect",
@@ -64,16 +64,16 @@ pub fn command(command: &Command) -> io::Result<Page> {
     Ok((format!("usb-qmp-hotplug-{}.1", command.get_name()), text))
 }
 
-/// The title, without a date, so that the same source makes the same page. The
-/// generator's own would be too long for a line.
+/// The title. It has no date, so that the same source creates the same page.
+/// The generator's own title would be too long for a line.
 fn title(command: &Command) -> String {
     let name = command.get_display_name().unwrap_or("usb-qmp-hotplug");
     let source = concat!("usb-qmp-hotplug ", env!("CARGO_PKG_VERSION"));
     format!(".TH {} 1 \"\" \"{source}\" \"User Commands\"\n", escaped(name))
 }
 
-/// As the help has it: shorter than the generator's, and with what the
-/// options take.
+/// The synopsis, as the help has it. It is shorter than the generator's, and it
+/// has the values of the options.
 fn synopsis(command: &Command) -> String {
     let usage = command.clone().render_usage().to_string();
     let words = usage.trim_start_matches("Usage: ").trim();
@@ -89,7 +89,7 @@ fn head(command: &Command, text: &mut Vec<u8>) -> io::Result<()> {
     man.render_options_section(text)
 }
 
-/// The help text after the options: what is indented stands as it is.
+/// The help text after the options. Indented lines are not filled.
 fn more_help(help: &str) -> String {
     let is_verbatim = |line: &&str| line.starts_with("  ");
     let has_examples =
@@ -130,14 +130,15 @@ pub fn see(pages: &[&str]) -> String {
     text
 }
 
-/// Text that roff takes as it is: a hyphen is a minus, and a line begins no
+/// Escapes text for roff. A hyphen becomes a minus, and no line begins a
 /// request.
 fn escaped(line: &str) -> String {
     let text = line.replace('\\', "\\e").replace('-', "\\-").replace('`', "\\(ga");
     if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
 }
 
-/// Help texts mark what is typed with backticks; here it is bold.
+/// Makes text bold that the help texts mark with backticks, because users type
+/// it.
 fn in_bold(text: &str) -> String {
     let mut bold = String::with_capacity(text.len());
     for line in text.lines() {

@@ -1,4 +1,4 @@
-//! `--install`: the rule where udev reads it.
+//! `--install`: writes the rule to the directory that udev reads.
 
 use std::fs;
 use std::io::{self, Write};
@@ -14,19 +14,19 @@ use super::what::What;
 use crate::error::Error;
 use crate::text::escape;
 
-/// Where an administrator's rules are (udev(7)).
+/// The directory of an administrator's rules (udev(7)).
 const RULES: &str = "/etc/udev/rules.d";
 
-/// The first systemd whose udevadm checks rules.
+/// The first systemd whose udevadm can check rules.
 const VERIFY_SINCE: u32 = 254;
 
-/// Writes the rule, checks it, and has udev read it.
+/// Writes the rule, checks it, and makes udev read it.
 pub fn install(context: &Context, what: &What, vm: &str, rule: &str) -> Result<(), Error> {
     let path = Path::new(RULES).join(file_name(&what.label(), vm));
     let before = present(&path, &comment(what, vm))?;
     write(&path, rule).map_err(|source| cannot(&path, source))?;
     if let Err(complaint) = verified(&path) {
-        // udev never reads what it did not take.
+        // udev never reads a rule that it did not accept.
         let undone = match &before {
             Some(before) => write(&path, before),
             None => fs::remove_file(&path),
@@ -45,7 +45,8 @@ pub fn install(context: &Context, what: &What, vm: &str, rule: &str) -> Result<(
     context.say(format_args!("to undo: rm {shown} && udevadm control --reload"))
 }
 
-/// After 50-udev-default, and so that the file says what it is for.
+/// The name of the file. It is sorted after 50-udev-default, and it says what
+/// the rule is for.
 fn file_name(label: &str, vm: &str) -> String {
     let stem = Path::new(vm).file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
     let name = if vm.contains('/') { &stem } else { vm };
@@ -54,8 +55,8 @@ fn file_name(label: &str, vm: &str) -> String {
     format!("90-usb-qmp-hotplug-{name}-{label}.rules")
 }
 
-/// What the file holds now. Only what this command wrote for the same VM and
-/// device may be replaced.
+/// The present content of the file. Only a file that this command wrote for the
+/// same VM and device may be replaced.
 fn present(path: &Path, first_line: &str) -> Result<Option<String>, Error> {
     match fs::read_to_string(path) {
         Ok(text) if text.starts_with(first_line) => Ok(Some(text)),
@@ -69,7 +70,8 @@ fn present(path: &Path, first_line: &str) -> Result<Option<String>, Error> {
     }
 }
 
-/// Writes the whole file or nothing. udev passes over names like the first.
+/// Writes the whole file or nothing. udev ignores the name of the temporary
+/// file.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(directory)?;
@@ -83,12 +85,12 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
         .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
         .and_then(|()| fs::rename(&part, path));
     written.inspect_err(|_| {
-        // It may never have been there.
+        // The file may not exist.
         let _ = fs::remove_file(&part);
     })
 }
 
-/// Has udevadm check the rule, where it can.
+/// Makes udevadm check the rule, if it can.
 fn verified(path: &Path) -> Result<(), String> {
     let version = Command::new("udevadm").arg("--version").output();
     let version = version.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
@@ -110,7 +112,8 @@ fn reload() -> bool {
     told.is_ok_and(|output| output.status.success())
 }
 
-/// udev runs the program as root, and so does whoever may change its file.
+/// Warns if other users may change the program. udev runs it as root, so they
+/// could become root.
 fn warn_of_others() {
     let Ok(program) = std::env::current_exe() else { return };
     let theirs = program.ancestors().find(|path| {
@@ -129,7 +132,7 @@ fn warn_of_others() {
     }
 }
 
-/// A rule for the same port by its bus number may be there from before.
+/// Warns if an earlier rule for the same port by its bus number still exists.
 fn warn_of_bus_number(what: &What, vm: &str, path: &Path) {
     let Some(label) = what.label_by_number() else { return };
     let before = Path::new(RULES).join(file_name(&label, vm));

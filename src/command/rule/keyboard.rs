@@ -1,4 +1,4 @@
-//! Rules that take a keyboard.
+//! Warnings about rules that take a keyboard from the host.
 
 use tracing::warn;
 
@@ -6,8 +6,8 @@ use super::what::What;
 use crate::host::{Host, Look, OtherUse};
 use crate::usb::Device;
 
-/// Says so if a rule takes a keyboard that is plugged in, or is so wide that it
-/// will take some.
+/// Warns if a rule takes a keyboard that is plugged in, or if it matches so
+/// many devices that it will take some keyboard.
 pub fn warn_of_keyboards(host: &Host, what: &What) {
     let devices = host.devices().unwrap_or_default();
     let is_meant = |device: &&Device| match what {

@@ -1,4 +1,4 @@
-//! `--learn`: the device that is plugged in next.
+//! `--learn`: waits for the next device that is plugged in.
 
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use crate::text::{chain, escape};
 use crate::ui::progress::Progress;
 use crate::usb::{Action, Device};
 
-/// What is asked of the person; on a terminal with the time that is left,
-/// counting down in place.
+/// The text that asks the user. On a terminal, it also shows the time that is
+/// left.
 const PROMPT: &str = "Plug the device into the port (pull it out first if it is in)";
 
-/// Waits for a device, at most for this time.
+/// Waits until a device is plugged in, at most for this time.
 pub async fn plugged(context: &Context, wait: Duration) -> Result<Device, Error> {
     let failed = |source| Error::Setup { what: "hear udev", source };
-    // First hear, then ask: who is quick is heard, too.
+    // Listen first, then ask, so that a fast user is not missed.
     let events = Events::listen(Source::Udev).map_err(failed)?;
     let end = Instant::now() + wait;
     let prompt = Progress::new(context.quiet);

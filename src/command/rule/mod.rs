@@ -1,5 +1,5 @@
-//! `rule DEVICE --vm VM`: the udev rule, or the configuration, that gives a
-//! device or a port to a VM.
+//! `rule DEVICE --vm VM`: creates the udev rule, or the configuration, that
+//! gives a device or a port to a VM.
 
 mod install;
 mod keyboard;
@@ -24,17 +24,17 @@ use crate::qemu::VmAddress;
 use crate::ui::output::print;
 use what::{Naming, What};
 
-/// What `--timeout` is when nothing is said.
+/// The value of `--timeout` if the user does not give it.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The VM that a rule is for.
 struct RuleVm {
-    /// As the rule has udev name it: a name of the configuration, or an
-    /// absolute path.
+    /// The name that udev passes to this program: a name in the configuration,
+    /// or an absolute path.
     name: String,
-    /// Where it is; a socket's path is absolute.
+    /// Its address. A socket's path is absolute.
     address: VmAddress,
-    /// Whether the name is one of the configuration.
+    /// Whether the name is in the configuration.
     configured: bool,
 }
 
@@ -61,7 +61,7 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
     }
     let command = command(context, &vm)?;
     let rule = udev::rule(&what, &vm.name, &command)?;
-    // udev runs it as root.
+    // udev runs the program as root.
     let exposed = command.first().and_then(|program| context.host.exposed_file(Path::new(program)));
     if !arguments.install {
         if let Some(exposed) = exposed {
@@ -85,7 +85,7 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
     Ok(())
 }
 
-/// Tells who may have a device by changing a file.
+/// Warns of users who could get a device because they may change a file.
 fn warn_of_exposed(context: &Context, vm: &RuleVm) {
     if let Some(exposed) = vm.address.socket().and_then(|path| context.host.exposed_socket(path)) {
         let name = crate::text::escape(&vm.name);
@@ -96,7 +96,7 @@ fn warn_of_exposed(context: &Context, vm: &RuleVm) {
     }
 }
 
-/// Says once that a rule goes by bus number, and what would stay.
+/// Warns once that a rule uses bus numbers, and shows the stable name.
 fn warn_of_numbers(host: &Host, what: &What) {
     let (What::Port(socket) | What::Below(socket)) = what else { return };
     if socket.place.is_some() {
@@ -109,8 +109,8 @@ fn warn_of_numbers(host: &Host, what: &What) {
     warn!("after the next boot {} may be another port; {instead}", socket.numbers());
 }
 
-/// The VM of a name or a path, or the only one. A name that only a VM has which
-/// runs means nothing to udev.
+/// The VM with this name or path, or the only VM. A name that is not in the
+/// configuration, but only in a running VM, cannot be used in a udev rule.
 fn vm(context: &Context, vm: Option<&str>) -> Result<RuleVm, Error> {
     let (address, configured) = match vm {
         Some(vm) if VmAddress::read(vm)?.is_none() => {
@@ -120,7 +120,7 @@ fn vm(context: &Context, vm: Option<&str>) -> Result<RuleVm, Error> {
         Some(vm) => (context.vm(vm)?, None),
         None => (context.only_vm()?, None),
     };
-    // udev runs programs in its own directory, and as root.
+    // udev runs programs in its own directory and as root.
     let address = match address {
         VmAddress::Socket(socket) => std::path::absolute(&socket.path)
             .map_err(|source| Error::Setup { what: "tell the current directory", source })?
@@ -135,7 +135,7 @@ fn vm(context: &Context, vm: Option<&str>) -> Result<RuleVm, Error> {
     Ok(RuleVm { name, address, configured: configured.is_some() })
 }
 
-/// What udev is to run.
+/// The command that udev is to run.
 fn command(context: &Context, vm: &RuleVm) -> Result<Vec<String>, Error> {
     let program = std::env::current_exe()
         .map_err(|source| Error::Setup { what: "tell where this program is", source })?;
@@ -143,7 +143,7 @@ fn command(context: &Context, vm: &RuleVm) -> Result<Vec<String>, Error> {
     if context.timeout != DEFAULT_TIMEOUT {
         command.extend(["--timeout".to_owned(), context.timeout.as_secs_f64().to_string()]);
     }
-    // The configuration is read for names only.
+    // The configuration is read only for names.
     if vm.configured && context.config != Path::new(DEFAULT_PATH) {
         let config = std::path::absolute(&context.config)
             .map_err(|source| Error::Setup { what: "tell the current directory", source })?;

@@ -1,4 +1,5 @@
-//! Serial numbers that are no name of one device, and how udev is told of one.
+//! Serial numbers that do not identify one device, and the pattern for a serial
+//! number in a udev rule.
 
 use tracing::warn;
 
@@ -7,11 +8,12 @@ use crate::host::Host;
 use crate::text::escape;
 use crate::usb::Device;
 
-/// What makers write who give all their devices the same one.
+/// The serial numbers of manufacturers that give the same one to all their
+/// devices.
 const SHARED: [&str; 6] =
     ["0123456789ABCDEF", "0123456789", "1234567890", "123456789ABCDEF", "12345678", "123456789"];
 
-/// Says so if the rule for a serial number will take more than the one device.
+/// Warns if the rule for a serial number will match more than this one device.
 pub fn warn_of_others(host: &Host, device: &Device, serial: &str) {
     let shown = escape(serial);
     let help = "--by port tells them apart";
@@ -34,27 +36,27 @@ fn is_shared(serial: &str) -> bool {
     SHARED.contains(&&*serial.to_ascii_uppercase()) || serial.chars().all(|c| Some(c) == first)
 }
 
-/// A pattern that fits a serial number, in a udev rule. What is visible stands
-/// for itself. What udev could take for more than text, a rule cannot hold, or a
-/// terminal would not show becomes a wildcard: `"` ends the value, `|` parts
-/// alternatives even within brackets, `\` may escape, `$` and `%` may be
-/// substituted.
+/// The pattern for a serial number in a udev rule. A visible character stands
+/// for itself. A character becomes a wildcard if udev could give it a meaning,
+/// if a rule cannot contain it, or if a terminal would not show it. In udev,
+/// `"` ends the value, `|` separates alternatives even within brackets, `\` may
+/// escape, and `$` and `%` may be substituted.
 ///
 /// # Errors
 ///
-/// [`Error::Usage`] where nothing but wildcards would be left, which fit every
-/// device.
+/// [`Error::Usage`] if the pattern would have only wildcards, because it would
+/// match every device.
 pub fn pattern(text: &str) -> Result<String, Error> {
     let mut pattern = String::new();
     let mut says_something = false;
-    // udev takes blanks off the end of an attribute.
+    // udev removes blanks from the end of an attribute.
     for c in text.trim_end_matches(|c: char| c.is_ascii_whitespace()).chars() {
         let is_plain = escape(c.encode_utf8(&mut [0; 4])) == c.to_string();
         match c {
             '*' | '?' | '[' => pattern.extend(['[', c, ']']),
             '"' | '|' | '\\' | '$' | '%' => pattern.push('?'),
             _ if is_plain => pattern.push(c),
-            // One byte in every character encoding.
+            // An ASCII character is one byte in every character encoding.
             _ if c.is_ascii() => pattern.push('?'),
             _ if !pattern.ends_with('*') => pattern.push('*'),
             _ => {}

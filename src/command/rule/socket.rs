@@ -1,24 +1,24 @@
-//! A socket that a rule is for: its halves, by the names that stay where they
-//! have some.
+//! The physical socket that a rule is for, with the ports that are its halves.
+//! Stable names are used if there are any.
 
 use std::fmt;
 
 use crate::host::Host;
 use crate::usb::{Port, PortPath};
 
-/// A socket: one port, or for USB 3 the two that are its halves.
+/// A socket: one port, or the two ports that are the halves of a USB 3 socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Socket {
-    /// The ports by bus number, the one that was named first.
+    /// The ports by bus number. The port that the user named comes first.
     pub ports: Vec<Port>,
-    /// What stays, unless the rule is to go by bus number.
+    /// The stable place, unless the rule is to use bus numbers.
     pub place: Option<Place>,
 }
 
-/// A socket by the place of its controller.
+/// A socket, found by the place of its controller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    /// The names of the ports, in the same order.
+    /// The stable names of the ports, in the same order.
     pub paths: Vec<PortPath>,
     /// The controller's `DEVPATH`.
     pub controller: String,
@@ -27,19 +27,19 @@ pub struct Place {
 }
 
 impl Socket {
-    /// The socket that a port is in.
+    /// The socket that a port belongs to.
     pub fn of(host: &Host, port: &Port, by_bus_number: bool) -> Self {
         let ports: Vec<Port> = std::iter::once(port.clone()).chain(host.twin(port)).collect();
         let place = if by_bus_number { None } else { Place::of(host, &ports) };
         Socket { ports, place }
     }
 
-    /// The name of the port that was named, as the rule has it.
+    /// The name of the port that the user named, as the rule has it.
     pub fn name(&self) -> String {
         self.names().into_iter().next().unwrap_or_default()
     }
 
-    /// The ports as the rule has them.
+    /// The names of the ports, as the rule has them.
     fn names(&self) -> Vec<String> {
         match &self.place {
             Some(place) => place.paths.iter().map(ToString::to_string).collect(),
@@ -61,7 +61,8 @@ impl fmt::Display for Socket {
 }
 
 impl Place {
-    /// Where ports of one controller are; `None` if that has no name.
+    /// The place of ports of one controller. `None` if the controller has no
+    /// stable name.
     fn of(host: &Host, ports: &[Port]) -> Option<Self> {
         let paths = ports.iter().map(|port| host.port_path(port)).collect::<Option<_>>()?;
         let controller = host.controller(ports.first()?.bus())?;
@@ -73,8 +74,8 @@ impl Place {
         Some(Place { paths, controller: controller.to_str()?.to_owned(), revisions })
     }
 
-    /// Whether a port that has the same numbers as one of these is one of these:
-    /// on each bus of the controller.
+    /// Whether the ports with the same numbers, on all buses of the controller,
+    /// are exactly these ports.
     pub fn is_all(&self) -> bool {
         self.paths.iter().all(|path| {
             let has = |revision: &u8| {

@@ -1,4 +1,4 @@
-//! The same as a rule of the configuration.
+//! Writes the rule for the configuration instead of for udev.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::text::escape;
 
 /// A configuration with the VM and one rule.
 pub fn configuration(context: &Context, what: &What, vm: &RuleVm) -> Result<String, Error> {
-    // A socket may have a name already.
+    // The configuration may already have a name for the VM's socket.
     let config = context.config().unwrap_or_default();
     let known = config.vms.iter().find(|known| known.address == vm.address);
     let name = match known {
@@ -51,12 +51,13 @@ pub fn configuration(context: &Context, what: &What, vm: &RuleVm) -> Result<Stri
             )
         }
     };
-    // What is printed can be used: a path may be too long for a socket.
+    // Check that the printed text can be used. For example, a path may be too
+    // long for a socket.
     Config::parse(Path::new("the configuration to print"), &toml)?;
     Ok(toml)
 }
 
-/// A name for a VM that has none.
+/// Creates a name for a VM that has none.
 fn name_of(address: &VmAddress) -> String {
     let stem = match address {
         VmAddress::Socket(socket) => socket.file_stem().unwrap_or_default().to_string_lossy(),
@@ -68,12 +69,13 @@ fn name_of(address: &VmAddress) -> String {
     if name.is_empty() { "vm".to_owned() } else { name.to_owned() }
 }
 
-/// A key, which a dot would part.
+/// A key for TOML. It needs quotes if it contains a dot, because a dot would
+/// split it.
 fn key(name: &str) -> String {
     if name.contains('.') { string(name) } else { name.to_owned() }
 }
 
-/// A glob that fits nothing but the text, unless that takes too many characters.
+/// A glob that matches only this text, unless that needs too many characters.
 fn glob(text: &str) -> String {
     let exact: String = text
         .chars()
@@ -94,7 +96,7 @@ fn string(text: &str) -> String {
     for c in text.chars() {
         match c {
             '"' | '\\' => string.extend(['\\', c]),
-            // Also what a terminal would not show.
+            // This also escapes characters that a terminal would not show.
             c if escape(c.encode_utf8(&mut [0; 4])) != c.to_string() => {
                 // Writing to a String cannot fail.
                 let _ = write!(string, "\\U{:08X}", u32::from(c));

@@ -1,8 +1,9 @@
 //! A udev rule's text (udev(7)).
 //!
-//! The rule has to match when a device goes, too. A `remove` event carries the
-//! kernel's own variables and no attributes, since sysfs has forgotten the
-//! device: DEVPATH, PRODUCT and TYPE are there; the serial number is not.
+//! The rule also has to match when a device is unplugged. A `remove` event has
+//! the kernel's own variables but no attributes, because sysfs does not have
+//! the device any more. DEVPATH, PRODUCT and TYPE are available, and the serial
+//! number is not.
 
 use super::serial::pattern;
 use super::socket::Socket;
@@ -10,15 +11,15 @@ use super::what::What;
 use crate::error::Error;
 use crate::text::escape;
 
-/// Every rule begins like this: whole devices, not their interfaces.
+/// The beginning of every rule. It matches devices, but not their interfaces.
 const DEVICE: &str = r#"SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device""#;
 
-/// What a rule needs to go to what is behind a hub, too, and not to the hubs
-/// there, which stay with the host. TYPE is class/subclass/protocol; some hubs
-/// have their class in an interface only.
+/// The part of a rule that matches the devices behind a hub, but not the hubs
+/// there, which stay with the host. TYPE is class/subclass/protocol. Some hubs
+/// have their class only in an interface.
 const BELOW: (&str, &str) = ("/*", r#", ENV{TYPE}!="9/*", ENV{ID_USB_INTERFACES}!="*:09*""#);
 
-/// The rule that has udev run a command.
+/// The rule that makes udev run a command.
 pub fn rule(what: &What, vm: &str, command: &[String]) -> Result<String, Error> {
     let run = run(command)?;
     let rules = match what {
@@ -38,7 +39,7 @@ pub fn rule(what: &What, vm: &str, command: &[String]) -> Result<String, Error> 
     Ok(format!("{}{}{rules}", comment(what, vm), what.numbers()))
 }
 
-/// Before the rule for what leaves.
+/// The comment before the rule for `remove` events.
 const AT_REMOVE: &str =
     "# On remove it is not; of what matches, only a device that is in the VM is detached.\n";
 
@@ -47,13 +48,13 @@ fn line(action: &str, matches: &str, run: &str) -> String {
     format!("{DEVICE}, ACTION==\"{action}\", \\\n    {matches}, \\\n{run}")
 }
 
-/// The rules for a socket, or for what is below it.
+/// The rules for a socket, or for the ports below it.
 fn at_socket(socket: &Socket, (below, and): (&str, &str), run: &str) -> Result<String, Error> {
     let Some(place) = &socket.place else {
         let paths = socket.ports.iter().map(|port| format!("*/{port}{below}"));
         return Ok(line("add|remove", &format!("{}{and}", devpath(paths)), run));
     };
-    // Whatever number the bus has.
+    // The rule works for every number that the bus may get.
     let controller = pattern(&place.controller)?;
     let path = |chain| format!("{controller}/usb*/*-{chain}{below}");
     let mut paths: Vec<String> = place.paths.iter().map(|p| path(p.chain())).collect();
@@ -73,14 +74,15 @@ fn at_socket(socket: &Socket, (below, and): (&str, &str), run: &str) -> Result<S
     Ok(rules + AT_REMOVE + &line("remove", &any, run))
 }
 
-/// udev matches all of DEVPATH, and its `*` is any text, also across `/`.
+/// A pattern for DEVPATH. udev matches the whole of it, and `*` is any text,
+/// even with `/`.
 fn devpath(paths: impl Iterator<Item = String>) -> String {
     format!("DEVPATH==\"{}\"", paths.collect::<Vec<_>>().join("|"))
 }
 
-/// A root hub of a USB revision, above the device. udev asks both of the same
-/// one (udev(7), `KERNELS`, `ATTRS`); a root hub for USB 3 has the protocol 3
-/// (USB 3.2 specification, section 10.15.1).
+/// Matches a root hub of this USB revision above the device. udev requires that
+/// both keys match the same parent (udev(7), `KERNELS`, `ATTRS`). A root hub
+/// for USB 3 has the protocol 3 (USB 3.2 specification, section 10.15.1).
 fn root_hub(revision: u8) -> &'static str {
     match revision {
         3 => r#"KERNELS=="usb*", ATTRS{bDeviceProtocol}=="03""#,
@@ -88,13 +90,14 @@ fn root_hub(revision: u8) -> &'static str {
     }
 }
 
-/// What the rule is for; a rule that was installed is known by this line.
+/// The comment that says what the rule is for. It also identifies a rule that
+/// was installed.
 pub fn comment(what: &What, vm: &str) -> String {
     format!("# usb-qmp-hotplug: to VM {}, {what}\n", escape(vm))
 }
 
-/// The kernel writes PRODUCT in hexadecimal without padding: `627/1/0` (Linux,
-/// drivers/usb/core/driver.c, `usb_uevent`).
+/// The pattern for PRODUCT. The kernel writes it in hexadecimal without
+/// padding: `627/1/0` (Linux, drivers/usb/core/driver.c, `usb_uevent`).
 fn product(what: &What) -> String {
     match what {
         What::Product(id) | What::Serial(id, _) => {
@@ -104,8 +107,8 @@ fn product(what: &What) -> String {
     }
 }
 
-/// The last line of a rule. udev substitutes `$` and `%`, then parts the words
-/// at blanks outside quotes.
+/// The last line of a rule. udev substitutes `$` and `%`, and then splits the
+/// text at blanks outside quotes.
 fn run(command: &[String]) -> Result<String, Error> {
     let words: Vec<String> = command.iter().map(|word| quoted(word)).collect::<Result<_, _>>()?;
     Ok(format!("    RUN+=\"{}\"\n", words.join(" ")))
@@ -141,7 +144,8 @@ mod tests {
         Socket { ports, place: None }
     }
 
-    /// Ports of the controller 0000:00:14.0, which has buses for USB 2 and 3.
+    /// Ports of the controller 0000:00:14.0, which has buses for USB 2 and USB
+    /// 3.
     fn by_place(paths: &[&str]) -> Socket {
         let paths: Vec<_> =
             paths.iter().map(|path| format!("pci-0000:00:14.0-{path}").parse().unwrap()).collect();
@@ -180,7 +184,8 @@ mod tests {
         assert!(usb3.contains(r#"KERNELS=="usb*", ATTRS{bDeviceProtocol}=="03""#), "{rule}");
         let both = format!("DEVPATH==\"{controller}*-3|{controller}*-1\", \\\n    RUN");
         assert!(remove.contains("ACTION==\"remove\"") && remove.contains(&both), "{rule}");
-        // A port without another half is not the one of the same number on the other bus.
+        // A port without another half differs from the port of the same number
+        // on the other bus.
         let rule = shown(&What::Port(by_place(&["usbv2-0:3"])));
         assert!(rule.matches("ATTRS{").count() == 1 && rule.contains("00|01|02"), "{rule}");
     }
@@ -233,7 +238,8 @@ mod tests {
             prop_assume!(pattern(&serial).is_ok());
             let what = What::Serial("0627:0001".parse().unwrap(), serial);
             let rule = shown(&what);
-            // Two comments within, and three lines for each of the two rules.
+            // There are two comments inside, and three lines for each of the
+            // two rules.
             prop_assert_eq!(rule.lines().count(), 9);
             prop_assert_eq!(rule.matches("RUN+=\"/").count(), 2);
             let value = rule.split("ATTR{serial}==\"").nth(1).unwrap().split('\n').next().unwrap();

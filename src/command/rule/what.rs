@@ -1,4 +1,5 @@
-//! What a rule is for: a port, what is below a hub, or a device.
+//! The things that a rule can be for: a port, the ports below a hub, or a
+//! device.
 
 use std::fmt;
 
@@ -15,29 +16,29 @@ use crate::usb::{Device, DeviceId, Port, Selector, VendorProduct};
 /// What a rule is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum What {
-    /// Whatever is plugged into a socket.
+    /// Every device that is plugged into a socket.
     Port(Socket),
-    /// Whatever is below the hub in a socket, at any depth.
+    /// Every device below the hub in a socket, at any depth.
     Below(Socket),
     /// Every device with these ids.
     Product(VendorProduct),
-    /// The device with these ids and this serial number, which has the blanks
-    /// around it that the device gives it.
+    /// The device with these ids and this serial number. The serial number
+    /// keeps its blanks at both ends.
     Serial(VendorProduct, String),
 }
 
-/// How a rule is to name its device.
+/// How a rule names its device.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Naming {
     /// By its port, its product or its serial number.
     pub by: By,
-    /// Ports by bus number.
+    /// Whether ports are named by bus number.
     pub bus_number: bool,
 }
 
 impl What {
-    /// What a person named. A port may be empty, and a product may be absent or
-    /// there several times; all else has to be plugged in.
+    /// What the user named. A port may be empty, and there may be no device or
+    /// several devices of a product. Everything else has to be plugged in.
     pub fn named(host: &Host, selector: &Selector, naming: Naming) -> Result<What, Error> {
         let port = match selector {
             Selector::Port(port) => Some(port.clone()),
@@ -60,7 +61,7 @@ impl What {
         }
     }
 
-    /// What a device means.
+    /// What a rule for this device is for.
     pub fn of_device(host: &Host, device: &Device, naming: Naming) -> Result<What, Error> {
         let socket = || Socket::of(host, &device.port, naming.bus_number);
         match naming.by {
@@ -86,7 +87,8 @@ impl What {
         }
     }
 
-    /// A comment with what the ports of a rule by place are called today.
+    /// A comment with the present names of the ports, for a rule that uses
+    /// stable names.
     pub fn numbers(&self) -> String {
         match self {
             What::Port(socket) | What::Below(socket) if socket.place.is_some() => {
@@ -96,7 +98,7 @@ impl What {
         }
     }
 
-    /// The label of the same rule by bus number.
+    /// The label of the same rule if it used bus numbers.
     pub fn label_by_number(&self) -> Option<String> {
         let by_number = |socket: &Socket| Socket { ports: socket.ports.clone(), place: None };
         match self {
@@ -106,7 +108,7 @@ impl What {
         }
     }
 
-    /// A part of a file name that says what the rule is for.
+    /// The part of a file name that says what the rule is for.
     pub fn label(&self) -> String {
         match self {
             What::Port(socket) => socket.name().chars().map(plain).collect(),
@@ -127,7 +129,7 @@ fn plain(c: char) -> char {
 fn at_port(host: &Host, port: &Port, selector: &Selector, naming: Naming) -> Result<What, Error> {
     match host.device(port)? {
         Some(device) => What::of_device(host, &device, naming),
-        // A port that its hub does not have stays empty for ever.
+        // If the hub does not have the port, it stays empty for ever.
         None if host.has_port(port) == Some(false) => {
             Err(host::Error::NoDevice(host.absent(selector)).into())
         }

@@ -1,11 +1,11 @@
-//! What to add to a VM that has no monitor to use.
+//! Advice for a VM that has no monitor for this tool: what to add, and where.
 
 use serde::Serialize;
 
 use crate::host::proc::cmdline::{CommandLine, Endpoint};
 use crate::qemu::qmp::Version;
 
-/// The first QEMU that takes one more monitor while it runs (QEMU,
+/// The first QEMU that accepts another monitor while it runs (QEMU,
 /// qapi/qom.json, `MonitorQMPProperties`).
 const ADDED_SINCE: Version = Version { major: 11, minor: 1, micro: 0 };
 
@@ -15,20 +15,21 @@ const ADDED_SINCE: Version = Version { major: 11, minor: 1, micro: 0 };
 pub enum Advice {
     /// An option for QEMU's command line.
     Qemu(String),
-    /// A line for a shell.
+    /// A command line for a shell.
     Shell(String),
-    /// Lines for the monitor that people have of it.
+    /// Lines for the VM's human monitor.
     Monitor(String),
 }
 
 impl Advice {
-    /// What gives this VM one more monitor when it starts.
+    /// What adds a monitor to this VM at its next start.
     pub fn at_start(line: &CommandLine) -> Self {
         Advice::Qemu(format!("-qmp unix:{},server=on,wait=off", socket(line)))
     }
 
-    /// What gives it one more while it runs, by way of a monitor that this
-    /// tool itself cannot use. `version` is that of its QEMU, if it is known.
+    /// What adds a monitor while the VM runs, through another monitor that this
+    /// tool itself cannot use. `version` is the version of its QEMU, if it is
+    /// known.
     pub fn while_running(line: &CommandLine, version: Option<Version>) -> Option<Self> {
         if version.is_some_and(|version| version < ADDED_SINCE) {
             return None;
@@ -37,7 +38,8 @@ impl Advice {
         let chardev = format!("chardev-add socket,id=usb,path={socket},server=on,wait=off");
         let object = "object_add monitor-qmp,id=usb,chardev=usb";
         let pass = |commands: &str, to: String| {
-            // QEMU throws away the queued commands of a client that leaves.
+            // QEMU drops the queued commands of a client that closes its
+            // connection.
             Some(Advice::Shell(format!("({commands}; sleep 1) | {to}")))
         };
         let people = || line.human_monitors.iter();
@@ -64,18 +66,18 @@ impl Advice {
     }
 }
 
-/// Where the new monitor is to be.
+/// The path of the new monitor's socket.
 fn socket(line: &CommandLine) -> String {
     let name: String = line.name.as_deref().unwrap_or_default().chars().filter(is_plain).collect();
     format!("/run/{}.qmp", if name.is_empty() { "vm" } else { &name })
 }
 
-/// What needs no quotes anywhere.
+/// Whether a character needs no quotes anywhere.
 fn is_plain(c: &char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
 }
 
-/// The place of a server of this kind, if a shell takes it as it is.
+/// The address of a server of this kind, if it needs no quotes in a shell.
 fn server<'a>(words: &'a str, kind: &str) -> Option<&'a str> {
     let (place, options) = words.strip_prefix(kind)?.split_once(',').unwrap_or((words, ""));
     let place = place.strip_prefix(kind).unwrap_or(place);

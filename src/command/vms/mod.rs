@@ -1,4 +1,5 @@
-//! `vms`: the QEMU processes of this host, and whether their monitors are free.
+//! `vms`: shows the QEMU processes of this host, and whether their monitors are
+//! free.
 
 mod advice;
 mod monitor;
@@ -31,38 +32,39 @@ struct Report {
 
 #[derive(Debug, Default, Serialize)]
 struct VmReport {
-    /// `null` for a VM of the configuration whose process is not seen.
+    /// `null` for a configured VM whose process cannot be seen.
     pid: Option<i32>,
     name: Option<String>,
     user: Option<String>,
     program: Option<String>,
-    /// QEMU's version, if a monitor told.
+    /// QEMU's version, if a monitor answered.
     qemu: Option<String>,
-    /// `running`, `paused` and so on, if a monitor told.
+    /// `running`, `paused` and so on, if a monitor answered.
     status: Option<String>,
     libvirt: bool,
-    /// Whether more options come from a file that could not be read.
+    /// Whether QEMU reads more options from a file that could not be read here.
     reads_config: bool,
     monitors: Vec<MonitorReport>,
-    /// `null` if no monitor told.
+    /// `null` if no monitor answered.
     controllers: Option<Vec<ControllerReport>>,
-    /// What gives the VM a monitor that this tool can use, if it has none.
+    /// What adds a monitor for this tool at the VM's next start, if it has
+    /// none.
     to_add: Option<Advice>,
-    /// What does so while it runs.
+    /// What adds a monitor while the VM runs.
     to_paste: Option<Advice>,
 }
 
 #[derive(Debug, Serialize)]
 struct MonitorReport {
-    /// What to give to the other commands; `null` if that is not known.
+    /// The address to use with the other commands. `null` if it is not known.
     socket: Option<VmAddress>,
-    /// Where QEMU has it, in QEMU's words.
+    /// The monitor's address in QEMU's words.
     asked: String,
     /// The VM's name in the configuration.
     configured_as: Option<String>,
     state: State,
     held_by: Vec<HolderReport>,
-    /// What else there is to say.
+    /// A further remark.
     note: Option<String>,
 }
 
@@ -79,7 +81,7 @@ struct ControllerReport {
     free: u32,
 }
 
-/// Shows every VM; all of them are asked at the same time.
+/// Shows every VM. All VMs are asked at the same time.
 pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
     let config = Arc::new(context.config_or_none());
     let host = context.host.clone();
@@ -96,7 +98,7 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
     let vms = probed.into_iter().map(|(monitors, qemu)| VmReport::of(qemu, monitors, &config));
     let mut vms: Vec<VmReport> = vms.collect();
 
-    // Those of the configuration that are not among them.
+    // The configured VMs that are not among the running ones.
     let seen = |name: &String| {
         let monitors = vms.iter().flat_map(|vm| &vm.monitors);
         monitors.filter_map(|monitor| monitor.configured_as.as_ref()).any(|known| known == name)
@@ -122,7 +124,7 @@ pub async fn run(context: &Context, arguments: &Vms) -> Result<(), Error> {
     print(&show::shown(&report.vms, Screen::of_stdout()))
 }
 
-/// Does all of it at the same time; the results are in order.
+/// Runs all tasks at the same time. The results are in the order of the tasks.
 async fn all<T: Send + 'static>(
     tasks: impl Iterator<Item = impl Future<Output = T> + Send + 'static>,
 ) -> Vec<T> {
@@ -139,7 +141,7 @@ impl VmReport {
     fn of(qemu: Qemu, monitors: Vec<Monitor>, config: &Config) -> Self {
         let Qemu { pid, program, user, command_line, .. } = qemu;
         let is = |states: &[State]| monitors.iter().any(|monitor| states.contains(&monitor.state));
-        // A second monitor does not help while this one may become usable.
+        // A second monitor does not help if this one may become usable.
         let may_do = is(&[State::Forbidden, State::Silent, State::Stopped]);
         let is_libvirt = command_line.libvirts.is_some();
         let needs_one = !is(&[State::Free]) && !may_do && !is_libvirt;
@@ -190,7 +192,8 @@ impl VmReport {
     }
 }
 
-/// Whether two paths are one file, `/run/a.qmp` and `/var/run/a.qmp` say.
+/// Whether two paths lead to the same file, for example `/run/a.qmp` and
+/// `/var/run/a.qmp`.
 fn is_same(a: &Path, b: &Path) -> bool {
     let file = |path| std::fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
     a == b || file(a).is_some_and(|one| file(b) == Some(one))

@@ -1,6 +1,6 @@
-//! Whether a monitor is free, found out without disturbing anybody: who is
-//! connected is read from the kernel's tables; only where nobody is, a
-//! connection is made, and closed again at once.
+//! Finds out whether a monitor is free, without disturbing anybody. The
+//! kernel's tables show who is connected. Only if nobody is, this tool connects
+//! and closes the connection at once.
 
 use std::time::Duration;
 
@@ -14,17 +14,17 @@ use crate::qemu::qmp::{self, Domain, ErrorKind, LibvirtError};
 use crate::qemu::{Inventory, Vm, VmAddress};
 use crate::text::{chain, escape};
 
-/// How long a monitor may take to greet. QEMU does so as soon as its main loop
-/// comes round.
+/// How long to wait for a greeting. QEMU sends it when its main loop runs the
+/// next time.
 const GREETING: Duration = Duration::from_secs(2);
 
-/// How a monitor stands.
+/// The state of a monitor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// It answers, and takes commands.
+    /// It answers and accepts commands.
     Free,
-    /// Another client has it.
+    /// Another client uses it.
     Held,
     /// It does not answer.
     Silent,
@@ -38,12 +38,12 @@ pub enum State {
     Forbidden,
     /// This tool cannot use its kind.
     Unusable,
-    /// It answered something else.
+    /// It sent something that is not QMP.
     Broken,
 }
 
 impl State {
-    /// The state as it stands in the JSON document.
+    /// The name of the state in the JSON document.
     pub fn word(self) -> &'static str {
         match self {
             State::Free => "free",
@@ -59,17 +59,17 @@ impl State {
     }
 }
 
-/// What came of looking at a monitor.
+/// The result of checking a monitor.
 #[derive(Debug)]
 pub struct Monitor {
-    /// What to give to the other commands.
+    /// The address to use with the other commands.
     pub address: Option<VmAddress>,
     pub asked: String,
     pub state: State,
-    /// Who has it, as far as that can be seen.
+    /// The clients that use it, as far as they can be seen.
     pub clients: Vec<Holder>,
     pub note: Option<String>,
-    /// What the VM told, if it answered.
+    /// The facts about the VM, if it answered.
     pub told: Option<Inventory>,
 }
 
@@ -84,7 +84,7 @@ impl Monitor {
     }
 }
 
-/// What looking at monitors needs.
+/// The facts that the check of monitors needs.
 #[derive(Debug)]
 pub struct Monitors {
     pub host: Host,
@@ -92,8 +92,9 @@ pub struct Monitors {
 }
 
 impl Monitors {
-    /// Looks at the monitors of a VM, one after the other, so that QEMU has
-    /// one client of ours at most; all of them together within the time.
+    /// Checks the monitors of a VM one after the other, so that QEMU has at
+    /// most one client of this tool. The time limit is for all of them
+    /// together.
     pub async fn vm(&self, Running { qemu, domain }: &Running) -> Vec<Monitor> {
         let deadline = tokio::time::Instant::now() + self.time;
         let mut monitors: Vec<Monitor> = Vec::new();
@@ -120,15 +121,15 @@ impl Monitors {
         monitors
     }
 
-    /// Looks at a VM whose QEMU is not known.
+    /// Checks a VM whose QEMU is not known.
     pub async fn address(&self, address: &VmAddress) -> Monitor {
         let mut monitor = Monitor::at(address.clone());
         self.ask(None, &mut monitor, self.time, true).await;
         monitor
     }
 
-    /// What can be seen without connecting. What nothing speaks against is
-    /// free, as far as is known.
+    /// The state that can be seen without connecting. If there is no sign of a
+    /// problem, the monitor is free, as far as this is known.
     fn look(&self, qemu: &Qemu, endpoint: &Endpoint) -> Monitor {
         let mut monitor = Monitor::of(String::new());
         let mut is = |state, note: &str| {
@@ -177,14 +178,15 @@ impl Monitors {
         monitor
     }
 
-    /// The path of a socket that a process got as a descriptor.
+    /// The path of a socket that a process inherited as a descriptor.
     fn inherited(&self, pid: i32, descriptor: u32) -> Option<String> {
         let inode = *self.host.open_sockets(pid)?.get(&descriptor)?;
         self.host.unix_sockets(pid).path(inode).map(str::to_owned)
     }
 
-    /// Connects, and asks what ports are free. Nothing is sent before the
-    /// greeting: a monitor that is held would act on it later.
+    /// Connects, and asks which ports are free. Nothing is sent before the
+    /// greeting, because a monitor that another client uses would execute it
+    /// later.
     async fn ask(&self, qemu: Option<&Qemu>, monitor: &mut Monitor, left: Duration, inspect: bool) {
         let Some(address) = monitor.address.clone() else { return };
         if address.domain().is_some_and(Domain::asks_for_password) {
@@ -198,8 +200,8 @@ impl Monitors {
             Ok(Some(vm)) => vm,
             Ok(None) => {
                 monitor.state = State::Silent;
-                // A client may have connected in between, or this user may not
-                // see it.
+                // A client may have connected in the meantime, or this user may
+                // not see it.
                 let clients = qemu.and_then(|qemu| self.host.clients(qemu.pid, &monitor.asked));
                 if let Some(clients) = clients {
                     monitor.state = State::Held;
@@ -209,7 +211,8 @@ impl Monitors {
             }
             Err(error) => return failed(monitor, &error),
         };
-        // It is the id of who called listen(2): libvirt does so for its QEMUs.
+        // It is the id of the process that called listen(2). For libvirt's
+        // QEMUs, that is libvirt.
         let is_other =
             |pid: &i32| qemu.is_some_and(|q| q.pid != *pid) && self.host.qemu(*pid).is_some();
         if let Some(other) = vm.pid().filter(is_other) {
@@ -226,7 +229,7 @@ impl Monitors {
     }
 }
 
-/// `None` if there is no greeting.
+/// Connects to the monitor. Returns `None` if there is no greeting.
 async fn connect(address: &VmAddress, left: Duration) -> Result<Option<Vm>, qmp::Error> {
     match timeout(GREETING.min(left), Vm::connect(address, left)).await {
         Ok(Err(qmp::Error { kind: ErrorKind::NoGreeting { .. }, .. })) | Err(_) => Ok(None),
@@ -234,7 +237,7 @@ async fn connect(address: &VmAddress, left: Duration) -> Result<Option<Vm>, qmp:
     }
 }
 
-/// What an error of libvirt's says of the monitor.
+/// The state of the monitor that an error of libvirt means.
 fn of_libvirt(error: &LibvirtError) -> State {
     match error {
         LibvirtError::Forbidden(_) => State::Forbidden,

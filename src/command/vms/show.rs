@@ -1,4 +1,4 @@
-//! The VMs for people.
+//! Shows the VMs to people.
 
 use super::advice::Advice;
 use super::monitor::State;
@@ -7,13 +7,13 @@ use crate::qemu::CONTROLLER_XML;
 use crate::text::escape;
 use crate::ui::screen::{Line, Screen, Style};
 
-/// Where the words after a state begin.
+/// The column where the text after a state begins.
 const INDENT: usize = 13;
 
-/// What gives a VM as many ports as there can be.
+/// The option that gives a VM the most possible ports.
 const CONTROLLER: &str = "-device qemu-xhci,id=xhci,p2=15,p3=15";
 
-/// Every VM, with blank lines between them.
+/// Shows every VM, with blank lines between them.
 pub fn shown(vms: &[VmReport], screen: Screen) -> String {
     let vms: Vec<String> = vms.iter().map(|vm| one(vm, screen)).collect();
     vms.join("\n")
@@ -83,7 +83,8 @@ fn row(style: Style, word: &str, rest: &str) -> Line {
     line
 }
 
-/// A socket's path is there to be copied, so it is never cut.
+/// The lines about a monitor. A socket's path is never cut, because users copy
+/// it.
 fn monitor_lines(vm: &VmReport, monitor: &MonitorReport, screen: Screen) -> String {
     let style = match monitor.state {
         State::Free => Style::Good,
@@ -107,7 +108,8 @@ fn monitor_lines(vm: &VmReport, monitor: &MonitorReport, screen: Screen) -> Stri
             some => format!("by {}", some.join(" and ")),
         });
     }
-    // One that is here only because of the configuration needs no such word.
+    // If the VM is shown only because of the configuration, this remark is not
+    // needed.
     let configured = monitor.configured_as.as_ref().filter(|_| vm.pid.is_some());
     notes.extend(configured.map(|name| format!("VM {name} of the configuration")));
     notes.extend(monitor.note.as_deref().map(|note| escape(note).into_owned()));
