@@ -1,4 +1,4 @@
-//! What can go wrong, and with which exit code the program then ends.
+//! The errors of the program, and its exit codes.
 
 use crate::host::{self, Told};
 use crate::policy::config;
@@ -6,48 +6,49 @@ use crate::qemu::{NoGuestPort, VmAddress, qmp};
 use crate::text::escape;
 use crate::usb::{Device, EventError, ParseError};
 
-/// An error of this tool. Its message names the thing and the next step; the
-/// cause, where there is one, is its source.
+/// An error of this tool. Its message names the thing that failed and the next
+/// step. The cause, if there is one, is its source.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The monitor, or what it was asked.
+    /// The monitor failed, or it refused a command.
     #[error(transparent)]
     Qmp(#[from] qmp::Error),
-    /// The host's devices.
+    /// Reading or using the host's devices failed.
     #[error(transparent)]
     Host(#[from] host::Error),
-    /// A name of a domain that is none.
+    /// A text is not the name of a domain.
     #[error(transparent)]
     Domain(#[from] qmp::NotADomain),
-    /// The configuration.
+    /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] config::Error),
     /// No VM has that name.
     #[error("{0}")]
     NoVm(String),
-    /// Something that a daemon needs of the system.
+    /// The system refused something that the daemon needs.
     #[error("cannot {what}")]
     Setup {
-        /// What cannot be done.
+        /// What could not be done.
         what: &'static str,
         /// The reason.
         source: std::io::Error,
     },
-    /// The command line.
+    /// The command line is wrong.
     #[error("{0}")]
     Usage(String),
-    /// udev's variables.
+    /// The variables of udev are wrong.
     #[error(transparent)]
     Event(#[from] EventError),
-    /// A name on the command line that is none.
+    /// A word on the command line is not a valid name.
     #[error(transparent)]
     Parse(#[from] ParseError),
-    /// A hub was asked for.
+    /// The user named a hub.
     #[error("{0} is a hub: hubs stay with the host; name a device behind it")]
     Hub(Device),
-    /// The VM's QEMU keeps a device open that it does not have: what it had
-    /// before, as QEMUs before 9.1 do that are paused (monitor/fds.c,
-    /// `monitor_fdset_cleanup`), or what came through another monitor.
+    /// The VM's QEMU keeps a device open that the VM does not have. It may have
+    /// had the device before, because a paused QEMU before 9.1 keeps
+    /// descriptors (monitor/fds.c, `monitor_fdset_cleanup`), or the descriptor
+    /// came through another monitor.
     #[error("VM {} still holds {device}: {}", escape(.vm), match .is_paused {
         true => "it had it before, and a QEMU before 9.1 that is paused keeps it until it runs again; \
                  resume it",
@@ -71,14 +72,14 @@ pub enum Error {
         /// The device.
         device: Device,
     },
-    /// The kernel makes whoever opens or reads a device wait: its drivers have
-    /// not started yet, or it does not answer.
+    /// The kernel makes a process wait that opens or reads a device. Its
+    /// drivers have not started yet, or it does not answer.
     #[error(
         "{0} is not ready: its drivers are still starting, or it does not answer; give it more time \
          with --timeout, or plug it in again"
     )]
     Silent(Device),
-    /// The VM has no place for the device.
+    /// The VM has no port for the device.
     #[error("VM {}: {}", escape(&.vm.to_string()), why_no_port(.vm, .why))]
     NoGuestPort {
         /// The VM.
@@ -91,10 +92,10 @@ pub enum Error {
     NotInVm {
         /// The VM's socket.
         vm: String,
-        /// What was asked for.
+        /// What the user named.
         what: String,
     },
-    /// No monitor of the VM that has a device can be used.
+    /// A VM has the device, and none of its monitors can be used.
     #[error(
         "{device} is in {vm}, and no monitor of that VM can be used; `usb-qmp-hotplug vms` shows why"
     )]
@@ -104,7 +105,7 @@ pub enum Error {
         /// The VM, as text for messages.
         vm: String,
     },
-    /// The VM would take a device again as soon as it is taken away.
+    /// The VM would take a device again as soon as it is detached.
     #[error("the VM that has {device} would take it back at once: its {} looks for such a device; \
              detach that first", escape(.by))]
     WouldReturn {
@@ -113,13 +114,13 @@ pub enum Error {
         /// The object that would take it.
         by: String,
     },
-    /// It cannot be told which of several devices of a VM it is.
+    /// It cannot be known which of several objects of a VM has the device.
     #[error("the VM has {device}, and QEMU does not tell as which of {}; give an id",
         escape(&.names.join(", ")))]
     Unclear {
         /// The device.
         device: Device,
-        /// What it may be.
+        /// The objects that may have it.
         names: Vec<String>,
     },
     /// Standard output or the log could not be written.
@@ -130,7 +131,7 @@ pub enum Error {
         /// The reason.
         source: std::io::Error,
     },
-    /// Nothing was plugged in while there was time.
+    /// No device was plugged in within the time limit.
     #[error("nothing was plugged in within {0} s; --wait SECONDS waits longer")]
     NothingCame(u64),
     /// A rule of udev could not be installed.
@@ -141,13 +142,13 @@ pub enum Error {
         /// The reason.
         source: std::io::Error,
     },
-    /// Others may change the program that a rule runs as root.
+    /// Other users may change the program that a rule runs as root.
     #[error(
         "the rule is not installed: {0}, which udev would run as root; install the program in \
              /usr/bin, and run it from there"
     )]
     Exposed(host::Exposed),
-    /// udev does not take a rule.
+    /// udev does not accept a rule.
     #[error("{} is not installed, udevadm says: {complaint}", escape(&.path.to_string_lossy()))]
     BadRule {
         /// The rule's file.
@@ -155,7 +156,7 @@ pub enum Error {
         /// What udevadm said.
         complaint: String,
     },
-    /// A signal stopped it.
+    /// A signal stopped the program.
     #[error(
         "stopped by {name}; what a VM was asked to do it may still do, `usb-qmp-hotplug inspect` \
              shows what it has"
@@ -166,40 +167,41 @@ pub enum Error {
         /// Its number (signal(7)).
         number: i32,
     },
-    /// Several things failed, each reported already.
+    /// Several things failed. Each failure was reported already.
     #[error("{} of {of} failed", .errors.len())]
     Several {
         /// What failed.
         errors: Vec<Error>,
-        /// How many things there were to do.
+        /// How many things were to be done.
         of: usize,
     },
 }
 
-/// What has to happen before what was refused can be done.
+/// What has to happen before a refused attach can succeed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Until {
-    /// Its disks are free: unmounted, closed. The kernel may tell of that.
+    /// Its disks become free: unmounted and closed. The kernel may report that.
     DisksFree(Told),
-    /// Who has the device lets go of it.
+    /// The process that has the device releases it.
     LetGo,
-    /// The kernel is told that it may be used: its interfaces are added then.
+    /// The device is authorized. Then the kernel adds its interfaces.
     Authorized,
-    /// Its drivers have started.
+    /// Its drivers start.
     Started,
-    /// Something that nothing tells of: the VM has room, or has migrated; the
-    /// system has a descriptor or a thread to give.
+    /// Something that nothing reports: the VM gets a free port or ends its
+    /// migration, or the system has a free descriptor or thread again.
     Untold,
 }
 
-/// Whether the system lacks what it may have again soon (errno(3)).
+/// Whether the system lacks a resource that may soon be free again (errno(3)).
 fn is_shortage(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     let short = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::AGAIN, Errno::NOBUFS];
     Errno::from_io_error(error).is_some_and(|error| short.contains(&error))
 }
 
-/// Why a VM has no place, in the words of whoever starts it.
+/// Why a VM has no port for a device, with advice for the way the VM is
+/// started.
 fn why_no_port(vm: &VmAddress, why: &NoGuestPort) -> String {
     match vm {
         VmAddress::Socket(_) => why.to_string(),
@@ -208,8 +210,7 @@ fn why_no_port(vm: &VmAddress, why: &NoGuestPort) -> String {
 }
 
 impl Error {
-    /// What an attach that was refused waits for; `None` where it will not get
-    /// better by itself.
+    /// What a refused attach has to wait for. `None` if waiting does not help.
     pub fn until(&self) -> Option<Until> {
         match self {
             Error::Host(host::Error::InUse(used)) => Some(Until::DisksFree(used.by.told())),
@@ -235,7 +236,7 @@ impl Error {
         }
     }
 
-    /// The exit code: the contract with scripts.
+    /// The exit code. Scripts depend on it.
     ///
     /// | code | meaning |
     /// |---|---|
@@ -286,7 +287,7 @@ impl Error {
             | Error::Install { .. }
             | Error::BadRule { .. }
             | Error::Silent(_) => 1,
-            // As shells say it (bash(1), "Exit status").
+            // Shells use the same number (bash(1), "Exit status").
             Error::Stopped { number, .. } => u8::try_from(128 + number).unwrap_or(1),
             Error::Several { errors, .. } => errors.iter().map(Error::exit_code).max().unwrap_or(1),
         }

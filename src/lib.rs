@@ -1,8 +1,8 @@
-//! A USB port, or a USB device, belongs to a virtual machine: plug something
-//! in and it is in the guest, pull it out and it is gone. The tool talks QMP
-//! to QEMU itself.
+//! A USB port or a USB device belongs to a virtual machine. A device that is
+//! plugged in appears in the guest, and a device that is unplugged leaves it.
+//! The tool speaks QMP with QEMU directly.
 //!
-//! The rooms, from the inside out; none imports one that stands below it:
+//! The modules, from the inside to the outside. None imports a module below it:
 //!
 //! - [`text`]: how untrusted text is shown. Pure.
 //! - [`usb`]: ports, addresses, devices, ids and events, parsed and printed. Pure.

@@ -13,8 +13,9 @@ use usb_qmp_hotplug::text::escape;
 use usb_qmp_hotplug::ui::{log, output};
 use usb_qmp_hotplug::{Error, command};
 
-/// What waits for the kernel's events. tokio panics where it gets none of the
-/// five descriptors that it needs, so they are tried first.
+/// The runtime waits for the kernel's events. tokio panics if it cannot get the
+/// five descriptors that it needs, so this function tries first whether they
+/// are available.
 fn runtime() -> io::Result<Runtime> {
     let spare = [UnixStream::pair()?, UnixStream::pair()?, UnixStream::pair()?];
     drop(spare);
@@ -24,8 +25,9 @@ fn runtime() -> io::Result<Runtime> {
 fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().collect();
     let cli = Cli::read(&words).unwrap_or_else(|error| {
-        // clap repeats what it does not understand, and a terminal would obey
-        // it: the second time it gets it escaped.
+        // clap repeats words that it does not understand, and a terminal would
+        // obey control characters in them. So clap gets the words escaped the
+        // second time.
         let shown = words.iter().map(|word| escape(&word.to_string_lossy()).into_owned());
         Cli::try_parse_from(shown).err().unwrap_or(error).exit()
     });

@@ -1,13 +1,13 @@
-//! How text from outside is shown. A device, a guest or a file name may hold
-//! anything; what a terminal or a log gets is printable and on one line.
+//! Shows text from outside safely. A device, a guest or a file name may contain
+//! anything. A terminal or a log gets only printable text on one line.
 
 use std::borrow::Cow;
 
 use unicode_width::UnicodeWidthStr;
 
-/// The text with everything that is not plainly visible written as an escape:
-/// control characters, line and paragraph separators, the invisible marks that
-/// reorder text, and blanks that are not the usual one.
+/// The text with an escape for every character that is not clearly visible:
+/// control characters, line and paragraph separators, invisible marks that
+/// reorder text, and unusual blanks.
 ///
 /// # Examples
 ///
@@ -31,8 +31,8 @@ pub fn escape(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// A JSON document with everything that is not plainly visible written as JSON's
-/// own escapes: it means the same, and does nothing to a terminal.
+/// A JSON document with JSON's own escapes for every character that is not
+/// clearly visible. Its meaning is the same, and it cannot control a terminal.
 ///
 /// # Examples
 ///
@@ -41,8 +41,8 @@ pub fn escape(text: &str) -> Cow<'_, str> {
 /// assert_eq!(escape_json("[\"\u{9b}31m\"]\n".into()), "[\"\\u009b31m\"]\n");
 /// ```
 pub fn escape_json(json: String) -> String {
-    // What is below the blank is layout: within strings it is escaped already
-    // (RFC 8259, section 7).
+    // Characters below the blank are only layout, because they are escaped
+    // already in strings (RFC 8259, section 7).
     let hidden = |c: char| c > ' ' && hidden(c);
     if !json.contains(hidden) {
         return json;
@@ -60,10 +60,10 @@ pub fn escape_json(json: String) -> String {
     shown
 }
 
-/// Control characters, blanks but the usual one, letters without a shape, and
-/// those of Unicode's format characters that change how the text around them
-/// looks (Unicode Standard Annex #9, section 2; zero-width characters,
-/// separators and the byte order mark).
+/// Control characters, unusual blanks, letters without a shape, and format
+/// characters of Unicode that change how the text around them looks (Unicode
+/// Standard Annex #9, section 2; zero-width characters, separators and the byte
+/// order mark).
 fn hidden(c: char) -> bool {
     c.is_control()
         || (c.is_whitespace() && c != ' ')
@@ -73,12 +73,12 @@ fn hidden(c: char) -> bool {
             | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// How much of a text from outside is shown in a message or a line of the log,
-/// in characters.
+/// The most characters of a text from outside in a message or a line of the
+/// log.
 const MOST_WORDS: usize = 500;
 
-/// The beginning of a text, with `…` for the rest if there is one: what a peer
-/// says goes into messages and the log, and must not fill them.
+/// The beginning of a text, with `…` for the rest if there is one. The text of
+/// a peer appears in messages and in the log, and it must not fill them.
 ///
 /// # Examples
 ///
@@ -94,8 +94,8 @@ pub fn words(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// The text, or what of its beginning fits so many columns of a terminal, with
-/// `…` for the rest.
+/// The text, or as much of its beginning as fits into so many columns of a
+/// terminal, with `…` for the rest.
 ///
 /// # Examples
 ///
@@ -106,8 +106,8 @@ pub fn words(text: &str) -> Cow<'_, str> {
 /// assert_eq!(fit("日本語", 4), "日…");
 /// ```
 pub fn fit(text: &str, columns: usize) -> Cow<'_, str> {
-    // No name needs more marks on its characters than this. Many more take a
-    // terminal long, too.
+    // No name needs more combining marks than this. A terminal is slow with
+    // many more.
     let most = columns.saturating_mul(4).saturating_add(64);
     let is_bounded = text.char_indices().nth(most).is_none();
     if is_bounded && text.width() <= columns {
@@ -116,8 +116,9 @@ pub fn fit(text: &str, columns: usize) -> Cow<'_, str> {
     if columns == 0 {
         return Cow::Borrowed("");
     }
-    // The width of a text is not the sum of its characters': some join. It is
-    // measured some twenty times, and not once for each character.
+    // Some characters join, so the width of a text is not the sum of the widths
+    // of its characters. It is measured only some twenty times, and not once
+    // for each character.
     let ends: Vec<usize> =
         text.char_indices().take(most).map(|(start, c)| start + c.len_utf8()).collect();
     let beginning = |end: &usize| text.get(..*end).unwrap_or_default();
@@ -140,11 +141,12 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 /// The longest word that [`nearest`] looks at, in characters.
 const LONGEST_WORD: usize = 64;
 
-/// The candidate that a mistyped word most likely meant: the one with the
-/// fewest changes (a letter added, dropped, replaced, or two swapped; upper and
-/// lower case count the same), the first of several equally near. `None` if
-/// more than a third of the word, but at least one letter, had to change, or
-/// the word has more than 64 characters.
+/// The candidate that a mistyped word probably meant: the one with the fewest
+/// changes. A change is a letter that was added, left out or replaced, or two
+/// letters that were swapped. Upper and lower case count as the same. If
+/// several are equally near, the first one is returned. `None` if more than a
+/// third of the word and more than one letter had to change, or if the word has
+/// more than 64 characters.
 ///
 /// # Examples
 ///

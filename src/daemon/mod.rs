@@ -34,11 +34,11 @@
 //!   as the hardware is there.
 //! - **unclear** (not drawn; between empty and missing): a rule asks for
 //!   something that cannot be read yet, because drivers are starting for the
-//!   device. A thread reads it ([`devices`]).
+//!   device. A thread reads it (`devices.rs`).
 //! - **missing**: the device belongs to the VM and is not in it. The worker
 //!   attaches it as soon as the VM's monitor is free.
 //! - **waiting**: the attach was refused for a reason that can pass. The device
-//!   is missing again when the reason has passed ([`waiting`]). A refusal for
+//!   is missing again when the reason has passed (`waiting.rs`). A refusal for
 //!   another reason is logged, and the port stays as it is until the next plug,
 //!   reload or start of the VM.
 //! - **attached**: the device is in the VM, whoever attached it. The port is

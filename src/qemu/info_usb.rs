@@ -1,8 +1,8 @@
-//! What `info usb` says.
+//! Reads the text of `info usb`.
 
 use crate::usb::Speed;
 
-/// What comes between a product and an id.
+/// The text between a product and an id.
 const ID: &str = ", ID: ";
 
 /// A line of `info usb`.
@@ -12,22 +12,22 @@ pub struct InfoLine {
     pub bus: u32,
     /// The port, `2.1`.
     pub port: String,
-    /// The speed; `None` if QEMU does not know.
+    /// The speed. `None` if QEMU does not know it.
     pub speed: Option<Speed>,
     /// The product, and the id if the device has one: the rest of the line.
     rest: String,
 }
 
 impl InfoLine {
-    /// The id that the line ends with, if it does. A product's name may have
-    /// one, too.
+    /// The id at the end of the line, if there is one. A product's name may
+    /// imitate an id.
     pub fn id(&self) -> Option<&str> {
         self.rest.rsplit_once(ID).map(|(_, id)| id)
     }
 
-    /// The product's name, if the line is that of the device with this id (or
-    /// with none). The name is the device's own string and may hold anything,
-    /// so it is believed only as far as it fits what is known otherwise.
+    /// The product's name, if the line belongs to the device with this id (or
+    /// without an id). The name is the device's own string and may contain
+    /// anything, so it is used only if it fits the other facts.
     pub fn product(&self, id: Option<&str>) -> Option<&str> {
         match id {
             Some(id) => self.rest.strip_suffix(id)?.strip_suffix(ID),
@@ -36,8 +36,8 @@ impl InfoLine {
     }
 }
 
-/// Reads the text of `info usb` (QEMU, hw/usb/bus.c, `qmp_x_query_usb`),
-/// passing over what is not a device's line:
+/// Reads the text of `info usb` (QEMU, hw/usb/bus.c, `qmp_x_query_usb`). Lines
+/// that do not describe a device are skipped. A device has a line like this:
 /// `  Device 0.1, Port 2, Speed 480 Mb/s, Product QEMU USB Tablet, ID: tab0`.
 pub fn parse_info_usb(text: &str) -> Vec<InfoLine> {
     let line = |line: &str| {

@@ -1,4 +1,4 @@
-//! The VM's side: the conversation with its monitor, and what it has of USB.
+//! The VM's side: the conversation with its monitor, and the VM's USB devices.
 //!
 //! - [`qmp`]: the wire; it knows nothing of USB.
 //! - `vm`: one VM's objects, controllers and host devices, over a [`qmp::Session`].

@@ -1,6 +1,6 @@
-//! What is asked about objects (QEMU, qapi/qom.json). The replies are read
-//! straight into what is used of them: as values of any shape, a hostile peer's
-//! would take a hundred times the memory that their text does.
+//! The questions about objects (QEMU, qapi/qom.json). Only the parts of a reply
+//! that are used are kept in memory. A generic JSON value of a hostile peer's
+//! reply could need a hundred times the memory of its text.
 
 use std::fmt;
 
@@ -20,7 +20,7 @@ pub struct QomList {
     pub path: String,
 }
 
-/// What a property is, as far as anybody here wants to know.
+/// The value of a property, if it is of a kind that this tool uses.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Property {
     Text(String),

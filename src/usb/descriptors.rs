@@ -1,4 +1,4 @@
-//! A device's own description of itself, byte by byte.
+//! Reads a device's descriptors.
 
 use super::CLASS_HUB;
 
@@ -11,7 +11,8 @@ const INTERFACE: u8 = 4;
 /// interfaces in every configuration, each once (USB 2.0 specification,
 /// `bDeviceClass` in table 9-8 and `bInterfaceClass` in table 9-12).
 ///
-/// A device may send anything; what is cut off or out of order is passed over.
+/// A device may send anything. Parts that are incomplete or in the wrong order
+/// are skipped.
 pub fn classes(descriptors: &[u8]) -> Vec<u8> {
     let mut classes: Vec<u8> = Vec::new();
     for (kind, descriptor) in all(descriptors) {
@@ -29,7 +30,8 @@ pub fn classes(descriptors: &[u8]) -> Vec<u8> {
 fn all(descriptors: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     let mut rest = descriptors;
     std::iter::from_fn(move || {
-        // Each begins with its length and its type, and none is shorter.
+        // Each descriptor begins with its length and its type, so it has at
+        // least two bytes.
         let [length, kind, ..] = rest else { return None };
         let (descriptor, after) = rest.split_at_checked(usize::from(*length).max(2))?;
         rest = after;
@@ -37,8 +39,8 @@ fn all(descriptors: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     })
 }
 
-/// Whether these are the descriptors of a keyboard: one that works before there
-/// is an operating system has such an interface (HID 1.11, section 4.2 and
+/// Whether these are the descriptors of a keyboard. A keyboard that works
+/// without an operating system has such an interface (HID 1.11, section 4.2 and
 /// appendix B.1: class 3, subclass 1, protocol 1).
 pub fn is_keyboard(descriptors: &[u8]) -> bool {
     all(descriptors).any(|(kind, descriptor)| {
@@ -46,8 +48,8 @@ pub fn is_keyboard(descriptors: &[u8]) -> bool {
     })
 }
 
-/// Whether these are the descriptors of a hub: by its own class or by that of an
-/// interface, which is enough for the kernel (Linux, drivers/usb/core/hub.c,
+/// Whether these are the descriptors of a hub. Its own class or the class of an
+/// interface tells it, as for the kernel (Linux, drivers/usb/core/hub.c,
 /// `hub_id_table`).
 pub fn is_hub(descriptors: &[u8]) -> bool {
     classes(descriptors).contains(&CLASS_HUB)

@@ -1,13 +1,13 @@
-//! A udev event: what happened to which device (udev(7)).
+//! A udev event: what happened, and the device that it happened to (udev(7)).
 
 use super::{
     Address, CLASS_HUB, Device, ParseError, Port, Selector, VendorProduct, class_from_udev,
 };
 
-/// Why variables are no event.
+/// Why variables do not describe an event.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EventError {
-    /// What a person has to type is not there.
+    /// A variable that the user has to give is missing.
     #[error(
         "no udev event in the environment; by hand: ACTION=add BUSNUM=001 DEVNUM=037 \
          usb-qmp-hotplug udev VM"
@@ -23,10 +23,10 @@ pub enum EventError {
 pub enum Action {
     /// It was plugged in.
     Add,
-    /// It was pulled out.
+    /// It was unplugged.
     Remove,
-    /// Its driver is done with it: the ports of a hub are there now, and have
-    /// their links to their other halves.
+    /// Its driver has started. Now the ports of a hub exist and are linked to
+    /// their other halves.
     Bind,
 }
 
@@ -35,24 +35,25 @@ pub enum Action {
 pub struct HotplugEvent {
     /// What happened.
     pub action: Action,
-    /// The device's port; who types an event by hand may leave it out.
+    /// The device's port. A user who types an event may leave it out.
     pub port: Option<Port>,
-    /// Where the device is, or was.
+    /// The address of the device, now or before it was unplugged.
     pub address: Option<Address>,
-    /// The device, by what the event says for sure.
+    /// The device, described by what is certain in the event.
     pub selector: Selector,
-    /// Whether somebody asked the kernel for the event, and nothing happened
-    /// (`udevadm trigger`; Linux, Documentation/ABI/testing/sysfs-uevent).
+    /// Whether a program made the kernel send the event although nothing
+    /// happened (`udevadm trigger`; Linux,
+    /// Documentation/ABI/testing/sysfs-uevent).
     pub is_synthetic: bool,
     id: Option<VendorProduct>,
     class: Option<u8>,
 }
 
 impl HotplugEvent {
-    /// Reads the event from variables; `None` if it is of no concern. Only
-    /// `add`, `remove` and `bind` of whole devices are: an attach itself causes
-    /// `change`, and `bind` and `unbind` of interfaces, and to act on those
-    /// would never end.
+    /// Reads the event from variables. Returns `None` if it does not matter
+    /// here. Only `add`, `remove` and `bind` of devices matter. An attach
+    /// itself causes `change` events, and `bind` and `unbind` events of
+    /// interfaces. If this tool acted on those, it would never stop.
     ///
     /// # Errors
     ///
@@ -94,8 +95,9 @@ impl HotplugEvent {
         Ok(Some(HotplugEvent { action, port, address, selector, is_synthetic, id, class }))
     }
 
-    /// The device, as far as an event can say: it does not say the classes of
-    /// its interfaces. An event that was typed by hand says less.
+    /// The device as the event describes it. The event does not contain the
+    /// classes of the device's interfaces. An event that a user typed contains
+    /// less.
     pub fn device(&self) -> Option<Device> {
         Some(Device {
             port: self.port.clone()?,

@@ -1,5 +1,5 @@
-//! What USB things are called: ports, addresses, vendor and product ids,
-//! QEMU ids. Pure: text in, text out.
+//! The names of USB things: ports, addresses, vendor and product ids, QEMU ids.
+//! There is no I/O here.
 
 mod descriptors;
 mod event;
@@ -21,18 +21,18 @@ pub use speed::Speed;
 /// The class code of hubs (USB 2.0 specification, section 11.23.1).
 pub const CLASS_HUB: u8 = 0x09;
 
-/// Text that is not what it should be.
+/// The error for a text that does not have the expected format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{}` is not {expected}", crate::text::escape(.text))]
 pub struct ParseError {
     /// The text as it was given.
     pub text: String,
-    /// What would be right, with an example.
+    /// The expected format, with an example.
     pub expected: &'static str,
 }
 
 fn wrong(text: &str, expected: &'static str) -> ParseError {
-    // A message shows no more than the beginning of a long text.
+    // A message shows only the beginning of a long text.
     let text = text.chars().take(200).collect();
     ParseError { text, expected }
 }
@@ -95,11 +95,11 @@ impl FromStr for VendorProduct {
 /// A device of the host, as its attributes or its `uevent` describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
-    /// Where it is plugged in.
+    /// The port that it is plugged into.
     pub port: Port,
-    /// Where it is on its bus right now.
+    /// Its present address on its bus.
     pub address: Address,
-    /// Who made it and what it is.
+    /// Its vendor id and product id.
     pub id: VendorProduct,
     /// Whether it is a hub: by its own class or by that of an interface, as the
     /// kernel tells them (Linux, drivers/usb/core/hub.c, `hub_id_table`).
@@ -107,8 +107,8 @@ pub struct Device {
 }
 
 impl Device {
-    /// Whether it is a hub. Hubs stay with the host: everything behind one
-    /// would leave with it.
+    /// Whether it is a hub. Hubs stay with the host, because every device
+    /// behind a hub would leave the host with it.
     pub fn is_hub(&self) -> bool {
         self.hub
     }

@@ -1,4 +1,4 @@
-//! What a device is called: its id in QEMU, and the ways a person names it.
+//! The names of a device: its id in QEMU, and the names that people use.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -18,12 +18,12 @@ pub struct DeviceId(String);
 impl DeviceId {
     const PREFIX: &'static str = "usb-host-";
 
-    /// The id of whatever sits at this port.
+    /// The id of the device at this port, whichever device that is.
     pub fn for_port(port: &Port) -> Self {
         DeviceId(format!("{}{port}", Self::PREFIX))
     }
 
-    /// The port, if the id is one of ours.
+    /// The port, if the id was made by this tool.
     pub fn port(&self) -> Option<Port> {
         self.0.strip_prefix(Self::PREFIX)?.parse().ok()
     }
@@ -57,9 +57,9 @@ impl FromStr for DeviceId {
 /// How a person names a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selector {
-    /// Whatever sits at a port: `1-1.2`.
+    /// Whichever device is at a port: `1-1.2`.
     Port(Port),
-    /// Whatever sits at a port, by its stable name:
+    /// Whichever device is at a port, by its stable name:
     /// `pci-0000:00:14.0-usbv2-0:1.2`.
     Path(PortPath),
     /// The device at an address: `1:37`, `001:037`, `/dev/bus/usb/001/037`.

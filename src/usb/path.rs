@@ -1,4 +1,4 @@
-//! The names that stay: of a bus, and of a port.
+//! The stable names of buses and ports.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,9 +16,9 @@ const MAX_CONTROLLER: usize = 128;
 pub const NO_REVISION: &str = "the name of one port: write `-usbv2-0:` in place of `-usb-0:` for \
      the USB 2 half of a socket, `-usbv3-0:` for the USB 3 half";
 
-/// A bus as its controller's place says it, whatever number the kernel gave it:
-/// `pci-0000:00:14.0-usbv2`. A USB 3 controller has two, one for each half of
-/// its sockets.
+/// A bus, named by the place of its controller and not by the number that the
+/// kernel gave it: `pci-0000:00:14.0-usbv2`. A USB 3 controller has two buses,
+/// one for each half of its sockets.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BusPath {
     controller: String,
@@ -26,9 +26,9 @@ pub struct BusPath {
 }
 
 impl BusPath {
-    /// The bus of a USB revision (1 to 3) at a controller. `None` for what
-    /// would be no name: it must be ASCII without blanks, and without what
-    /// globs, rules and paths are made of.
+    /// The bus of a USB revision (1 to 3) at a controller. `None` if the text
+    /// cannot be a name: it must be ASCII without blanks and without the
+    /// special characters of globs, rules and paths.
     pub fn new(controller: &str, revision: u8) -> Option<Self> {
         let plain = |c: char| c.is_ascii_graphic() && !"*?[]|/\\\"'$%".contains(c);
         let legal = controller.starts_with(|c: char| c.is_ascii_alphabetic())
@@ -56,9 +56,10 @@ impl Serialize for BusPath {
     }
 }
 
-/// The stable name of a port: its bus by the controller's place, and the port
-/// numbers from the root hub down, `pci-0000:00:14.0-usbv2-0:1.2`. udev calls
-/// it `ID_PATH_WITH_USB_REVISION` (systemd 254, src/udev/udev-builtin-path_id.c).
+/// The stable name of a port: the place of the bus's controller, and the port
+/// numbers from the root hub down, `pci-0000:00:14.0-usbv2-0:1.2`. udev names
+/// it `ID_PATH_WITH_USB_REVISION` (systemd 254,
+/// src/udev/udev-builtin-path_id.c).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortPath {
     bus: BusPath,
@@ -97,7 +98,7 @@ impl FromStr for PortPath {
         let parse = || {
             let (bus, chain) = text.rsplit_once("-0:")?;
             let (controller, revision) = bus.rsplit_once("-usbv")?;
-            // No sign and no leading zero.
+            // The number has no sign and no leading zero.
             let revision = (revision.len() == 1).then(|| revision.parse().ok())??;
             Some(PortPath { bus: BusPath::new(controller, revision)?, chain: Chain::read(chain)? })
         };

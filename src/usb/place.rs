@@ -1,4 +1,4 @@
-//! Where a device is: its port, and its address.
+//! The place of a device: its port and its address.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -44,8 +44,8 @@ impl fmt::Display for Chain {
 /// the root hub down, `1-1.2`. It is the name of the device's directory under
 /// `/sys/bus/usb/devices` (Linux, drivers/usb/core/usb.c, `usb_alloc_dev`).
 ///
-/// A bus may have another number after the next boot: see
-/// [`PortPath`](super::PortPath) for the name that stays.
+/// A bus may have another number after the next boot.
+/// [`PortPath`](super::PortPath) is the name that does not change.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Port {
     bus: u16,
@@ -75,13 +75,13 @@ impl Port {
         self.chain.0.last().copied().unwrap_or_default()
     }
 
-    /// Whether the way to this port leads through the hub at another one.
+    /// Whether this port is behind the hub at another port.
     pub fn is_behind(&self, hub: &Port) -> bool {
         let (way, to_hub) = (&self.chain.0, &hub.chain.0);
         self.bus == hub.bus && way.len() > to_hub.len() && way.starts_with(to_hub)
     }
 
-    /// The port of the hub this port is on; `None` on a root hub.
+    /// The port of the hub that this port belongs to. `None` on a root hub.
     pub fn hub(&self) -> Option<Port> {
         let (_, hub) = self.chain.0.split_last()?;
         (!hub.is_empty()).then(|| Port { bus: self.bus, chain: Chain(hub.to_vec()) })
@@ -113,8 +113,8 @@ impl Serialize for Port {
     }
 }
 
-/// Where a device is right now: bus number (1 to 999) and device address (1 to
-/// 127). The kernel gives a new address at every plug.
+/// The present address of a device: bus number (1 to 999) and device address (1
+/// to 127). The kernel gives a new address at every plug.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Address {
     /// The bus number, as in `BUSNUM`.
@@ -141,14 +141,15 @@ impl Address {
         address().ok_or_else(|| wrong(&format!("{bus}:{device}"), Self::EXPECTED))
     }
 
-    /// The address in the variables of an event, or of a device's `uevent`:
-    /// `None` if they have none. During a reset `DEVNUM` is 0 (Linux,
-    /// drivers/usb/core/hub.c, `hub_port_reset`); the number of the node, which
-    /// is made of the address, stays what it was (`usb_new_device`).
+    /// The address in the variables of an event or of a device's `uevent`.
+    /// `None` if they have none. During a reset, `DEVNUM` is 0 (Linux,
+    /// drivers/usb/core/hub.c, `hub_port_reset`). The number of the node is
+    /// computed from the address, and it does not change then
+    /// (`usb_new_device`).
     ///
     /// # Errors
     ///
-    /// When they are no numbers, or out of range.
+    /// When they are not numbers, or are out of range.
     pub fn from_variables(
         get: impl Fn(&'static str) -> Option<String>,
     ) -> Result<Option<Self>, ParseError> {
@@ -161,7 +162,7 @@ impl Address {
         Ok(minor.and_then(Address::from_minor))
     }
 
-    /// The address that a node's minor number is made of.
+    /// The address that belongs to a node's minor number.
     pub fn from_minor(minor: u32) -> Option<Self> {
         let bus = u16::try_from(minor / 128 + 1).ok().filter(|bus| *bus <= MAX_BUS)?;
         let device = u8::try_from(minor % 128 + 1).ok().filter(|device| *device <= MAX_DEVICE)?;

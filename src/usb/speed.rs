@@ -1,4 +1,4 @@
-//! How fast a device is.
+//! The speed of a device.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,7 +7,8 @@ use serde::{Serialize, Serializer};
 
 use super::{ParseError, number, wrong};
 
-/// A speed in tenths of a megabit per second: the slowest devices run at 1.5.
+/// A speed in tenths of a megabit per second, because the slowest devices run
+/// at 1.5.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Speed(u32);
 

@@ -1,68 +1,69 @@
-//! What a QEMU's command line says of its monitors (QEMU, qemu-options.hx,
-//! util/qemu-option.c, monitor/monitor.c). Pure; it comes from `/proc` and may
-//! hold anything.
+//! What the command line of a QEMU says about its monitors (QEMU,
+//! qemu-options.hx, util/qemu-option.c, monitor/monitor.c). There is no I/O
+//! here. The text comes from `/proc` and may contain anything.
 
 use serde_json::Value;
 
-/// What matters here of a QEMU's command line.
+/// The facts in a QEMU's command line that this tool needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CommandLine {
     /// The VM's name (`-name`).
     pub name: Option<String>,
-    /// The QMP monitors, in the command line's order.
+    /// The QMP monitors, in the order of the command line.
     pub monitors: Vec<Endpoint>,
-    /// The monitors for people, in the command line's words.
+    /// The human monitors, in the words of the command line.
     pub human_monitors: Vec<String>,
     /// Whether QEMU reads more options from a file that could not be read here
-    /// (`-readconfig`), and may hold monitors that are not seen.
+    /// (`-readconfig`). That file may define more monitors.
     pub reads_config: bool,
-    /// The chardevs that are no monitor, or not known to be one.
+    /// The chardevs that are not monitors, or are not known to be monitors.
     pub chardevs: Vec<Endpoint>,
-    /// libvirt's own monitor, if libvirt started it: libvirt calls its chardev
-    /// `charmonitor` (libvirt, src/qemu/qemu_command.c).
+    /// libvirt's own monitor, if libvirt started the QEMU. libvirt names its
+    /// chardev `charmonitor` (libvirt, src/qemu/qemu_command.c).
     pub libvirts: Option<Endpoint>,
 }
 
-/// Where a QMP monitor is.
+/// The address of a QMP monitor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Endpoint {
-    /// QEMU listens on the socket at this path, as QEMU's own directory and
-    /// root see it.
+    /// QEMU listens on the socket at this path. The path is valid for root and
+    /// QEMU's own directory.
     Unix(String),
-    /// QEMU got the socket as this descriptor, as libvirt does it.
+    /// QEMU got the socket as this descriptor. libvirt does this.
     Descriptor(u32),
-    /// QEMU listens on the socket at this path, and its command line does not
-    /// say what for.
+    /// QEMU listens on the socket at this path, but its command line does not
+    /// say what the socket is for.
     Listening(String),
-    /// QEMU connects to the socket at this path, and is nobody's server there.
+    /// QEMU connects to the socket at this path as a client, so it does not
+    /// listen there.
     Client(String),
-    /// TCP, standard input and so on, in the command line's words: no file
-    /// descriptor can be passed there.
+    /// TCP, standard input and so on, in the words of the command line. No file
+    /// descriptor can be passed over these.
     Other(String),
 }
 
-/// The options that say something of monitors.
+/// The options that define monitors.
 const OPTIONS: [&str; 8] =
     ["qmp", "qmp-pretty", "mon", "monitor", "chardev", "object", "readconfig", "name"];
 
-/// Pairs of one argument, by name.
+/// The pairs of name and value in one argument.
 type Pairs = Vec<(String, String)>;
 
-/// What was found of a command line.
+/// The facts that have been found in a command line.
 #[derive(Debug, Default)]
 struct Found {
     name: Option<String>,
-    /// The chardevs by id, and whether a monitor for people is on them.
+    /// The chardevs by id, and whether a human monitor uses them.
     chardevs: Vec<(String, Endpoint)>,
-    /// The monitors: where they are, or the id of their chardev.
+    /// The monitors: their addresses, or the ids of their chardevs.
     controls: Vec<Result<Endpoint, String>>,
     humans: Vec<String>,
     reads_config: bool,
 }
 
 impl CommandLine {
-    /// Reads the arguments of a process, its name among them or not. `read`
-    /// gives the text of a file that QEMU reads, if it can.
+    /// Reads the arguments of a process, with or without the program's name.
+    /// `read` returns the text of a file that QEMU reads, if it can be read.
     pub fn parse<'a>(
         arguments: impl IntoIterator<Item = &'a str>,
         read: impl Fn(&str) -> Option<String>,
@@ -102,7 +103,8 @@ impl CommandLine {
 }
 
 impl Found {
-    /// Notes an option, whose words are shown where it leads nowhere.
+    /// Handles one option. `words` is shown if the option has no address that
+    /// can be used.
     fn option(&mut self, option: &str, options: &Pairs, words: &str) {
         let chardev_of = |options| get(options, "chardev").map(str::to_owned);
         match option {
@@ -126,8 +128,9 @@ impl Found {
         }
     }
 
-    /// Reads a file of options: groups, `[chardev "ID"]` say, each with lines
-    /// `NAME = "VALUE"` (QEMU, util/qemu-config.c, `qemu_config_foreach`).
+    /// Reads a file of options. It has groups, for example `[chardev "ID"]`,
+    /// each with lines `NAME = "VALUE"` (QEMU, util/qemu-config.c,
+    /// `qemu_config_foreach`).
     fn file(&mut self, text: &str) {
         let mut group: Option<(&str, Pairs)> = None;
         for line in text.lines().map(str::trim).chain(["[end]"]) {
@@ -190,7 +193,8 @@ fn chardev(options: &Pairs, value: &str) -> Endpoint {
     if !is_socket {
         return Endpoint::Other(value.to_owned());
     }
-    // `fd=23`, or as JSON `"addr": {"type": "fd", "data": {"str": "23"}}`.
+    // Written as `fd=23`, or in JSON as `"addr": {"type": "fd", "data": {"str":
+    // "23"}}`.
     let descriptor = get(options, "fd").or_else(|| get(options, "str"));
     match descriptor.and_then(|number| number.parse().ok()) {
         Some(number) => Endpoint::Descriptor(number),
@@ -198,8 +202,9 @@ fn chardev(options: &Pairs, value: &str) -> Endpoint {
     }
 }
 
-/// In JSON a socket is a server unless it says otherwise (QEMU,
-/// qapi/char.json, `ChardevSocket`); else it is none unless it says so.
+/// In JSON, a socket is a server unless the option says otherwise (QEMU,
+/// qapi/char.json, `ChardevSocket`). In the other format, it is a client unless
+/// the option says otherwise.
 fn unix(options: &Pairs, value: &str) -> Endpoint {
     let is_on = |name| get(options, name).is_some_and(|v| matches!(v, "on" | "yes" | "y" | "true"));
     let (is_json, has) = (value.starts_with('{'), |name| get(options, name).is_some());
@@ -213,14 +218,15 @@ fn unix(options: &Pairs, value: &str) -> Endpoint {
     }
 }
 
-/// The last of a name counts.
+/// The value of a name. If the name occurs more than once, the last one counts.
 fn get<'a>(options: &'a Pairs, name: &str) -> Option<&'a str> {
     options.iter().rev().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
 }
 
-/// `NAME=VALUE,...`, where the first may be the value of `first` alone, a bare
-/// name is `on`, `noNAME` is `off`, and a comma in a value is doubled. Or JSON,
-/// of which every leaf is an option by its own name.
+/// Reads `NAME=VALUE,...`. The first part may be only the value of `first`. A
+/// name without a value is `on`, `noNAME` is `off`, and a comma in a value is
+/// doubled. The text may also be JSON. Then each innermost value is an option
+/// with its own name.
 fn options(text: &str, first: &str) -> Pairs {
     if text.starts_with('{') {
         let mut options = Pairs::new();
@@ -238,7 +244,7 @@ fn options(text: &str, first: &str) -> Pairs {
     words(text).into_iter().enumerate().map(split).collect()
 }
 
-/// Splits at single commas.
+/// Splits at single commas. A double comma is part of the text.
 fn words(text: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut chars = text.chars().peekable();
@@ -281,7 +287,7 @@ mod tests {
             ("--qmp unix:/run/a.qmp,server,nowait", vec![unix("/run/a.qmp")]),
             ("-qmp-pretty unix:a,,b,server=yes", vec![unix("a,b")]),
             ("-qmp unix:/a,server=on -qmp unix:/b,server=on", vec![unix("/a"), unix("/b")]),
-            // Proxmox VE
+            // A command line of Proxmox VE.
             (
                 "-chardev socket,id=qmp,path=/var/run/qemu-server/1.qmp,server=on,wait=off -mon \
                  chardev=qmp,mode=control -chardev socket,id=qmp-event,path=/var/run/qmeventd.sock,\
@@ -291,7 +297,7 @@ mod tests {
                     Endpoint::Client("/var/run/qmeventd.sock".into()),
                 ],
             ),
-            // The monitor may stand first.
+            // The monitor may come before its chardev.
             ("-mon m,mode=control -chardev socket,id=m,path=/a,server=on", vec![unix("/a")]),
             ("-chardev socket,id=m,path=/a,server=on -qmp chardev:m", vec![unix("/a")]),
             ("-qmp unix:/a,server=off", vec![Endpoint::Client("/a".into())]),
@@ -305,12 +311,12 @@ mod tests {
                 vec![Endpoint::Other("abstract socket /a".into())],
             ),
             ("-mon nope,mode=control", vec![Endpoint::Other("chardev nope".into())]),
-            // For people, not for programs.
+            // These monitors are for people, not for programs.
             ("-monitor unix:/a,server=on -qmp none", vec![]),
             ("-chardev socket,id=m,path=/a,server=on -mon m", vec![]),
             ("-chardev socket,id=m,path=/a,server=on -mon m,mode=readline", vec![]),
             ("-qmp", vec![]),
-            // Since QEMU 11.1.
+            // This option exists since QEMU 11.1.
             (
                 "-chardev socket,id=m,path=/a,server=on -object monitor-qmp,id=q,chardev=m",
                 vec![unix("/a")],
@@ -376,7 +382,7 @@ mod tests {
 
     #[test]
     fn a_file_of_options_is_read_like_the_command_line() {
-        // As Incus writes it.
+        // Incus writes a file like this one.
         let file = "# Machine\n[machine]\ngraphics = \"off\"\n\n# Console\n[chardev \"console\"]\n\
                     backend = \"pty\"\n\n# Monitor\n[chardev \"monitor\"]\nbackend = \"socket\"\n\
                     path = \"/run/incus/v1/qemu.monitor\"\nserver = \"on\"\nwait = \"off\"\n\n[mon]\n\

@@ -1,4 +1,4 @@
-//! Who holds a device: the processes that have its node open.
+//! Finds the processes that have a device's node open.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -42,7 +42,7 @@ impl Host {
     }
 
     /// The processes that have USB nodes open, by the device's address, as far
-    /// as this process may see them: one pass over `/proc` for all devices.
+    /// as this process may see them. It reads `/proc` once for all devices.
     pub fn all_holders(&self) -> BTreeMap<Address, Vec<Holder>> {
         let mut holders: BTreeMap<Address, Vec<Holder>> = BTreeMap::new();
         for pid in self.processes() {
@@ -57,8 +57,8 @@ impl Host {
         holders
     }
 
-    /// The USB nodes that a process has open: its descriptors, and the devices'
-    /// addresses. `None` if this process may not see that.
+    /// The USB nodes that a process has open: its descriptors and the addresses
+    /// of the devices. `None` if this process may not see them.
     pub(in crate::host) fn open_nodes(&self, pid: i32) -> Option<Vec<(u32, Address)>> {
         let descriptors = fs::read_dir(self.path(format!("/proc/{pid}/fd"))).ok()?;
         let node = |descriptor: fs::DirEntry| {
@@ -69,7 +69,7 @@ impl Host {
         Some(descriptors.flatten().filter_map(node).collect())
     }
 
-    /// The ids of all processes that this one may see.
+    /// The ids of all processes that this process may see.
     pub(in crate::host) fn processes(&self) -> Vec<i32> {
         let entries = fs::read_dir(self.path("/proc")).into_iter().flatten().flatten();
         let mut pids: Vec<i32> =
@@ -78,18 +78,18 @@ impl Host {
         pids
     }
 
-    /// Whether a process has the node of the device at an address open;
-    /// `None` if this process may not see all that it has open: to list its
-    /// descriptors takes another right than to look at them (proc(5),
-    /// `/proc/PID/fd`).
+    /// Whether a process has the node of the device at an address open. `None`
+    /// if this process may not see everything that the other has open. The
+    /// right to list the descriptors of a process is not enough to read them
+    /// (proc(5), `/proc/PID/fd`).
     pub fn holds(&self, pid: i32, address: Address) -> Option<bool> {
         let mut sees_all = true;
         for descriptor in fs::read_dir(self.path(format!("/proc/{pid}/fd"))).ok()? {
-            // Following the link looks at the open file itself, in whatever
-            // mount namespace it was opened.
+            // The link is followed to the open file itself, in whatever mount
+            // namespace it was opened.
             match descriptor.and_then(|descriptor| fs::metadata(descriptor.path())) {
                 Ok(file) if address_of(&file) == Some(address) => return Some(true),
-                // It may have been closed in between.
+                // The descriptor may have been closed in the meantime.
                 Err(error) if error.kind() != io::ErrorKind::NotFound => sees_all = false,
                 _ => {}
             }
@@ -97,7 +97,7 @@ impl Host {
         sees_all.then_some(false)
     }
 
-    /// What is shown of a process.
+    /// The facts about a process that messages show.
     pub fn holder(&self, pid: i32) -> Holder {
         let read = |name| {
             let text = read_if_there(&self.path(format!("/proc/{pid}/{name}")));
@@ -108,8 +108,8 @@ impl Host {
     }
 }
 
-/// The address of the device whose node a file is. A node that has no name any
-/// more is that of an earlier device, which may have had the same address.
+/// The address of the device that a node belongs to. A node that has been
+/// removed belongs to an earlier device, which may have had the same address.
 pub(in crate::host) fn address_of(file: &fs::Metadata) -> Option<Address> {
     let (major, minor) = (rustix::fs::major(file.rdev()), rustix::fs::minor(file.rdev()));
     let is_node =

@@ -1,5 +1,5 @@
-//! What `/proc` tells of other processes: the QEMUs that run, their command
-//! lines and sockets, and who has a device open.
+//! Reads the facts about other processes from `/proc`: the running QEMUs, their
+//! command lines and sockets, and the processes that have a device open.
 
 pub mod cmdline;
 mod holders;

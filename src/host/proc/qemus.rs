@@ -1,5 +1,5 @@
-//! The QEMU processes of this host, whatever started them, as `/proc` shows
-//! them (proc(5)).
+//! Finds the QEMU processes of this host in `/proc` (proc(5)), whichever
+//! program started them.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -15,20 +15,20 @@ use crate::host::{Host, read_if_there};
 /// The longest file of QEMU's options that is read, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
 
-/// A QEMU that runs a VM.
+/// A QEMU process that runs a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Qemu {
     /// The process id.
     pub pid: i32,
-    /// The program, `qemu-system-x86_64`.
+    /// The name of the program, `qemu-system-x86_64`.
     pub program: String,
-    /// The user it runs as: the name, or the number of one without a name.
+    /// The user that it runs as: the name, or the number if there is no name.
     pub user: Option<String>,
     /// That user's number.
     pub uid: Option<u32>,
-    /// Whether it is stopped (SIGSTOP), and answers nobody.
+    /// Whether it is stopped (SIGSTOP). Then it answers no client.
     pub is_stopped: bool,
-    /// What its command line says.
+    /// The facts in its command line.
     pub command_line: CommandLine,
     /// Its command line.
     pub arguments: Vec<String>,
@@ -40,8 +40,8 @@ impl Host {
         self.processes().into_iter().filter_map(|pid| self.qemu(pid)).collect()
     }
 
-    /// Whether `/proc` shows this process only some of the others (proc(5),
-    /// `hidepid`).
+    /// Whether this process sees only some of the other processes in `/proc`
+    /// (proc(5), `hidepid`).
     pub fn hides_processes(&self) -> bool {
         let table = read_if_there(&self.path("/proc/self/mountinfo")).ok().flatten();
         let hides = |line: &str| {
@@ -56,11 +56,11 @@ impl Host {
         hidden && !rustix::process::geteuid().is_root()
     }
 
-    /// The QEMU with this process id, if it is one.
+    /// The QEMU with this process id. `None` if the process is not a QEMU.
     pub fn qemu(&self, pid: i32) -> Option<Qemu> {
         let directory = self.path(format!("/proc/{pid}"));
         let read = |name| read_if_there(&directory.join(name)).ok().flatten().unwrap_or_default();
-        // Kernel threads and ended processes have no command line.
+        // Kernel threads and processes that have ended have no command line.
         let cmdline = read("cmdline");
         let arguments: Vec<&str> = cmdline.split_terminator('\0').collect();
         let first = arguments.first()?;
@@ -69,8 +69,8 @@ impl Host {
             Some(path) => path.file_name().map(program_name).unwrap_or_default(),
             None => base_name(first).to_owned(),
         };
-        // A program may rename itself (`-name process=`), and one that may not
-        // be looked into still tells its name.
+        // A program may rename itself (`-name process=`). The name can be read
+        // even if the program's file may not be read.
         let by_name =
             is_qemu(&program) || (executable.is_none() && is_qemu(read("comm").trim_end()));
         if !by_name && !looks_like_qemu(&arguments) {
@@ -78,7 +78,8 @@ impl Host {
         }
         let status = read("status");
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-        // Real, effective, saved, and of the filesystem.
+        // The fields are the real, effective and saved user, and the user for
+        // the filesystem.
         let uid = field("Uid:").and_then(|uids| uids.split_whitespace().nth(1));
         Some(Qemu {
             pid,
@@ -93,13 +94,14 @@ impl Host {
         })
     }
 
-    /// The text of a file that a process reads at this path: of a plain file
-    /// in the process's own mount namespace, if it is not too long.
+    /// The text of a file that a process reads at this path, if it is a regular
+    /// file in the process's own mount namespace and is not too long.
     fn file_of(&self, pid: i32, path: &str) -> Option<String> {
         let process = self.path(format!("/proc/{pid}"));
         let path = fs::read_link(process.join("cwd")).ok()?.join(path);
         let path = process.join("root").join(path.strip_prefix("/").unwrap_or(&path));
-        // Opening a pipe would wait for a writer that may never come.
+        // Without O_NONBLOCK, opening a pipe would wait for a writer that may
+        // never come.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let file = fs::File::from(open(&path, flags, Mode::empty()).ok()?);
         let is_plain = file.metadata().ok()?.is_file();
@@ -109,7 +111,7 @@ impl Host {
         (start.limit() > 0).then_some(text)
     }
 
-    /// The name of a user that the local table knows (passwd(5)).
+    /// The name of a user in the local table of users (passwd(5)).
     fn user_name(&self, uid: &str) -> Option<String> {
         let table = read_if_there(&self.path("/etc/passwd")).ok()??;
         table.lines().find_map(|line| {
@@ -120,7 +122,7 @@ impl Host {
     }
 }
 
-/// The name of a program's file, also of one that was replaced by an upgrade.
+/// The name of a program's file, even if an upgrade has replaced the file.
 fn program_name(name: &OsStr) -> String {
     let name = String::from_utf8_lossy(name.as_bytes());
     name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned()
@@ -130,15 +132,16 @@ fn base_name(path: &str) -> &str {
     Path::new(path).file_name().and_then(OsStr::to_str).unwrap_or_default()
 }
 
-/// `qemu-system-x86_64`; Red Hat's `qemu-kvm`, Proxmox VE's `kvm`; wrapped by
-/// NixOS, `.qemu-system-x86_64-wrapped`.
+/// The names of QEMU's program: `qemu-system-x86_64`, Red Hat's `qemu-kvm`,
+/// Proxmox VE's `kvm`, and NixOS's wrapper `.qemu-system-x86_64-wrapped`.
 fn is_qemu(name: &str) -> bool {
     let name = name.trim_start_matches('.');
     name.starts_with("qemu-system-") || matches!(name, "qemu-kvm" | "kvm" | "qemu-kvm-wrapped")
 }
 
-/// Whether these are the arguments of a QEMU of another name: it has monitors
-/// and a machine. One that runs a QEMU with them (sudo, say) is none itself.
+/// Whether these are the arguments of a QEMU with another name: they have
+/// monitors and a machine. A program that starts a QEMU with these arguments,
+/// for example sudo, is not a QEMU.
 fn looks_like_qemu(arguments: &[&str]) -> bool {
     let has = |options: &[&str]| arguments.iter().any(|argument| options.contains(argument));
     has(&["-qmp", "-qmp-pretty", "-mon", "-monitor", "-object"])
@@ -151,7 +154,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    /// A `/proc` with these processes: id, program, name, arguments.
+    /// Creates a `/proc` with these processes: id, program, name, arguments.
     fn processes(all: &[(i32, Option<&str>, &str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (pid, exe, comm, arguments) in all {
@@ -178,13 +181,14 @@ mod tests {
             (1, Some("/usr/bin/qemu-system-x86_64"), "qemu-system-x86", "qemu-system-x86_64 -S"),
             (2, Some("/usr/bin/kvm"), "kvm", "/usr/bin/kvm -id 100"),
             (3, Some("/usr/libexec/qemu-kvm (deleted)"), "qemu-kvm", "qemu-kvm -S"),
-            // Renamed with -name process=, of the same user and of another.
+            // These have renamed themselves with -name process=. One belongs to
+            // the same user, one to another user.
             (4, Some("/opt/bin/qemu-system-arm"), "ubuntu", "qemu-system-arm -name process=ubuntu"),
             (5, None, "ubuntu", "/usr/bin/qemu-system-arm -name process=ubuntu"),
             (6, None, "qemu-system-x86", "vm"),
             (7, Some("/opt/my-vmm"), "my-vmm", "my-vmm -qmp unix:/a,server=on -machine q35"),
             (8, Some("/opt/vmm"), "vmm", "vmm -object monitor-qmp,id=q,chardev=m -machine q35"),
-            // No VMs.
+            // These run no VM.
             (
                 20,
                 Some("/usr/bin/sudo"),

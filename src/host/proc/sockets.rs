@@ -1,5 +1,5 @@
-//! The Unix sockets of a QEMU's monitors: where this process can reach them,
-//! and who is connected, seen without connecting.
+//! The Unix sockets of a QEMU's monitors: how this process can reach them, and
+//! which clients are connected. Nothing is connected for that.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,14 +14,15 @@ use super::cmdline::Endpoint;
 use super::{Holder, Qemu};
 use crate::host::{Host, read_if_there};
 
-/// Where a socket of another process is for this one.
+/// How this process can reach a socket of another process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reach {
-    /// At this path.
+    /// It has this path here.
     Here(PathBuf),
-    /// In the other process's own mount namespace, and through `/proc` here.
+    /// It is in the mount namespace of the other process, and this path through
+    /// `/proc` leads to it.
     Elsewhere(PathBuf),
-    /// The path is relative to a directory that this process may not see.
+    /// Its path is relative to a directory that this process may not see.
     Hidden,
 }
 
@@ -45,15 +46,16 @@ impl UnixSockets {
         let row = |line: &str| {
             let mut path = line;
             let mut fields = [""; 7];
-            // Padded with blanks, and the path may have some, too.
+            // Fields are padded with blanks, and the path may contain blanks,
+            // too.
             for field in &mut fields {
                 let start = path.trim_start_matches(' ');
                 (*field, path) = start.split_once(' ').unwrap_or((start, ""));
             }
             let [_, _, _, flags, _, state, inode] = fields;
-            // SS_CONNECTED (Linux, include/uapi/linux/net.h).
+            // SS_CONNECTED (Linux, include/uapi/linux/net.h) means connected.
             let is_connected = state == "03";
-            // __SO_ACCEPTCON (Linux, include/uapi/linux/net.h).
+            // __SO_ACCEPTCON (Linux, include/uapi/linux/net.h) means listening.
             let is_listening = u32::from_str_radix(flags, 16).ok()? & 0x1_0000 != 0;
             let (inode, path) = (inode.parse().ok()?, path.to_owned());
             Some(Row { inode, is_connected, is_listening, path })
@@ -61,14 +63,14 @@ impl UnixSockets {
         UnixSockets(text.lines().skip(1).filter_map(row).collect())
     }
 
-    /// The connections that a server at this path has accepted. One that still
-    /// waits in the queue has no inode yet.
+    /// The connections that a server at this path has accepted. A connection
+    /// that still waits in the queue has no inode yet.
     fn accepted(&self, path: &str) -> impl Iterator<Item = u64> {
         let rows = self.0.iter().filter(move |row| row.is_connected && row.path == path);
         rows.map(|row| row.inode).filter(|inode| *inode > 0)
     }
 
-    /// The sockets that somebody listens on: inode and path.
+    /// The sockets that a process listens on: inode and path.
     fn listening(&self) -> impl Iterator<Item = (u64, &str)> {
         let rows = self.0.iter().filter(|row| row.is_listening && row.path.starts_with('/'));
         rows.map(|row| (row.inode, row.path.as_str()))
@@ -82,8 +84,9 @@ impl UnixSockets {
 }
 
 impl Host {
-    /// The Unix sockets that this process and another one see: a connection
-    /// is listed where its client is, which may be another network namespace.
+    /// The Unix sockets that this process and another process see. A connection
+    /// is listed where its client is, and that may be another network
+    /// namespace.
     pub fn unix_sockets(&self, pid: i32) -> UnixSockets {
         let tables = ["/proc/net/unix".to_owned(), format!("/proc/{pid}/net/unix")];
         let texts = tables.iter().filter_map(|table| read_if_there(&self.path(table)).ok()?);
@@ -93,8 +96,8 @@ impl Host {
         UnixSockets(rows)
     }
 
-    /// The sockets that a process has open: their inodes, by descriptor.
-    /// `None` if this process may not see that.
+    /// The sockets that a process has open: their inodes, by descriptor. `None`
+    /// if this process may not see them.
     pub fn open_sockets(&self, pid: i32) -> Option<BTreeMap<u32, u64>> {
         let descriptors = fs::read_dir(self.path(format!("/proc/{pid}/fd"))).ok()?;
         let socket = |entry: fs::DirEntry| {
@@ -104,13 +107,14 @@ impl Host {
         Some(descriptors.flatten().filter_map(socket).collect())
     }
 
-    /// The monitors of a QEMU: those of its command line, and after them the
-    /// sockets that it listens on and its command line says nothing of. A
-    /// monitor that was added while it ran is among those.
+    /// The monitors of a QEMU: first those of its command line, then the other
+    /// sockets that it listens on. A monitor that was added while the QEMU runs
+    /// is one of the latter.
     pub fn monitors(&self, qemu: &Qemu) -> Vec<Endpoint> {
         let line = &qemu.command_line;
         let mut monitors = line.monitors.clone();
-        // libvirt adds and removes what it likes, and leads to the monitor.
+        // libvirt itself adds and removes other sockets, and it gives access to
+        // the monitor.
         let open = match line.libvirts {
             Some(_) => BTreeMap::new(),
             None => self.open_sockets(qemu.pid).unwrap_or_default(),
@@ -119,7 +123,7 @@ impl Host {
             return monitors;
         }
         let known = |path: &str| {
-            // A comma is written twice there.
+            // In the command line, a comma in a path is written twice.
             let is_in = |argument: &String| argument.replace(",,", ",").contains(path);
             let is_its = |at: &Endpoint| *at == Endpoint::Unix(path.to_owned());
             qemu.arguments.iter().any(is_in) || line.chardevs.iter().any(is_its)
@@ -136,13 +140,13 @@ impl Host {
         monitors
     }
 
-    /// Whether somebody is connected to the monitor that a QEMU has at this
-    /// path, in QEMU's words: the processes, as far as they can be seen. `None`
-    /// if nobody is known to be.
+    /// The clients that are connected to the monitor of a QEMU at this path, as
+    /// far as the processes can be seen. The path is in QEMU's words. `None` if
+    /// no client is known.
     pub fn clients(&self, pid: i32, path: &str) -> Option<Vec<Holder>> {
         let open = self.open_sockets(pid);
-        // Without a look at QEMU's descriptors, a relative path may be the one
-        // of another VM.
+        // If QEMU's descriptors cannot be read, a relative path may belong to
+        // another VM.
         if open.is_none() && !path.starts_with('/') {
             return None;
         }
@@ -162,7 +166,7 @@ impl Host {
         Some(clients.into_iter().map(|client| self.holder(client)).collect())
     }
 
-    /// Where this process reaches a socket that another one has at `path`.
+    /// How this process can reach a socket that another process has at `path`.
     pub fn reach(&self, pid: i32, path: &str) -> Reach {
         let process = self.path(format!("/proc/{pid}"));
         let path = match fs::read_link(process.join("cwd")) {
@@ -186,15 +190,15 @@ fn socket_inode(link: &Path) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// The inode of the other end of a connected socket, if the kernel tells.
+/// The inode of the other end of a connected socket, if the kernel tells it.
 fn peer(inode: u64) -> Option<u64> {
     let inode = u32::try_from(inode).ok()?;
     let answer = ask_kernel(&request(inode)).ok()?;
     peer_in(&answer, inode).map(u64::from)
 }
 
-/// A request for one socket and its peer (sock_diag(7)): a header, then a
-/// `unix_diag_req` with any cookie.
+/// A request for one socket and its peer (sock_diag(7)). It has a header and
+/// then a `unix_diag_req` for any cookie.
 fn request(inode: u32) -> Vec<u8> {
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
     const NLM_F_REQUEST: u16 = 1;
@@ -214,7 +218,8 @@ fn request(inode: u32) -> Vec<u8> {
     message
 }
 
-/// The kernel has answered when the request is sent, or never does.
+/// Sends the request and reads the answer. The kernel answers while the request
+/// is sent, or not at all.
 fn ask_kernel(request: &[u8]) -> io::Result<Vec<u8>> {
     let (family, kind) = (AddressFamily::NETLINK, SocketType::DGRAM);
     let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, Some(SOCK_DIAG))?;
@@ -226,7 +231,7 @@ fn ask_kernel(request: &[u8]) -> io::Result<Vec<u8>> {
     Ok(answer)
 }
 
-/// Reads the answer: a header of 16 bytes, a `unix_diag_msg` of 16, and
+/// Reads the answer: a header of 16 bytes, a `unix_diag_msg` of 16 bytes, and
 /// attributes, each with its length and type (sock_diag(7), `UNIX_DIAG_PEER`).
 fn peer_in(answer: &[u8], inode: u32) -> Option<u32> {
     const UNIX_DIAG_PEER: u16 = 2;
@@ -287,7 +292,8 @@ garbage
         let client = UnixStream::connect(&path).unwrap();
         assert_eq!(clients(), None, "it waits");
         let server = listener.accept().unwrap();
-        // Where the kernel has no sock_diag for Unix sockets, nobody is named.
+        // If the kernel has no sock_diag for Unix sockets, the clients have no
+        // names.
         let known = clients().unwrap();
         assert!(known.iter().all(|holder| holder.pid == own), "{known:?}");
         drop((client, server));
