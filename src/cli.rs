@@ -1,5 +1,5 @@
-//! The command line's types. Nothing of the crate is imported here, so that
-//! completions and man pages can be made from this file alone.
+//! The types of the command line. This file imports nothing from the crate, so
+//! that completions and manual pages can be generated from it alone.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -75,8 +75,8 @@ impl Cli {
     ///
     /// What clap says of them; also where help was asked for.
     pub fn read(words: &[OsString]) -> Result<Self, clap::Error> {
-        // udev runs the program at every plug, and to set up the options of
-        // all other commands takes longer than everything else it does.
+        // udev runs the program at every plug. Setting up the options of all
+        // other commands would take longer than everything else that it does.
         let udev = words.iter().any(|word| word == "udev").then(|| OnlyUdev::try_parse_from(words));
         match udev {
             Some(Ok(OnlyUdev { global, command: UdevCommand::Udev(udev) })) => {

@@ -4,24 +4,25 @@
 //!
 //! The modules, from the inside to the outside. None imports a module below it:
 //!
-//! - [`text`]: how untrusted text is shown. Pure.
-//! - [`usb`]: ports, addresses, devices, ids and events, parsed and printed. Pure.
+//! - [`text`]: shows untrusted text safely, without I/O.
+//! - [`usb`]: parses and prints ports, addresses, devices, ids and events,
+//!   without I/O.
 //! - [`host`]: the host's side: sysfs, `/proc`, device nodes, disks, events.
-//! - [`qemu`]: the VM's side: the QMP session, what a VM has, a device in and out.
-//! - [`policy`]: the configuration, its rules, and which device belongs where.
-//! - [`error`]: what can go wrong, and the exit codes.
+//! - [`qemu`]: the VM's side: the QMP session, a VM's devices, adding and removing.
+//! - [`policy`]: the configuration, its rules, and the VM that each device belongs to.
+//! - [`error`]: the errors, and the exit codes.
 //! - [`presence`]: whether a VM still has a device that it was given.
-//! - [`passed`]: which devices of the host a VM has, and by which of its objects.
+//! - [`passed`]: the host's devices in a VM, and the VM's objects for them.
 //! - [`attach`]: the two operations, attach and detach.
-//! - [`reconcile`]: what a VM lacks, and what it has too many: decided and carried out.
-//! - [`ui`]: tables, the line that says what is waited for, the log.
+//! - [`reconcile`]: decides what to attach and detach at each port, and does it.
+//! - [`ui`]: tables, the progress line, the log.
 //! - [`daemon`]: the `watch` command.
 //! - [`cli`]: the command line's types; [`command`]: the commands.
 //!
-//! The port names the device (a device at port `1-1.2` has the QEMU id
-//! `usb-host-1-1.2` in every VM), an open descriptor of the device node is the
-//! permission that QEMU gets, and a `flock` on that descriptor keeps every
-//! other VM out. Nothing is ever written to disk.
+//! The port names the device: a device at port `1-1.2` has the QEMU id
+//! `usb-host-1-1.2` in every VM. An open descriptor of the device node allows
+//! QEMU to use the device, and a `flock` on that descriptor keeps other VMs
+//! from it. No state is ever written to disk.
 
 pub mod attach;
 pub mod cli;

@@ -32,7 +32,7 @@ pub async fn look(host: &Host, vm: &mut Vm) -> Result<Vec<Passed>, Error> {
 ///
 /// # Errors
 ///
-/// As for [`Host::devices`].
+/// The same errors as [`Host::devices`].
 pub fn name_of(
     host: &Host,
     qemu: Option<i32>,

@@ -26,7 +26,7 @@ pub enum Detached {
 ///
 /// # Errors
 ///
-/// As for [`Vm::detach`].
+/// The same errors as [`Vm::detach`].
 pub async fn detach_leftover(
     host: &Host,
     vm: &mut Vm,
@@ -48,7 +48,7 @@ pub async fn detach_leftover(
 ///
 /// # Errors
 ///
-/// As for [`Vm::detach`].
+/// The same errors as [`Vm::detach`].
 pub async fn detach_if_left_over(
     host: &Host,
     vm: &mut Vm,

@@ -98,7 +98,7 @@ pub struct Settings {
     pub host: Host,
     /// The time for one conversation with a VM.
     pub timeout: Duration,
-    /// Where the configuration is.
+    /// The path of the configuration.
     pub config: PathBuf,
 }
 

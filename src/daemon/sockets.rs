@@ -367,7 +367,7 @@ mod tests {
         symlink(path("run/second"), path("new")).unwrap();
         fs::rename(path("new"), path("deep/vm/a.qmp")).unwrap();
         assert_eq!(appeared(&mut sockets).await, ["a"]);
-        // What it leads to comes anew.
+        // The file that the link leads to is created again.
         fs::remove_file(path("run/second")).unwrap();
         fs::write(path("run/second"), "").unwrap();
         assert_eq!(appeared(&mut sockets).await, ["a"]);

@@ -147,7 +147,7 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// As for [`Host::device`].
+    /// The same errors as [`Host::device`].
     pub fn device_at(&self, address: Address) -> Result<Option<Device>, Error> {
         match self.port_at(address, &Selector::Address(address))? {
             Some(port) => Ok(self.device(&port)?.filter(|device| device.address == address)),
@@ -219,7 +219,7 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// As for [`Host::find`].
+    /// The same errors as [`Host::find`].
     pub fn device_of(&self, event: &HotplugEvent) -> Result<Device, Error> {
         match event.device() {
             Some(device) => Ok(self.with_interfaces(device)),

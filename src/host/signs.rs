@@ -52,7 +52,7 @@ impl Signs {
     ///
     /// # Errors
     ///
-    /// As for [`Signs::of_disks`].
+    /// The same errors as [`Signs::of_disks`].
     pub fn of_node(host: &Host, address: Address) -> io::Result<Self> {
         let files = Some(closes(vec![host.path(address.node())])?);
         Ok(Signs { files, ..Signs::default() })

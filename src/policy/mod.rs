@@ -130,7 +130,7 @@ impl Policy {
     ///
     /// # Errors
     ///
-    /// As for [`Host::devices`].
+    /// The same errors as [`Host::devices`].
     pub async fn table_within(
         self: &Arc<Self>,
         host: &Host,
@@ -152,7 +152,7 @@ impl Policy {
     ///
     /// # Errors
     ///
-    /// As for [`Host::devices`].
+    /// The same errors as [`Host::devices`].
     pub fn table(&self, host: &Host) -> Result<Table, host::Error> {
         let devices = host.devices()?.into_iter();
         let seen = |device| self.seen(host, device, Reading::AtOnce);

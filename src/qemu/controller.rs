@@ -46,7 +46,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`crate::qemu::qmp::Session::reply`].
+    /// The same errors as [`crate::qemu::qmp::Session::reply`].
     pub async fn add_controller(
         &mut self,
         lacks: NoGuestPort,

@@ -92,7 +92,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`crate::qemu::qmp::Session::reply`].
+    /// The same errors as [`crate::qemu::qmp::Session::reply`].
     pub async fn probe(
         &mut self,
         id: &DeviceId,
@@ -311,7 +311,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`crate::qemu::qmp::Session::reply`].
+    /// The same errors as [`crate::qemu::qmp::Session::reply`].
     pub async fn drop_descriptors(&mut self) -> Result<(), qmp::Error> {
         let emptied = self.ask_to_drop_descriptors()?;
         // QEMU refuses if there is no such set. That is the usual case.
@@ -327,7 +327,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`crate::qemu::qmp::Session::reply`].
+    /// The same errors as [`crate::qemu::qmp::Session::reply`].
     pub async fn keeps_descriptors(&mut self) -> Result<bool, qmp::Error> {
         let fdset_id = self.fdset_id();
         let asked = self.session.send(&query_fdsets {})?;

@@ -74,7 +74,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`crate::qemu::qmp::Session::reply`].
+    /// The same errors as [`crate::qemu::qmp::Session::reply`].
     pub async fn inspect(&mut self) -> Result<Inventory, Error> {
         let status = self.session.send(&query_status {})?;
         let name = self.session.send(&query_name {})?;

@@ -1,12 +1,12 @@
 //! The VM's side: the conversation with its monitor, and the VM's USB devices.
 //!
-//! - [`qmp`]: the wire; it knows nothing of USB.
+//! - [`qmp`]: the protocol and its connection; it has no code for USB.
 //! - `vm`: one VM's objects, controllers and host devices, over a [`qmp::Session`].
-//! - `device`: a host device into the VM.
-//! - `controller`: a controller more, where there is no port for it.
-//! - `usb_host`: the host devices in a VM, whoever gave them to it.
-//! - `inspect`: everything USB that the VM has.
-//! - `ports`, `info_usb`: the choice of a free port, and QEMU's own list. Pure.
+//! - `device`: attaches a host device to the VM.
+//! - `controller`: adds a controller if the VM has no port for a device.
+//! - `usb_host`: the host devices in a VM, whoever attached them.
+//! - `inspect`: all USB controllers and devices of the VM.
+//! - `ports`, `info_usb`: the choice of a free port, and QEMU's own list. No I/O.
 
 mod controller;
 mod device;

@@ -269,7 +269,7 @@ impl Layout {
     ///
     /// # Errors
     ///
-    /// As for [`guest_ports`].
+    /// The same errors as [`guest_ports`].
     pub fn guest_ports(
         &self,
         speed: Option<Speed>,

@@ -89,7 +89,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`crate::qemu::qmp::Session::reply`].
+    /// The same errors as [`crate::qemu::qmp::Session::reply`].
     pub async fn usb_hosts(&mut self) -> Result<Vec<UsbHost>, Error> {
         let objects = self.ask_objects(USERS)?;
         let mut asked = Vec::new();

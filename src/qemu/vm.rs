@@ -128,7 +128,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`Session::connect`].
+    /// The same errors as [`Session::connect`].
     pub async fn connect(address: &VmAddress, time: Duration) -> Result<Vm, Error> {
         Ok(Session::connect(address, time).await?.into())
     }
@@ -137,7 +137,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`Session::connect_when_free`].
+    /// The same errors as [`Session::connect_when_free`].
     pub async fn connect_when_free(address: &VmAddress, time: Duration) -> Result<Vm, Error> {
         Ok(Session::connect_when_free(address, time).await?.into())
     }
@@ -146,7 +146,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`Session::connect_in_turn`].
+    /// The same errors as [`Session::connect_in_turn`].
     pub async fn connect_in_turn(
         address: &VmAddress,
         turn: Duration,
@@ -174,7 +174,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`Vm::remove`].
+    /// The same errors as [`Vm::remove`].
     pub async fn detach(&mut self, id: &DeviceId) -> Result<bool, Error> {
         let is_detached = self.remove(id.as_str()).await?;
         if let (true, Some(layout)) = (is_detached, &mut self.layout) {
@@ -190,7 +190,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`Session::reply`].
+    /// The same errors as [`Session::reply`].
     pub async fn remove(&mut self, name: &str) -> Result<bool, Error> {
         self.session.want_events(DELETED);
         let removed = self.session.send(&device_del { id: name.to_owned() })?;
@@ -211,7 +211,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`Session::reply`].
+    /// The same errors as [`Session::reply`].
     pub async fn given(&mut self, id: &DeviceId) -> Result<Option<Given>, Error> {
         let tickets = self.ask_given(&format!("{PERIPHERAL}/{id}"))?;
         self.answer_given(tickets).await
@@ -246,7 +246,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// As for [`Session::reply`].
+    /// The same errors as [`Session::reply`].
     pub async fn host_devices(&mut self) -> Result<Vec<(DeviceId, Given)>, Error> {
         let objects = self.ask_objects(&[PERIPHERAL])?;
         let mut asked = Vec::new();

@@ -39,7 +39,7 @@ pub enum Done {
 ///
 /// # Errors
 ///
-/// As for [`Vm::host_devices`].
+/// The same errors as [`Vm::host_devices`].
 pub async fn look(vms: Vms<'_>, vm: &mut Vm) -> Result<BTreeMap<Port, InVm>, Error> {
     if !vms.dry_run {
         vm.drop_descriptors().await?;
@@ -129,7 +129,7 @@ async fn attach(
 /// because it may take long.
 /// # Errors
 ///
-/// As for [`Host::unmount`].
+/// The same errors as [`Host::unmount`].
 pub async fn unmount(
     vms: Vms<'_>,
     seen: Option<&HostDevice>,

@@ -11,8 +11,8 @@ use super::{ParseError, Port, wrong};
 /// The longest name of a controller, in bytes.
 const MAX_CONTROLLER: usize = 128;
 
-/// What is wrong with an `ID_PATH` of udev where a port is to be named: both
-/// halves of a controller have the same one.
+/// The format to use instead of an `ID_PATH` of udev. Both halves of a
+/// controller have the same `ID_PATH`, so it does not name one port.
 pub const NO_REVISION: &str = "the name of one port: write `-usbv2-0:` in place of `-usb-0:` for \
      the USB 2 half of a socket, `-usbv3-0:` for the USB 3 half";
 

@@ -37,7 +37,7 @@ pub struct Glob {
     literal: bool,
 }
 
-/// What is wrong with a pattern.
+/// The mistakes that a pattern can have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum GlobError {
     /// It has no characters.

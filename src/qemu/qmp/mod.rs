@@ -162,7 +162,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// As for [`Session::connect`].
+    /// The same errors as [`Session::connect`].
     pub async fn connect_when_free(address: &VmAddress, time: Duration) -> Result<Session, Error> {
         Session::connect_in_turn(address, FOREVER, time).await
     }
@@ -172,7 +172,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// As for [`Session::connect`].
+    /// The same errors as [`Session::connect`].
     pub async fn connect_in_turn(
         address: &VmAddress,
         turn: Duration,
@@ -189,7 +189,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// As for [`Session::connect`].
+    /// The same errors as [`Session::connect`].
     pub async fn on_stream(
         stream: UnixStream,
         address: &VmAddress,
@@ -364,7 +364,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// As for [`Session::send`].
+    /// The same errors as [`Session::send`].
     pub fn send_with_descriptor<C: QmpCommand>(
         &mut self,
         command: &C,
@@ -401,7 +401,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// As for [`Session::reply`].
+    /// The same errors as [`Session::reply`].
     pub async fn execute<C: QmpCommand>(&mut self, command: &C) -> Result<C::Ok, Error> {
         let ticket = self.send(command)?;
         self.reply(ticket).await
