@@ -25,6 +25,8 @@ fn where_interfaces_are_not_authorized_no_driver_of_the_host_sees_the_device() {
     udev::rules(&format!("{authorize}\n{rule}"));
     let before = fs::read_to_string(DEFAULT).unwrap();
     fs::write(DEFAULT, "0").unwrap();
+    // What earlier tests had at this port.
+    assert!(Command::new("dmesg").arg("--clear").status().unwrap().success());
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     vm.gets(&[&stick]);
     let log = Command::new("dmesg").output().unwrap().stdout;

@@ -6,7 +6,7 @@ use crate::journal::Journal;
 use crate::tool::{self, run};
 use crate::udev;
 use crate::vm::Vm;
-use crate::wait::wait_until;
+use crate::wait::{wait_for, wait_until};
 use serde_json::json;
 use std::fs;
 use std::process::{Child, Command, Stdio};
@@ -326,7 +326,12 @@ fn release_gives_a_device_back_whoever_has_it() {
 fn theirs(vm: &Vm, device: &Plugged, id: &str) {
     let (bus, address) = (device.bus, device.address);
     let theirs = json!({"driver": "usb-host", "id": id, "hostbus": bus, "hostaddr": address});
-    vm.qmp("device_add", theirs);
+    // QEMU before 6.0 frees an id a moment after its device is gone.
+    wait_for("the id is free", || match vm.try_qmp("device_add", theirs.clone()) {
+        Ok(added) => Some(added),
+        Err(error) if error.starts_with("Duplicate ID") => None,
+        Err(error) => panic!("{error}"),
+    });
 }
 
 /// A program that runs until it is dropped.
