@@ -8,8 +8,9 @@ use std::path::Path;
 use super::{Host, Storage, name, node_of};
 use crate::host::{Holder, read_if_there};
 
-/// udev opens every new disk for a moment. That does not count as a use. These
-/// are the names of its program and its processes (systemd, src/udev/).
+/// udev opens every new disk for a moment, and locks one whose partitions it has
+/// the kernel read again. That does not count as a use. These are the names of
+/// its program and its processes (systemd, src/udev/).
 const UDEV: [&str; 3] = ["systemd-udevd", "(udev-worker)", "udevd"];
 
 impl Host {
@@ -25,14 +26,16 @@ impl Host {
             blocks.chain(storage.characters.iter().filter_map(node(false))).collect();
         let found = self.open_in(&nodes);
         let holders = found.into_iter().map(|(name, pid)| (name, Some(self.holder(pid))));
-        let is_udev = |holder: &Holder| UDEV.contains(&holder.program.as_str());
-        let mut programs: Vec<_> =
-            holders.filter(|(_, holder)| !holder.as_ref().is_some_and(is_udev)).collect();
+        let is_use = |(_, holder): &(String, Option<Holder>)| {
+            let program = holder.as_ref().map(|holder| holder.program.as_str());
+            program.is_none_or(|program| !UDEV.contains(&program))
+        };
+        let mut programs: Vec<_> = holders.filter(is_use).collect();
         for part in storage.blocks() {
             let lock = self.lock_on(part).map(|pid| (name(part), pid.map(|pid| self.holder(pid))));
             let is_told = |(told, _): &(String, Option<Holder>)| *told == name(part);
             if !programs.iter().any(is_told) {
-                programs.extend(lock);
+                programs.extend(lock.filter(is_use));
             }
         }
         programs
@@ -66,8 +69,8 @@ impl Host {
 
     /// Whether a program has locked a disk's node, as QEMU does with its drives
     /// (QEMU, block/file-posix.c, `raw_apply_lock_bytes`). It also returns the
-    /// process if the kernel tells it (proc(5), `/proc/locks`). udev's lock is
-    /// shared, so it does not count.
+    /// process if the kernel tells it (proc(5), `/proc/locks`). A shared lock,
+    /// as udev's workers take it, does not count.
     fn lock_on(&self, part: &Path) -> Option<Option<i32>> {
         let node = fs::metadata(self.path(node_of(part))).ok()?;
         let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
