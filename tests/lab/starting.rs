@@ -64,7 +64,8 @@ fn rules() -> String {
 fn the_daemon_serves_the_other_vms_meanwhile() {
     let mut hardware = Hardware::open();
     let mut remotes = Remotes::load();
-    let [a, b, c] = three_vms(&mut hardware);
+    // The third has a tablet all the time.
+    let [a, b, _c] = three_vms(&mut hardware);
     configure(&["a", "b", "c"], &rules());
     let watchdog = [("WATCHDOG_USEC", "3000000")];
     let daemon = Daemon::launch(&["--timeout", "5"], &watchdog);
@@ -79,14 +80,14 @@ fn the_daemon_serves_the_other_vms_meanwhile() {
     hardware.pull(&mouse);
     meanwhile("a loses its mouse", || a.ids().is_empty().then_some(()));
     daemon.wait_for_log(&["is starting"]);
-    daemon.wait_for_status("3 VMs, 3 running, 0 devices attached, 1 waiting");
+    daemon.wait_for_status("3 VMs, 3 running, 1 device attached, 1 waiting");
     daemon.reload();
     let mouse = hardware.plug(Device::Mouse, xhci(3));
     meanwhile("a gets its mouse", || (a.ids() == [mouse.id_in_vm()]).then_some(()));
     assert!(start.elapsed() < 3 * HANGS, "{:?}: it hangs no more", start.elapsed());
-    assert!(b.ids().is_empty() && c.ids().is_empty());
+    assert!(b.ids().is_empty(), "nobody knows yet where it belongs");
     remotes.remove(&id);
-    daemon.wait_for_status("3 VMs, 3 running, 1 device attached");
+    daemon.wait_for_status("3 VMs, 3 running, 2 devices attached");
 }
 
 fn a_daemon_that_starts_meanwhile_serves_the_other_vms() {

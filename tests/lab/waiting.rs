@@ -8,6 +8,7 @@ use crate::remote::{self, Remotes};
 use crate::tool::run;
 use crate::vm::Vm;
 use crate::wait::{wait_at_most, wait_until};
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Resource, Rlimit, prlimit};
 use serde_json::json;
 use std::fs::{self, File};
@@ -23,7 +24,7 @@ crate::tests![
     what_a_qemu_took_by_itself_is_attached_when_it_gives_it_back,
     what_is_not_authorized_is_attached_when_it_is,
     a_full_vm_gets_the_next_device_when_one_is_detached,
-    a_vm_that_migrates_gets_its_device_when_it_has_stopped,
+    a_vm_that_migrates_gets_its_device_when_it_has_stopped: long,
     a_device_whose_drivers_take_long_is_attached_when_they_are_done,
     without_descriptors_it_goes_on_when_there_are_some,
     what_was_pulled_does_not_wait,
@@ -105,7 +106,9 @@ fn a_disk_that_a_program_has_open_is_attached_when_it_is_closed() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
     let stick = hardware.plug(Stick::new("SN1").mebibytes(4), xhci(3));
+    // As the service, the daemon sees a program that has locked the disk, as QEMU does, and no other.
     let open = File::open(stick.disk()).unwrap();
+    flock(&open, FlockOperation::LockExclusive).unwrap();
     let _daemon = refused(&["a"], "open in process");
     drop(open);
     gets_soon(&vm, &stick);
@@ -116,7 +119,7 @@ fn what_another_vm_has_is_attached_when_it_is_detached_there() {
     let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     run(["attach", &b.socket(), &stick.port]).succeeds();
-    let daemon = refused(&["a", "b"], "is held by VM b");
+    let daemon = refused(&["a", "b"], "is held by");
     run(["detach", &b.socket(), &stick.port]).succeeds();
     gets_soon(&a, &stick);
     // What a person moves stays where it was moved to.
@@ -132,7 +135,7 @@ fn what_another_vm_has_is_attached_when_that_is_killed() {
     let (a, other) = (Vm::new("a").start(), Vm::new("other").start());
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     run(["attach", &other.socket(), &stick.port]).succeeds();
-    let _daemon = refused(&["a"], "is held by VM other");
+    let _daemon = refused(&["a"], "is held by");
     other.kill();
     gets_soon(&a, &stick);
 }
@@ -146,7 +149,7 @@ fn what_a_qemu_took_by_itself_is_attached_when_it_gives_it_back() {
     own.boot();
     own.wait_for_debug("booted from SN1");
     let a = Vm::new("a").start();
-    let _daemon = refused(&["a"], "in use by VM own");
+    let _daemon = refused(&["a"], "is in use by");
     own.qmp("device_del", json!({"id": "own"}));
     gets_soon(&a, &stick);
 }

