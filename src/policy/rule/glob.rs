@@ -23,11 +23,11 @@ const WILDCARDS: [char; 3] = ['*', '?', '['];
 /// # Examples
 ///
 /// ```
-/// use usb_qmp_hotplug::rule::Glob;
+/// use usb_qmp_hotplug::policy::rule::Glob;
 /// let below = Glob::new("1-1.*")?;
 /// assert!(below.matches("1-1.2") && below.matches("1-1.2.4"));
 /// assert!(!below.matches("1-1") && !below.matches("1-10"));
-/// # Ok::<(), usb_qmp_hotplug::rule::GlobError>(())
+/// # Ok::<(), usb_qmp_hotplug::policy::rule::GlobError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Glob {
