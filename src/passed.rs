@@ -53,8 +53,8 @@ pub fn name_of(
 
 /// Finds the devices behind the objects of a QEMU. QEMU says which device it
 /// was told to take. If it searched for one by itself, only its open nodes tell
-/// which.
-fn behind(
+/// which. The order of the objects is kept.
+pub fn behind(
     host: &Host,
     qemu: Option<i32>,
     objects: Vec<UsbHost>,

@@ -4,18 +4,20 @@ use std::fmt::Write;
 use std::io::IsTerminal;
 
 use serde::Serialize;
+use tracing::debug;
 
 use super::Context;
 use crate::cli::Inspect;
 use crate::error::Error;
 use crate::host::{Host, Strings};
+use crate::passed::{self, Passed};
 use crate::presence::{Leftover, Presence, presence};
-use crate::qemu::{Given, GuestDevice, Inventory};
-use crate::text::escape;
+use crate::qemu::{Given, GuestDevice, Inventory, UsbHost};
+use crate::text::{chain, escape};
 use crate::ui::output::{json, print};
 use crate::ui::screen::Screen;
 use crate::ui::table::{narrow, table};
-use crate::usb::{DeviceId, Port, PortPath, Speed};
+use crate::usb::{Device, DeviceId, Port, PortPath, Speed};
 
 /// The column with the names that devices give themselves. It can be of any
 /// length.
@@ -109,15 +111,36 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
 
 fn report(host: &Host, pid: Option<i32>, socket: String, inventory: Inventory) -> Report {
     let Inventory { name, version, status, devices, .. } = inventory;
-    let devices = devices.into_iter().map(|device| device_report(host, pid, device)).collect();
+    let objects: Vec<_> = devices.iter().filter_map(|device| device.host.clone()).collect();
+    let is_told = |object: &UsbHost| object.wanted.exact().is_some();
+    // If QEMU was told an address, the host's list is not needed.
+    let on_host = if objects.iter().all(is_told) { Ok(Vec::new()) } else { host.devices() };
+    let on_host = on_host.unwrap_or_else(|error| {
+        debug!("the devices that QEMU found by itself stay unknown: {}", chain(&error));
+        Vec::new()
+    });
+    let mut passed = passed::behind(host, pid, objects, &on_host).into_iter();
+    let devices = devices.into_iter().map(|device| {
+        let passed = if device.host.is_some() { passed.next() } else { None };
+        device_report(host, pid, device, passed)
+    });
+    let devices = devices.collect();
     Report { vm: VmReport { socket, name, qemu: version.to_string(), status }, devices }
 }
 
-fn device_report(host: &Host, pid: Option<i32>, device: GuestDevice) -> DeviceReport {
+fn device_report(
+    host: &Host,
+    pid: Option<i32>,
+    device: GuestDevice,
+    passed: Option<Passed>,
+) -> DeviceReport {
     let (mut product, mut speed_mbps) = (device.product, device.speed);
-    let host = device.host.map(|given| {
+    let host = passed.map(|passed| {
         let id = device.id.as_deref().and_then(|id| id.parse::<DeviceId>().ok());
-        let (report, own) = host_report(host, pid, id.as_ref(), &given);
+        let (report, own) = match passed.object.wanted.exact() {
+            Some(_) => host_report(host, pid, id.as_ref(), &passed.object.wanted.given()),
+            None => found_report(host, &passed),
+        };
         // QEMU's text of a product has at most 31 characters, with `?` for
         // every character that is not ASCII. If the text has a line break,
         // neither the name nor the speed can be read (QEMU, include/hw/usb.h,
@@ -153,33 +176,63 @@ fn host_report(
     given: &Given,
 ) -> (HostReport, Option<Own>) {
     let (presence, found) = presence(host, pid, id, given);
-    let mut report = HostReport {
+    let state = match presence {
+        // If no problem is known, the state is `present`.
+        Presence::Alive | Presence::Unknown => State::Present,
+        Presence::Lost(Leftover::Dead) => State::Dead,
+        Presence::Lost(Leftover::Gone) => State::Gone,
+        Presence::Lost(Leftover::Replaced) => State::Replaced,
+    };
+    if let Some(found) = found.as_ref().filter(|found| given.address == Some(found.address)) {
+        let (report, own) = of_device(host, found, state);
+        return (report, Some(own).filter(|_| state == State::Present));
+    }
+    let port = found.map(|found| found.port).or_else(|| id.and_then(DeviceId::port));
+    let report = HostReport {
         bus: given.address.map(|address| address.bus),
         address: given.address.map(|address| address.device),
-        port: id.and_then(DeviceId::port),
-        state: match presence {
-            // If no problem is known, the state is `present`.
-            Presence::Alive | Presence::Unknown => State::Present,
-            Presence::Lost(Leftover::Dead) => State::Dead,
-            Presence::Lost(Leftover::Gone) => State::Gone,
-            Presence::Lost(Leftover::Replaced) => State::Replaced,
-        },
+        path: port.as_ref().and_then(|port| host.port_path(port)),
+        port,
+        state,
         ..HostReport::default()
     };
-    let mut own = None;
-    if let Some(found) = found {
-        if given.address == Some(found.address) {
-            report.vendor = Some(format!("{:04x}", found.id.vendor));
-            report.product = Some(format!("{:04x}", found.id.product));
-            let Strings { product, serial, .. } = host.strings(&found.port);
-            report.serial = serial;
-            if report.state == State::Present {
-                own = Some(Own { product, speed: host.speed(&found.port) });
-            }
-        }
-        report.port = Some(found.port);
+    (report, None)
+}
+
+/// The device that QEMU has found by itself. QEMU tells only what it looks for.
+fn found_report(host: &Host, passed: &Passed) -> (HostReport, Option<Own>) {
+    if let [found] = passed.devices.as_slice() {
+        let (report, own) = of_device(host, found, State::Present);
+        return (report, Some(own));
     }
-    report.path = report.port.as_ref().and_then(|port| host.port_path(port));
+    let wanted = &passed.object.wanted;
+    let hex = |number: Option<u16>| number.map(|number| format!("{number:04x}"));
+    let report = HostReport {
+        bus: wanted.bus,
+        address: wanted.address,
+        vendor: hex(wanted.vendor),
+        product: hex(wanted.product),
+        // QEMU may have any of several, or it has none and goes on looking.
+        state: if passed.devices.is_empty() { State::Gone } else { State::Present },
+        ..HostReport::default()
+    };
+    (report, None)
+}
+
+/// The facts about a device that is there.
+fn of_device(host: &Host, device: &Device, state: State) -> (HostReport, Own) {
+    let Strings { product, serial, .. } = host.strings(&device.port);
+    let own = Own { product, speed: host.speed(&device.port) };
+    let report = HostReport {
+        bus: Some(device.address.bus),
+        address: Some(device.address.device),
+        port: Some(device.port.clone()),
+        path: host.port_path(&device.port),
+        vendor: Some(format!("{:04x}", device.id.vendor)),
+        product: Some(format!("{:04x}", device.id.product)),
+        serial,
+        state,
+    };
     (report, own)
 }
 

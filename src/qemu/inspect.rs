@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use qapi::qmp::{query_name, query_status};
 
-use super::vm::{ALL, Given, Object, PERIPHERAL, Vm};
+use super::usb_host::{USB_HOST, UsbHost};
+use super::vm::{ALL, Object, PERIPHERAL, Vm};
 use crate::qemu::qmp::{Error, ErrorKind, Version};
 use crate::qemu::{Controller, InfoLine};
 use crate::usb::Speed;
@@ -57,8 +58,8 @@ pub struct GuestDevice {
     pub speed: Option<Speed>,
     /// Its product name, as the device gives it. Untrusted.
     pub product: Option<String>,
-    /// The host's device, if it is a host device.
-    pub host: Option<Given>,
+    /// How QEMU got the host's device, if it is a host device.
+    pub host: Option<UsbHost>,
 }
 
 /// The properties of a device in QOM.
@@ -66,7 +67,7 @@ struct QomDevice {
     object: Object,
     bus_path: Option<String>,
     asked_port: Option<String>,
-    host: Option<Given>,
+    host: Option<UsbHost>,
 }
 
 impl Vm {
@@ -100,11 +101,8 @@ impl Vm {
         for object in objects {
             let bus = self.ask(&object.path, "parent_bus")?;
             let port = self.ask(&object.path, "port")?;
-            let host = if object.driver == "usb-host" {
-                Some(self.ask_given(&object.path)?)
-            } else {
-                None
-            };
+            let is_host = object.driver == USB_HOST;
+            let host = is_host.then(|| self.ask_usb_host(&object)).transpose()?;
             asked.push((object, bus, port, host));
         }
         let controllers = self.answer_controllers(controllers).await?;
@@ -115,14 +113,11 @@ impl Vm {
             // Some boards have a controller at a path where this tool does not
             // look.
             let bus = bus_path.as_deref().and_then(|path| path.rsplit('/').next());
-            let is_usb = object.driver == "usb-host"
+            let is_usb = object.driver == USB_HOST
                 || bus.is_some_and(|name| name.starts_with("usb-bus."))
                 || bus_path.as_deref().is_some_and(|path| bus_paths.contains(path));
             let asked_port = self.answer_text(port).await?.filter(|port| !port.is_empty());
-            let host = match host {
-                Some(tickets) => Some(self.answer_given(tickets).await?.unwrap_or_default()),
-                None => None,
-            };
+            let host = self.answer_usb_hosts(host.into_iter().collect()).await?.pop();
             if is_usb {
                 facts.push(QomDevice { object, bus_path, asked_port, host });
             }

@@ -3,7 +3,7 @@
 
 use super::qmp::{Error, Ticket};
 use super::qom::{Property, QomGet};
-use super::vm::{Object, USERS, Vm, address_of_node};
+use super::vm::{FDSET, Given, Object, USERS, Vm, address_of_node};
 use crate::usb::{Address, Device, DeviceId, VendorProduct};
 
 /// The type of QEMU's objects for devices of the host.
@@ -56,8 +56,18 @@ impl Wanted {
         if self.is_search() {
             return None;
         }
+        self.given().address
+    }
+
+    /// The address that QEMU was told, whether it searches for the device or
+    /// not.
+    pub fn given(&self) -> Given {
+        let node = self.node.as_deref();
         let address = self.bus.zip(self.address).map(|(bus, device)| Address { bus, device });
-        address.or_else(|| address_of_node(self.node.as_deref()?))
+        Given {
+            address: address.or_else(|| address_of_node(node?)),
+            by_descriptor: node.is_some_and(|node| node.starts_with(FDSET)),
+        }
     }
 
     /// Whether these properties fit a device (QEMU, hw/usb/host-libusb.c,

@@ -4,6 +4,7 @@ use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::remote::{self, Remotes, VENDOR};
 use crate::tool::run;
 use crate::vm::Vm;
+use crate::wait::wait_until;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +14,8 @@ crate::tests![
     hardware_that_is_gone_or_was_replaced_is_shown_as_such: every_qemu,
     a_look_has_qemu_load_nothing: every_qemu,
     a_vm_without_devices_says_so,
-    the_hosts_own_name_and_speed_are_shown_where_qemu_cuts_them,
+    the_hosts_own_name_and_speed_are_shown_where_qemu_cuts_them: every_qemu,
+    what_qemu_has_found_by_itself_is_shown: every_qemu,
 ];
 
 fn every_device_is_shown_where_it_is() {
@@ -164,4 +166,47 @@ fn the_hosts_own_name_and_speed_are_shown_where_qemu_cuts_them() {
         run(["detach", &vm.socket(), &device.port]).succeeds();
         remotes.pull(&device);
     }
+}
+
+fn what_qemu_has_found_by_itself_is_shown() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").argument("-device", "usb-host,vendorid=0x46f4,productid=0x0001");
+    let vm = vm.argument("-device", "usb-host,id=port,hostbus=1,hostport=4,port=2").start();
+    let host = |product: &str| {
+        let report = inspect(&vm);
+        let devices = report["devices"].as_array().unwrap();
+        assert_eq!(devices.len(), 2, "{report}");
+        devices.iter().find(|device| (device["id"] == "port") == (product == "0627")).unwrap()["host"].clone()
+    };
+    // It looks for them, and there are none.
+    let none = json!({
+        "bus": null, "address": null, "port": null, "path": null,
+        "vendor": "46f4", "product": "0001", "serial": null, "state": "gone",
+    });
+    assert_eq!(host("46f4"), none);
+    assert_eq!((&host("0627")["bus"], &host("0627")["state"]), (&json!(1), &json!("gone")));
+
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let mouse = hardware.plug(Device::Mouse, xhci(4));
+    wait_until("QEMU has found both", || vm.open_nodes().len() == 2);
+    let there = json!({
+        "bus": stick.bus, "address": stick.address, "port": "2-3",
+        "path": "pci-0000:00:14.0-usbv3-0:3", "vendor": "46f4", "product": "0001",
+        "serial": "SN1", "state": "present",
+    });
+    assert_eq!(host("46f4"), there);
+    assert_eq!((&host("0627")["port"], &host("0627")["vendor"]), (&json!("1-4"), &json!("0627")));
+    let table = run(["inspect", &vm.socket()]).succeeds().stdout;
+    let address = format!("{}:{}", mouse.bus, mouse.address);
+    assert!(table.contains(&format!("1-4 {address} 0627:0001 present")), "{table}");
+    let report = inspect(&vm);
+    assert!(
+        report["devices"].as_array().unwrap().iter().all(|device| device["product"] != Value::Null)
+    );
+
+    // Another of the same kind is the host's.
+    let other = hardware.plug(Stick::new("SN2"), xhci(5));
+    assert_eq!(host("46f4"), there);
+    hardware.pull_all(&[other, stick]);
+    assert_eq!(host("46f4"), none);
 }
