@@ -8,12 +8,12 @@ use crate::vm::Vm;
 
 crate::tests![
     bus_and_device_numbers_are_enough,
-    a_vm_that_does_not_run_is_no_failure,
+    a_vm_that_does_not_run_is_no_failure: any_qemu,
     a_late_remove_leaves_the_new_device_alone,
-    an_event_starts_neither_thread_nor_process,
-    the_journal_gets_one_line_for_each_event,
-    syslog_gets_it_where_there_is_no_journal,
-    a_hub_that_a_rule_meets_is_only_worth_a_warning,
+    an_event_starts_neither_thread_nor_process: any_qemu,
+    the_journal_gets_one_line_for_each_event: any_qemu,
+    syslog_gets_it_where_there_is_no_journal: any_qemu,
+    a_hub_that_a_rule_meets_is_only_worth_a_warning: any_qemu,
 ];
 
 fn bus_and_device_numbers_are_enough() {

@@ -4,7 +4,7 @@ use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::tool;
 use crate::vm::Vm;
 
-crate::tests![ports_and_ids_are_offered_with_their_names];
+crate::tests![ports_and_ids_are_offered_with_their_names: any_qemu];
 
 fn offered(words: &[&str]) -> String {
     tool::run(["complete", "bash", "--"].iter().chain(words)).succeeds().stdout

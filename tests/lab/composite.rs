@@ -9,7 +9,10 @@ use crate::wait::wait_until;
 use std::fs;
 use std::path::Path;
 
-crate::tests![a_disk_in_use_keeps_the_whole_device, parts_of_arrays_and_volumes_are_refused];
+crate::tests![
+    a_disk_in_use_keeps_the_whole_device: any_qemu,
+    parts_of_arrays_and_volumes_are_refused: any_qemu,
+];
 
 const MOUNT_POINT: &str = "/run/composite";
 

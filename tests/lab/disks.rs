@@ -11,14 +11,14 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 crate::tests![
-    a_disk_behind_a_loop_device_is_refused,
-    a_disk_that_a_program_has_open_is_refused,
-    a_disk_that_is_another_vms_drive_is_refused,
-    a_character_device_of_a_disk_that_is_open_is_refused,
-    a_mount_in_another_namespace_is_named,
-    what_is_mounted_is_unmounted_first_if_that_is_asked_for,
-    what_cannot_be_unmounted_cleanly_stays,
-    a_rule_may_have_it_unmounted_first,
+    a_disk_behind_a_loop_device_is_refused: any_qemu,
+    a_disk_that_a_program_has_open_is_refused: any_qemu,
+    a_disk_that_is_another_vms_drive_is_refused: any_qemu,
+    a_character_device_of_a_disk_that_is_open_is_refused: any_qemu,
+    a_mount_in_another_namespace_is_named: any_qemu,
+    what_is_mounted_is_unmounted_first_if_that_is_asked_for: any_qemu,
+    what_cannot_be_unmounted_cleanly_stays: any_qemu,
+    a_rule_may_have_it_unmounted_first: any_qemu,
 ];
 
 const MOUNT_POINT: &str = "/run/mount";

@@ -11,9 +11,9 @@ use crate::wait::wait_until;
 use std::path::Path;
 
 crate::tests![
-    a_hub_by_its_interface_only_stays_with_the_host,
-    a_rule_for_what_is_behind_a_hub_passes_over_such_a_hub,
-    a_fast_device_goes_to_its_vm_when_the_other_half_of_its_hub_comes,
+    a_hub_by_its_interface_only_stays_with_the_host: any_qemu,
+    a_rule_for_what_is_behind_a_hub_passes_over_such_a_hub: any_qemu,
+    a_fast_device_goes_to_its_vm_when_the_other_half_of_its_hub_comes: any_qemu,
 ];
 
 fn a_hub_by_its_interface_only_stays_with_the_host() {

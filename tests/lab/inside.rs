@@ -1,13 +1,13 @@
 //! In the machine: runs the tests one after the other, each in a process of its own, and reports every result at once.
 
 use crate::hardware::Hardware;
-use crate::wait::wait_at_most;
 use crate::{Kind, Test, all_tests, daemon, gadget, journal, libvirtd, remote, service, udev, vm};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::Write;
-use std::panic;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 pub const RUN: &str = "--inside-the-lab";
@@ -60,17 +60,15 @@ fn run_apart(test: &Test) -> Result<(), String> {
         .spawn()
         .expect("this program starts");
     let kernel_before = kernel_log();
-    let ended = panic::catch_unwind(panic::AssertUnwindSafe(|| {
-        wait_at_most(test.deadline(), "the test's end", || child.try_wait().expect("a child"))
-    }));
-    if ended.as_ref().is_ok_and(std::process::ExitStatus::success) {
+    let ended = ends_within(test.deadline(), &mut child);
+    if ended.is_some_and(|status| status.success()) {
         return Ok(());
     }
     let _ = child.kill();
     let _ = child.wait();
     let ending = match ended {
-        Ok(_) => String::new(),
-        Err(_) => format!("It was killed after {:?}.\n", test.deadline()),
+        Some(_) => String::new(),
+        None => format!("It was killed after {:?}.\n", test.deadline()),
     };
     let output = fs::read(OUTPUT).unwrap_or_default();
     // The kernel keeps only the last lines.
@@ -78,6 +76,14 @@ fn run_apart(test: &Test) -> Result<(), String> {
     let known = kernel_before.last().and_then(|last| kernel.iter().rposition(|line| line == last));
     let kernel = kernel[known.map_or(0, |known| known + 1)..].join("\n");
     Err(format!("{}{ending}--- the kernel's log\n{kernel}", String::from_utf8_lossy(&output)))
+}
+
+/// Sleeps until it ends: to look now and then would cost the test time.
+fn ends_within(patience: Duration, child: &mut Child) -> Option<ExitStatus> {
+    let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).expect("a child");
+    let timeout = patience.try_into().expect("some minutes");
+    poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout)).expect("a child");
+    child.try_wait().expect("a child")
 }
 
 pub fn run_one(name: &str) -> ExitCode {

@@ -11,13 +11,13 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 crate::tests![
-    a_tree_shows_hubs_and_what_is_behind_them,
-    a_mounted_disk_and_swap_space_are_told,
-    who_has_a_device_is_told_to_everybody,
-    the_rule_that_decides_is_told,
-    a_bad_configuration_is_told_and_no_obstacle,
-    plugs_and_pulls_are_followed,
-    following_ends_when_nobody_reads,
+    a_tree_shows_hubs_and_what_is_behind_them: any_qemu,
+    a_mounted_disk_and_swap_space_are_told: any_qemu,
+    who_has_a_device_is_told_to_everybody: any_qemu,
+    the_rule_that_decides_is_told: any_qemu,
+    a_bad_configuration_is_told_and_no_obstacle: any_qemu,
+    plugs_and_pulls_are_followed: any_qemu,
+    following_ends_when_nobody_reads: any_qemu,
 ];
 
 const MOUNT_POINT: &str = "/run/the mount";

@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
 
-crate::tests![the_documents_have_the_names_that_the_pages_say];
+crate::tests![the_documents_have_the_names_that_the_pages_say: any_qemu];
 
 /// Every name in a document, with those around it.
 fn names(value: &Value, within: &str, names_so_far: &mut BTreeSet<String>) {

@@ -10,12 +10,12 @@ use serde_json::Value;
 use std::process::Command;
 
 crate::tests![
-    a_ports_stable_name_is_the_one_that_udev_gives_it,
-    either_name_of_a_port_can_be_typed,
-    a_udev_rule_means_the_same_sockets_after_bus_numbers_changed_places,
-    a_udev_rule_for_one_half_leaves_the_port_of_the_same_number_alone,
-    a_configuration_means_the_same_sockets_after_bus_numbers_changed_places,
-    who_names_a_port_by_bus_number_is_told_once,
+    a_ports_stable_name_is_the_one_that_udev_gives_it: any_qemu,
+    either_name_of_a_port_can_be_typed: any_qemu,
+    a_udev_rule_means_the_same_sockets_after_bus_numbers_changed_places: any_qemu,
+    a_udev_rule_for_one_half_leaves_the_port_of_the_same_number_alone: any_qemu,
+    a_configuration_means_the_same_sockets_after_bus_numbers_changed_places: any_qemu,
+    who_names_a_port_by_bus_number_is_told_once: any_qemu,
 ];
 
 /// The stable name of each device's port, as `list` shows it.

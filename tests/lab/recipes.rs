@@ -18,7 +18,7 @@ crate::tests![
     proxmox_ve_finds_its_own_ports_free: every_qemu,
     quickemu_gets_a_monitor_by_its_extra_arguments,
     qemu_in_dockurs_container_gets_a_monitor_by_its_arguments,
-    podman_needs_no_privilege_and_no_device,
+    podman_needs_no_privilege_and_no_device: any_qemu,
 ];
 
 /// A QEMU that somebody else would have started.

@@ -10,11 +10,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 crate::tests![
-    a_hub_is_refused_however_it_is_named,
-    a_mounted_disk_is_refused_and_stays_whole,
-    a_disk_mounted_only_elsewhere_is_refused,
-    swap_space_and_parts_of_other_disks_are_refused,
-    a_rule_does_not_take_a_mounted_disk_either,
+    a_hub_is_refused_however_it_is_named: any_qemu,
+    a_mounted_disk_is_refused_and_stays_whole: any_qemu,
+    a_disk_mounted_only_elsewhere_is_refused: any_qemu,
+    swap_space_and_parts_of_other_disks_are_refused: any_qemu,
+    a_rule_does_not_take_a_mounted_disk_either: any_qemu,
 ];
 
 const MOUNT_POINT: &str = "/run/the mount";

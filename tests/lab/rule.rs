@@ -13,17 +13,17 @@ use std::process::{Child, Command, Stdio};
 
 crate::tests![
     a_port_rule_attaches_and_detaches_both_halves_of_the_socket,
-    a_product_rule_attaches_and_detaches_at_any_port,
-    a_serial_rule_attaches_one_of_two_alike_and_detaches_it,
-    a_hub_rule_attaches_and_detaches_what_is_behind_it,
-    hostile_serials_and_sockets_are_taken_literally,
-    a_serial_of_symbols_means_itself_or_is_refused,
-    what_is_shown_of_a_serial_number_can_be_typed,
-    who_goes_by_a_serial_that_others_have_is_told,
-    an_installed_rule_works_at_once_and_says_how_to_undo_it,
-    learn_takes_what_is_plugged_in_next,
-    the_configuration_it_prints_is_one,
-    the_example_rules_attach_and_detach,
+    a_product_rule_attaches_and_detaches_at_any_port: any_qemu,
+    a_serial_rule_attaches_one_of_two_alike_and_detaches_it: any_qemu,
+    a_hub_rule_attaches_and_detaches_what_is_behind_it: any_qemu,
+    hostile_serials_and_sockets_are_taken_literally: any_qemu,
+    a_serial_of_symbols_means_itself_or_is_refused: any_qemu,
+    what_is_shown_of_a_serial_number_can_be_typed: any_qemu,
+    who_goes_by_a_serial_that_others_have_is_told: any_qemu,
+    an_installed_rule_works_at_once_and_says_how_to_undo_it: any_qemu,
+    learn_takes_what_is_plugged_in_next: any_qemu,
+    the_configuration_it_prints_is_one: any_qemu,
+    the_example_rules_attach_and_detach: any_qemu,
 ];
 
 fn printed<const N: usize>(arguments: [&str; N]) -> String {

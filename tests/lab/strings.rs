@@ -10,9 +10,9 @@ use serde_json::Value;
 use std::fs;
 
 crate::tests![
-    strings_of_every_kind_do_nothing_to_a_terminal,
-    strings_of_every_kind_stay_within_their_place_in_a_rule,
-    names_that_forge_lines_and_ids_deceive_nobody,
+    strings_of_every_kind_do_nothing_to_a_terminal: any_qemu,
+    strings_of_every_kind_stay_within_their_place_in_a_rule: any_qemu,
+    names_that_forge_lines_and_ids_deceive_nobody: any_qemu,
 ];
 
 /// Up to 15: so many ports there are.

@@ -9,9 +9,9 @@ use std::os::unix::net::UnixStream;
 
 crate::tests![
     what_matches_is_attached_and_what_was_left_behind_is_detached,
-    a_dry_run_says_what_and_why_and_changes_nothing,
+    a_dry_run_says_what_and_why_and_changes_nothing: any_qemu,
     every_vm_gets_what_it_can_and_the_worst_failure_counts,
-    the_names_of_the_configuration_work_in_every_command,
+    the_names_of_the_configuration_work_in_every_command: any_qemu,
 ];
 
 fn sync(arguments: &[&str]) -> Outcome {

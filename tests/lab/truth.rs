@@ -34,9 +34,9 @@ crate::tests![
     an_attach_that_is_stopped_or_late_claims_nothing,
     what_qemu_attached_too_late_is_attached_again,
     a_device_that_leaves_during_its_attach_is_not_called_attached,
-    a_node_without_its_device_is_not_passed_on,
-    a_lock_that_passes_is_waited_for,
-    a_dry_run_claims_nothing,
+    a_node_without_its_device_is_not_passed_on: any_qemu,
+    a_lock_that_passes_is_waited_for: any_qemu,
+    a_dry_run_claims_nothing: any_qemu,
     an_id_is_free_again_where_qemu_takes_its_time: every_qemu,
 ];
 

@@ -8,7 +8,7 @@ use std::fs;
 use std::net::TcpStream;
 use std::process::{Child, Command};
 
-crate::tests![a_device_from_another_machine_is_at_a_port_like_any_other];
+crate::tests![a_device_from_another_machine_is_at_a_port_like_any_other: any_qemu];
 
 fn a_device_from_another_machine_is_at_a_port_like_any_other() {
     must("modprobe", &["-a", "vhci-hcd", "usbip-host"]);

@@ -12,10 +12,10 @@ use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 
 crate::tests![
-    an_adapter_with_the_default_route_is_refused_by_hand_and_told_in_the_log,
-    a_serial_port_that_a_program_has_open_is_told,
-    the_only_keyboard_is_told,
-    what_is_not_authorized_is_shown,
+    an_adapter_with_the_default_route_is_refused_by_hand_and_told_in_the_log: any_qemu,
+    a_serial_port_that_a_program_has_open_is_told: any_qemu,
+    the_only_keyboard_is_told: any_qemu,
+    what_is_not_authorized_is_shown: any_qemu,
 ];
 
 /// The line of `list --flat` for a device.

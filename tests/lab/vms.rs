@@ -21,8 +21,8 @@ crate::tests![
     a_vm_that_runs_is_given_a_monitor_that_is_found: every_qemu,
     monitors_of_every_kind_are_found: every_qemu,
     a_stopped_qemu_does_not_hang_it,
-    another_user_is_told_what_it_may_not_see,
-    a_vm_of_the_configuration_that_does_not_run_is_shown,
+    another_user_is_told_what_it_may_not_see: any_qemu,
+    a_vm_of_the_configuration_that_does_not_run_is_shown: any_qemu,
 ];
 
 fn a_free_monitor_tells_of_free_ports_and_is_free_afterwards() {

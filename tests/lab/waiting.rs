@@ -16,18 +16,18 @@ use std::thread;
 use std::time::Duration;
 
 crate::tests![
-    a_mounted_stick_is_attached_when_it_is_unmounted,
-    swap_space_is_attached_when_it_is_not_swapped_to,
-    a_disk_that_a_program_has_open_is_attached_when_it_is_closed,
+    a_mounted_stick_is_attached_when_it_is_unmounted: any_qemu,
+    swap_space_is_attached_when_it_is_not_swapped_to: any_qemu,
+    a_disk_that_a_program_has_open_is_attached_when_it_is_closed: any_qemu,
     what_another_vm_has_is_attached_when_it_is_detached_there,
     what_another_vm_has_is_attached_when_that_is_killed,
     what_a_qemu_took_by_itself_is_attached_when_it_gives_it_back,
-    what_is_not_authorized_is_attached_when_it_is,
+    what_is_not_authorized_is_attached_when_it_is: any_qemu,
     a_full_vm_gets_the_next_device_when_one_is_detached,
     a_vm_that_migrates_gets_its_device_when_it_has_stopped: long,
-    a_device_whose_drivers_take_long_is_attached_when_they_are_done,
-    without_descriptors_it_goes_on_when_there_are_some,
-    what_was_pulled_does_not_wait,
+    a_device_whose_drivers_take_long_is_attached_when_they_are_done: any_qemu,
+    without_descriptors_it_goes_on_when_there_are_some: any_qemu,
+    what_was_pulled_does_not_wait: any_qemu,
 ];
 
 /// The kernel tells, so it takes moments; but emulation inside emulation does, too.

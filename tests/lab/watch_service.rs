@@ -15,17 +15,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 crate::tests![
-    it_is_ready_when_the_first_sync_is_done_and_says_how_things_stand,
-    a_good_configuration_takes_over,
-    a_configuration_counts_for_what_waits_since_before_it,
-    a_bad_configuration_changes_nothing_and_is_told_line_by_line,
-    a_configuration_that_is_a_pipe_does_not_stop_it,
-    a_bad_configuration_at_the_start_is_an_error,
-    the_journal_has_each_line_once,
-    the_watchdog_is_told_that_it_lives,
-    it_ends_at_once_and_what_is_attached_stays,
-    it_takes_its_devices_along_where_that_is_wanted,
-    idle_it_never_wakes,
+    it_is_ready_when_the_first_sync_is_done_and_says_how_things_stand: any_qemu,
+    a_good_configuration_takes_over: any_qemu,
+    a_configuration_counts_for_what_waits_since_before_it: any_qemu,
+    a_bad_configuration_changes_nothing_and_is_told_line_by_line: any_qemu,
+    a_configuration_that_is_a_pipe_does_not_stop_it: any_qemu,
+    a_bad_configuration_at_the_start_is_an_error: any_qemu,
+    the_journal_has_each_line_once: any_qemu,
+    the_watchdog_is_told_that_it_lives: any_qemu,
+    it_ends_at_once_and_what_is_attached_stays: any_qemu,
+    it_takes_its_devices_along_where_that_is_wanted: any_qemu,
+    idle_it_never_wakes: any_qemu,
 ];
 
 fn it_is_ready_when_the_first_sync_is_done_and_says_how_things_stand() {
