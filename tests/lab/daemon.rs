@@ -167,9 +167,10 @@ impl Daemon {
         fs::read_dir(self.proc("fd")).expect("the daemon runs").count()
     }
 
-    /// The memory it has, in kibibytes.
+    /// The memory that it has allocated and used, in kibibytes: without the pages of the program's file, more of which
+    /// are there whenever it does something for the first time.
     pub fn memory(&self) -> u64 {
-        self.field("status", "VmRSS:").trim_end_matches(" kB").parse().unwrap()
+        self.field("status", "RssAnon:").trim_end_matches(" kB").parse().unwrap()
     }
 
     /// The most memory that it ever had, in kibibytes.

@@ -11,13 +11,13 @@ use rustix::process::Signal;
 use std::fs;
 
 crate::tests![
-    many_plugs_and_pulls_leave_nothing_behind: long,
+    many_plugs_and_pulls_leave_nothing_behind: any_qemu,
     events_that_got_lost_lead_to_a_look_at_everything: any_qemu,
     a_daemon_that_dies_in_an_attach_leaves_one_clean_state_to_the_next,
 ];
 
 /// How many devices come and go, `LAB_CYCLES` or this.
-const CYCLES: usize = 32;
+const CYCLES: usize = 20;
 
 const AT_ONCE: usize = 4;
 
@@ -47,7 +47,8 @@ fn many_plugs_and_pulls_leave_nothing_behind() {
             now() == descriptors
         });
         let grown = daemon.memory().saturating_sub(memory);
-        assert!(grown <= 512, "{memory} KiB grew by {grown} KiB in {} cycles", round * AT_ONCE);
+        // A few more threads at a time than before leave their stacks and their part of the heap.
+        assert!(grown <= 256, "{memory} KiB grew by {grown} KiB in {} cycles", round * AT_ONCE);
         eprintln!("{} cycles: {:?}, {memory} KiB and {grown} KiB", round * AT_ONCE, now());
     }
 }
