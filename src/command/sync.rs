@@ -61,6 +61,7 @@ struct Job {
 /// failures.
 pub async fn run(context: &Context, arguments: &Sync) -> Result<(), Error> {
     let policy = Arc::new(Policy::new(context.config()?));
+    policy.warn_of_exposed(&context.host, &context.config);
     if let Some(told) = policy.by_number(&context.host).filter(|_| arguments.dry_run) {
         warn!("{}: {told}", escape(&context.config.to_string_lossy()));
     }

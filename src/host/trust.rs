@@ -36,16 +36,18 @@ impl Host {
     /// The directory on a socket's path that any user may change. The VM's own
     /// user or group has to be able to change it, so that is not reported.
     pub fn exposed_socket(&self, path: &Path) -> Option<Exposed> {
-        let directory = fs::canonicalize(self.path(path).parent()?).ok()?;
-        directory.ancestors().find_map(exposed_to_all)
+        let path = self.path(path);
+        let nearest = path.ancestors().skip(1).find_map(|path| fs::canonicalize(path).ok())?;
+        // In a directory with the sticky bit, any user may create what does not
+        // exist yet. A socket does not exist while its VM does not run.
+        let is_exposed = |path: &Path| {
+            let found = fs::symlink_metadata(path).ok()?;
+            let protects = found.mode() & 0o1000 != 0 && path != nearest;
+            Some(found.mode() & 0o002 != 0 && !protects)
+        };
+        let directory = nearest.ancestors().find(|path| is_exposed(path) == Some(true))?;
+        Some(Exposed { path: directory.to_owned(), to: "any user".into() })
     }
-}
-
-fn exposed_to_all(path: &Path) -> Option<Exposed> {
-    let found = fs::symlink_metadata(path).ok()?;
-    // In a directory with the sticky bit, any user may create a file that does
-    // not exist yet. A socket does not exist while its VM does not run.
-    (found.mode() & 0o002 != 0).then(|| Exposed { path: path.to_owned(), to: "any user".into() })
 }
 
 fn exposed_to_some(path: &Path) -> Option<Exposed> {
@@ -87,6 +89,10 @@ mod tests {
         // it.
         mode(root.path(), 0o1777);
         assert_eq!(told(host.exposed_file(Path::new("/vm/file"))), None);
+        assert_eq!(told(host.exposed_socket(Path::new("/vm/a.qmp"))), None);
+        let any = Some((fs::canonicalize(root.path()).unwrap(), "any user".to_owned()));
+        assert_eq!(told(host.exposed_socket(Path::new("/a.qmp"))), any);
+        assert_eq!(told(host.exposed_socket(Path::new("/not/there/a.qmp"))), any);
         mode(&directory, 0o777);
         let any = Some((fs::canonicalize(&directory).unwrap(), "any user".to_owned()));
         assert_eq!(told(host.exposed_file(Path::new("/vm/file"))), any);

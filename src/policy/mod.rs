@@ -3,11 +3,15 @@
 
 mod by_number;
 pub mod config;
+pub mod exposed;
 pub mod rule;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+
+use tracing::warn;
 
 pub use self::by_number::ByNumber;
 use self::config::Config;
@@ -72,6 +76,16 @@ impl Policy {
     /// once.
     pub fn by_number(&self, host: &Host) -> Option<ByNumber> {
         ByNumber::of(&self.config.rules, host)
+    }
+
+    /// Warns of what other users may change: this program, if root runs it, the
+    /// configuration, and the directories of the VMs' sockets.
+    pub fn warn_of_exposed(&self, host: &Host, config: &Path) {
+        let vms = self.config.vms.iter().map(|vm| (vm.name.as_str(), &vm.address));
+        let program = exposed::roots_program();
+        for told in exposed::exposed(host, program.as_deref(), Some(config), vms) {
+            warn!("{told}");
+        }
     }
 
     /// Whether a rule asks for something that only udev knows.

@@ -1,10 +1,12 @@
 //! `sync`, as a person or a script runs it, and the names of the configuration.
 
-use crate::daemon::{CONFIG, configure, rule};
+use crate::daemon::{CONFIG, Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::tool::{Outcome, run, run_hastily};
 use crate::vm::Vm;
 use serde_json::{Value, json};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
 crate::tests![
@@ -12,6 +14,7 @@ crate::tests![
     a_dry_run_says_what_and_why_and_changes_nothing: any_qemu,
     every_vm_gets_what_it_can_and_the_worst_failure_counts,
     the_names_of_the_configuration_work_in_every_command: any_qemu,
+    what_others_may_change_is_told_by_sync_and_watch_and_rule,
 ];
 
 fn sync(arguments: &[&str]) -> Outcome {
@@ -132,4 +135,31 @@ fn the_names_of_the_configuration_work_in_every_command() {
     assert_eq!(sync(&["a"]).succeeds().stdout, "a: nothing to do\n");
     let unknown = named(&["inspect", "aa"]).exits(4).stderr;
     assert!(unknown.contains("`a`"), "{unknown}");
+}
+
+fn what_others_may_change_is_told_by_sync_and_watch_and_rule() {
+    let _vm = Vm::new("a").start();
+    configure(&["a"], "");
+    let mode = |path: &str, mode| fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    mode("/run/vm", 0o777);
+    mode(CONFIG, 0o666);
+    let told = [
+        format!("any user may change {CONFIG}, and so which VM gets which device"),
+        "any user may change /run/vm, and listen in the place of VM a;".to_owned(),
+    ];
+    let must_tell = |by: &str, said: &str| {
+        for told in &told {
+            assert!(said.contains(told), "{by}: {said}");
+        }
+    };
+    must_tell("sync", &sync(&[]).succeeds().stderr);
+    let rule = ["--config", CONFIG, "rule", "1-3", "--vm", "a"];
+    must_tell("rule", &run(rule).succeeds().stderr);
+    must_tell("rule --toml", &run(rule.iter().chain(&["--toml"])).succeeds().stderr);
+    must_tell("watch", &Daemon::start().log());
+    mode("/run/vm", 0o755);
+    mode(CONFIG, 0o644);
+    for said in [sync(&[]).succeeds().stderr, run(rule).succeeds().stderr] {
+        assert!(!said.contains("/run/vm, and") && !said.contains("which VM gets"), "{said}");
+    }
 }

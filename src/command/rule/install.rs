@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -40,7 +40,6 @@ pub fn install(context: &Context, what: &What, vm: &str, rule: &str) -> Result<(
     if !reload() {
         warn!("udev could not be told; `udevadm control --reload` tells it, or the next boot");
     }
-    warn_of_others();
     warn_of_bus_number(what, vm, &path);
     context.say(format_args!("to undo: rm {shown} && udevadm control --reload"))
 }
@@ -110,26 +109,6 @@ fn verified(path: &Path) -> Result<(), String> {
 fn reload() -> bool {
     let told = Command::new("udevadm").args(["control", "--reload"]).output();
     told.is_ok_and(|output| output.status.success())
-}
-
-/// Warns if other users may change the program. udev runs it as root, so they
-/// could become root.
-fn warn_of_others() {
-    let Ok(program) = std::env::current_exe() else { return };
-    let theirs = program.ancestors().find(|path| {
-        fs::metadata(path).is_ok_and(|file| {
-            let sticky = file.is_dir() && file.mode() & 0o1000 != 0;
-            file.uid() != 0 || (file.mode() & 0o022 != 0 && !sticky)
-        })
-    });
-    if let Some(theirs) = theirs {
-        let (program, theirs) = (program.to_string_lossy(), theirs.to_string_lossy());
-        let (program, theirs) = (escape(&program), escape(&theirs));
-        warn!(
-            "udev runs {program} as root, and others than root may change {theirs}; put the \
-             program into /usr/local/bin and install the rule from there"
-        );
-    }
 }
 
 /// Warns if an earlier rule for the same port by its bus number still exists.

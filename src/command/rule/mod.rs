@@ -20,6 +20,7 @@ use crate::cli::Rule;
 use crate::error::Error;
 use crate::host::Host;
 use crate::policy::config::DEFAULT_PATH;
+use crate::policy::exposed::exposed;
 use crate::qemu::VmAddress;
 use crate::ui::output::print;
 use what::{Naming, What};
@@ -55,23 +56,22 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
     }
     warn_of_numbers(&context.host, &what);
     keyboard::warn_of_keyboards(&context.host, &what);
-    warn_of_exposed(context, &vm);
+    let command = command(context, &vm)?;
+    // udev runs the program as root. An exposed one is not installed at all.
+    let program = command.first().map(Path::new).filter(|_| !arguments.toml);
+    let config = vm.configured.then_some(context.config.as_path());
+    let warned = program.filter(|_| !arguments.install);
+    for told in exposed(&context.host, warned, config, [(vm.name.as_str(), &vm.address)]) {
+        warn!("{told}");
+    }
     if arguments.toml {
         return print(&toml::configuration(context, &what, &vm)?);
     }
-    let command = command(context, &vm)?;
     let rule = udev::rule(&what, &vm.name, &command)?;
-    // udev runs the program as root.
-    let exposed = command.first().and_then(|program| context.host.exposed_file(Path::new(program)));
     if !arguments.install {
-        if let Some(exposed) = exposed {
-            warn!(
-                "{exposed}, and so be root with this rule; install the program in /usr/bin first"
-            );
-        }
         return print(&rule);
     }
-    if let Some(exposed) = exposed {
+    if let Some(exposed) = program.and_then(|program| context.host.exposed_file(program)) {
         return Err(Error::Exposed(exposed));
     }
     install::install(context, &what, &vm.name, &rule)?;
@@ -83,17 +83,6 @@ pub async fn run(context: &Context, arguments: &Rule) -> Result<(), Error> {
         info!("{device} is plugged in already; `attach` takes it now, or plug it in again");
     }
     Ok(())
-}
-
-/// Warns of users who could get a device because they may change a file.
-fn warn_of_exposed(context: &Context, vm: &RuleVm) {
-    if let Some(exposed) = vm.address.socket().and_then(|path| context.host.exposed_socket(path)) {
-        let name = crate::text::escape(&vm.name);
-        warn!("{exposed}, and listen in the place of VM {name}; use another directory");
-    }
-    if let Some(exposed) = context.host.exposed_file(&context.config).filter(|_| vm.configured) {
-        warn!("{exposed}, and so where VMs are; take that right away");
-    }
 }
 
 /// Warns once that a rule uses bus numbers, and shows the stable name.
