@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use super::shared::Shared;
 use crate::host::blocking;
 use crate::policy::{HostDevice, Policy, Reading, Table};
-use crate::usb::{Device, Port};
+use crate::usb::{Address, Device, Port};
 
 /// How long to wait before asking again when the system could not start a
 /// thread.
@@ -31,6 +31,8 @@ struct Asking {
     device: Device,
     /// Whether the answer takes longer than a conversation may.
     is_late: bool,
+    /// Whether there is more to read since the thread began.
+    is_old: bool,
 }
 
 impl Shared {
@@ -52,14 +54,26 @@ impl Shared {
         seen
     }
 
+    /// Finds out where a device belongs, after udev has written about it.
+    pub fn ask_again(self: &Rc<Self>, address: Address) {
+        let device = {
+            let table = self.table.borrow();
+            let unclear = |seen: &&HostDevice| seen.device.address == address && !seen.is_clear;
+            table.values().find(unclear).map(|seen| seen.device.clone())
+        };
+        if let Some(device) = device {
+            self.ask(device);
+        }
+    }
+
     /// Finds out where a device belongs.
     fn ask(self: &Rc<Self>, device: Device) {
-        let asking = Asking { device: device.clone(), is_late: false };
+        let asking = Asking { device: device.clone(), is_late: false, is_old: false };
         let before = self.asked.borrow_mut().0.insert(device.port.clone(), asking);
-        // A thread already reads this. A second thread would read the same
-        // values.
+        // A thread already reads this. If that is not enough, it reads again.
         match before {
             Some(before) if before.device == device => {
+                let before = Asking { is_old: true, ..before };
                 self.asked.borrow_mut().0.insert(device.port.clone(), before);
             }
             _ => drop(spawn_local(answer(self.clone(), device))),
@@ -102,14 +116,19 @@ impl Shared {
         self.changed.notify_one();
     }
 
-    /// Records an answer. Returns false if the rules that asked have been
-    /// replaced.
+    /// Records an answer. Returns false if it does not count: the rules that
+    /// asked have been replaced, or there is more to read by now.
     fn answered(&self, policy: &Arc<Policy>, seen: HostDevice) -> bool {
         let (port, is_asked) = (seen.device.port.clone(), self.is_asked(&seen.device));
         if is_asked && !Arc::ptr_eq(policy, &self.policy()) {
             return false;
         }
         let mut asked = self.asked.borrow_mut();
+        if let Some(asking) = asked.0.get_mut(&port).filter(|_| is_asked && !seen.is_clear) {
+            if std::mem::take(&mut asking.is_old) {
+                return false;
+            }
+        }
         if asked.0.get(&port).is_some_and(|asking| asking.device == seen.device) {
             asked.0.remove(&port);
         }

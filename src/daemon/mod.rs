@@ -64,8 +64,9 @@ mod waiting;
 mod worker;
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::PathBuf;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -74,7 +75,7 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
-use tokio::time::{Interval, timeout};
+use tokio::time::{Interval, sleep, timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::error::Error;
@@ -90,6 +91,11 @@ use queue::Work;
 use shared::{Shared, Status};
 use sockets::Sockets;
 use worker::Worker;
+
+/// When the daemon is ready at the latest. A VM that keeps it busy must not make
+/// systemd give it up (systemd-system.conf(5), `DefaultTimeoutStartSec`, 45 s or
+/// more).
+const READY_AT_LATEST: Duration = Duration::from_secs(30);
 
 /// The settings that the daemon starts with.
 #[derive(Debug)]
@@ -153,9 +159,10 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
         let mut watch = Watch::start(settings, policy)?;
         let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
         let mut watchdog = limit.map(|limit| tokio::time::interval(limit / 3));
-        let mut is_ready = false;
+        let mut patience = pin!(sleep(READY_AT_LATEST));
+        let (mut is_ready, mut is_late) = (false, false);
         loop {
-            if !is_ready && watch.shared.is_synced() {
+            if !is_ready && (is_late || watch.shared.is_synced()) {
                 is_ready = true;
                 notify(&[NotifyState::Ready, NotifyState::Status(&watch.status())]);
                 info!("ready: {}", watch.status());
@@ -173,6 +180,7 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
                     watch.look_for_orphans();
                     notify(&[NotifyState::Status(&watch.status())]);
                 }
+                () = &mut patience, if !is_ready => is_late = true,
                 () = tick(watchdog.as_mut()) => notify(&[NotifyState::Watchdog]),
                 _ = reload.recv() => watch.reload(),
                 config = read(&mut watch.reading) => watch.reloaded(config),
@@ -203,19 +211,28 @@ fn failed(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Setup { what, source }
 }
 
-/// Chooses whether the kernel or udev reports the events. The kernel reports
-/// first, and that is enough if the daemon runs as root: the node exists, and
-/// root may open it (Linux, drivers/base/core.c, `device_add`). Other users may
-/// open the node only when udev's rules allow it, and properties come from
-/// udev, too.
+/// Chooses who reports the events. The kernel reports first, and that is enough
+/// if the daemon runs as root: the node exists, and root may open it (Linux,
+/// drivers/base/core.c, `device_add`). Properties come from udev. Other users
+/// may open the node only when udev's rules allow it, and udev reports that.
 fn source(policy: &Policy) -> Source {
-    let is_root = rustix::process::geteuid().is_root();
-    if is_root && !policy.needs_udev() { Source::Kernel } else { Source::Udev }
+    match rustix::process::geteuid().is_root() {
+        true if policy.needs_udev() => Source::Database,
+        true => Source::Kernel,
+        false => Source::Udev,
+    }
 }
 
-fn listen(source: Source) -> Result<Events, Error> {
-    debug!("listening to {source}");
-    Events::listen(source).map_err(failed("listen to the kernel's and udev's events"))
+fn listen(source: Source, host: &Host) -> Result<Events, Error> {
+    debug!("listening to {source:?}");
+    let events = match Events::listen(source, host) {
+        // It is made with the first device that udev writes about.
+        Err(error) if source == Source::Database && error.kind() == ErrorKind::NotFound => {
+            Events::listen(Source::Udev, host)
+        }
+        events => events,
+    };
+    events.map_err(failed("listen to the kernel's and udev's events"))
 }
 
 fn on(kind: SignalKind) -> Result<Signal, Error> {
@@ -268,42 +285,21 @@ impl<'a> Watch<'a> {
         let shared = Rc::new(Shared::new(settings.host.clone(), settings.timeout));
         let sockets = Sockets::new().map_err(failed("watch for sockets"))?;
         let workers = BTreeMap::new();
-        let events = listen(source(&policy))?;
+        let events = listen(source(&policy), &settings.host)?;
         let mut watch =
             Watch { settings, events, shared, workers, sockets, is_outdated: false, reading: None };
         watch.apply(policy)?;
         Ok(watch)
     }
 
-    /// Warns of files that other users may change, because they could get a
-    /// device or become root that way. Nothing is refused for it: a VM that
-    /// worked like this before still works.
-    fn warn_of_exposed(&self, policy: &Policy) {
-        let host = &self.shared.host;
-        if let Some(exposed) = host.exposed_file(&self.settings.config) {
-            warn!("{exposed}, and so which VM gets which device; take that right away");
-        }
-        for vm in &policy.config().vms {
-            let socket = vm.address.socket();
-            if let Some(exposed) = socket.and_then(|socket| host.exposed_socket(socket)) {
-                let name = &vm.name;
-                warn!(
-                    vm = name,
-                    "{exposed}, and listen in {name}'s place; use another directory, \
-                      or set the VM's `user`"
-                );
-            }
-        }
-    }
-
     /// Puts a configuration in force: a worker for each VM, and a sync.
     fn apply(&mut self, policy: Policy) -> Result<(), Error> {
-        self.warn_of_exposed(&policy);
+        policy.warn_of_exposed(&self.shared.host, &self.settings.config);
         // Listen to events first, then read the devices, so that no event is
         // missed.
         let source = source(&policy);
         if self.events.source != source {
-            self.events = listen(source)?;
+            self.events = listen(source, &self.shared.host)?;
         }
         warn_of_unmount(&policy, &self.shared.host);
         let table = policy.table(&self.shared.host)?;
@@ -351,6 +347,9 @@ impl<'a> Watch<'a> {
             if let Err(error) = self.event(&event) {
                 warn!("passed over an event of {}: {}", self.events.source, chain(&error));
             }
+        }
+        for address in batch.known {
+            self.shared.ask_again(address);
         }
     }
 

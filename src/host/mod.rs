@@ -8,6 +8,7 @@ mod attributes;
 mod blocking;
 mod bus;
 mod controller;
+mod database;
 mod disk;
 mod error;
 pub mod events;

@@ -190,13 +190,17 @@ struct Routes {
 }
 
 impl Routes {
-    /// Reads the kernel's tables in `/proc/net` (Linux, net/ipv4/fib_trie.c,
-    /// `fib_route_seq_show`; net/ipv6/route.c, `rt6_info_route`;
-    /// net/ipv6/addrconf.c, `if6_seq_show`).
+    /// Reads the kernel's tables of the host's network (Linux,
+    /// net/ipv4/fib_trie.c, `fib_route_seq_show`; net/ipv6/route.c,
+    /// `rt6_info_route`; net/ipv6/addrconf.c, `if6_seq_show`). This process may
+    /// have a network of its own, process 1 has the host's.
     fn read(host: &Host) -> Self {
         let read = |name| {
-            let text = read_if_there(&host.path(format!("/proc/net/{name}")));
-            text.ok().flatten().unwrap_or_default()
+            let in_process = |process| {
+                let table = host.path(format!("/proc/{process}/net/{name}"));
+                read_if_there(&table).ok().flatten()
+            };
+            in_process("1").or_else(|| in_process("self")).unwrap_or_default()
         };
         let mut routes = Routes::default();
         for line in read("route").lines().skip(1) {
@@ -271,28 +275,28 @@ mod tests {
         assert_eq!(root.uses(), [""; 0]);
         let head = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\n";
         let local = "eth1\t0000A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\n";
-        root.file("proc/net/route", &format!("{head}{local}"));
+        root.file("proc/1/net/route", &format!("{head}{local}"));
         assert_eq!(root.uses(), ["eth1 has an address"]);
         let default = "eth1\t00000000\t0100A8C0\t0003\t0\t0\t0\t00000000\t0\n";
-        root.file("proc/net/route", &format!("{head}{local}{default}"));
+        root.file("proc/1/net/route", &format!("{head}{local}{default}"));
         assert_eq!(root.uses(), ["eth1 has the default route"]);
-        root.file("proc/net/route", head);
+        root.file("proc/1/net/route", head);
         let zero = "0".repeat(32);
         let hop = "fe800000000000000000000000000001";
         root.file(
-            "proc/net/ipv6_route",
+            "proc/1/net/ipv6_route",
             &format!("{zero} 00 {zero} 00 {hop} 00000400 00000001 00000000 00000003 eth1\n"),
         );
         assert_eq!(root.uses(), ["eth1 has the default route"]);
         root.file(
-            "proc/net/ipv6_route",
+            "proc/1/net/ipv6_route",
             &format!("{zero} 00 {zero} 00 {zero} ffffffff 00000001 00000000 00200200 lo\n"),
         );
         let address =
             |scope| format!("20010db8000000000000000000000001 02 40 {scope} 80     eth1\n");
-        root.file("proc/net/if_inet6", &address("20"));
+        root.file("proc/1/net/if_inet6", &address("20"));
         assert_eq!(root.uses(), [""; 0], "every adapter has such an address");
-        root.file("proc/net/if_inet6", &address("00"));
+        root.file("proc/1/net/if_inet6", &address("00"));
         assert_eq!(root.uses(), ["eth1 has an address"]);
     }
 
@@ -303,7 +307,7 @@ mod tests {
         fs::create_dir_all(root.0.path().join("sys/class/net/eth1")).unwrap();
         symlink("../br0", root.0.path().join("sys/class/net/eth1/upper_br0")).unwrap();
         let default = "br0\t00000000\t0100A8C0\t0003\t0\t0\t0\t00000000\t0\n";
-        root.file("proc/net/route", &format!("head\n{default}"));
+        root.file("proc/1/net/route", &format!("head\n{default}"));
         assert_eq!(root.uses(), ["eth1 has the default route"]);
     }
 

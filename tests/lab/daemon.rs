@@ -1,5 +1,5 @@
-//! `watch`, as systemd runs it: with a configuration, the capabilities of its unit and no more, and somebody who
-//! listens to what it says of itself.
+//! `watch`, as systemd runs it: with a configuration, the capabilities of its unit and no more, no network, and
+//! somebody who listens to what it says of itself.
 
 use crate::tool::{self, PROGRAM};
 use crate::wait::{wait_for, wait_until};
@@ -79,7 +79,7 @@ impl Daemon {
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
             .args(wrapper)
-            .args(["setpriv", "--inh-caps", "-all", "--no-new-privs"])
+            .args(["unshare", "--net", "setpriv", "--inh-caps", "-all", "--no-new-privs"])
             .args(["--bounding-set", &capabilities()])
             .args([PROGRAM, "--config", CONFIG])
             .args(options)

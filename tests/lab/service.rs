@@ -70,6 +70,11 @@ impl Service {
         fs::write(&self.config, crate::daemon::configuration(vms, rules)).unwrap();
     }
 
+    /// Writes its configuration, all of it.
+    pub fn configure_all(&self, text: &str) {
+        fs::write(&self.config, text).unwrap();
+    }
+
     /// Starts it; it is ready then.
     pub fn start(&self) {
         self.systemctl(&["start", NAME]);
@@ -144,6 +149,12 @@ pub fn in_the_sandbox(script: &str) -> String {
     must("systemctl", &["daemon-reload"]);
     must("systemctl", &["start", "probe.service"]);
     fs::read_to_string("/run/probe").unwrap()
+}
+
+/// A unit of somebody else's.
+pub fn other_unit(name: &str, text: &str) {
+    fs::write(format!("/run/systemd/system/{name}"), text).unwrap();
+    must("systemctl", &["daemon-reload"]);
 }
 
 fn install(directory: &str, unit: &str) {

@@ -25,7 +25,7 @@ fn listed(device: &Plugged) -> String {
 }
 
 /// The network adapter of a device, once udev has given it its name.
-fn adapter(device: &Plugged) -> String {
+pub fn adapter(device: &Plugged) -> String {
     let directory = device.sysfs.join(format!("{}:1.0/net", device.port));
     let adapter = || {
         let adapter = fs::read_dir(&directory).ok()?.flatten().next()?;

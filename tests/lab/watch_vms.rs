@@ -19,7 +19,8 @@ use std::thread;
 crate::tests![
     a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts: every_qemu,
     what_a_killed_vm_was_not_given_by_the_daemon_is_left_alone,
-    a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device: long,
+    at_whose_socket_another_user_listens_gets_nothing_and_is_told,
+    a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device,
     a_stopped_vm_delays_no_other_and_gets_its_devices_later,
     a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
     a_socket_that_is_replaced_is_a_new_vm: any_qemu,
@@ -42,60 +43,106 @@ fn hold(socket: &str) -> UnixStream {
 fn a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    let listener = UnixListener::bind("/run/vm/b.qmp").unwrap();
     let talks = Arc::new(AtomicUsize::new(0));
+    let worst = Worst::new();
+    let listener = UnixListener::bind("/run/vm/b.qmp").unwrap();
     let counting = Arc::clone(&talks);
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            let _ = do_its_worst(&stream);
+            let _ = worst.talk(&stream);
             counting.fetch_add(1, Ordering::Relaxed);
         }
     });
     let rules = rule("b", "port = \"1-3\"") + &rule("a", "port = \"2-4\"");
     configure(&["a", "b"], &rules);
     let daemon = Daemon::start();
-    let mouse = hardware.plug(Device::Mouse, xhci(3));
-    let stick = hardware.plug(Stick::new("SN1"), xhci(4));
-    vm.gets(&[&stick]);
-    wait_until("the other VM has had its say", || talks.load(Ordering::Relaxed) > 1);
-    hardware.pull_all(&[mouse, stick]);
-    vm.loses_all();
+    wait_until("the other VM has begun", || talks.load(Ordering::Relaxed) > 2);
+    for round in 0..2 {
+        let before = talks.load(Ordering::Relaxed);
+        let mouse = hardware.plug(Device::Mouse, xhci(3));
+        let stick = hardware.plug(Stick::new(&format!("SN{round}")), xhci(4));
+        vm.gets(&[&stick]);
+        let meanwhile = talks.load(Ordering::Relaxed) - before;
+        // What it says it has takes so many conversations that it never comes to an end.
+        assert!(meanwhile < CLAIMS / 2, "{meanwhile} conversations came before");
+        wait_until("it goes on", || talks.load(Ordering::Relaxed) > before + meanwhile);
+        hardware.pull_all(&[mouse, stick]);
+        vm.loses_all();
+    }
     let most = daemon.most_memory();
     eprintln!("{most} KiB at most");
     assert!(most < 16 << 10, "{most} KiB");
 }
 
-/// As many objects as there may be, hundreds of them devices of the host, and events as long as they may be.
-fn do_its_worst(mut stream: &UnixStream) -> std::io::Result<()> {
-    let object = |n: usize| {
-        let (name, kind) = if n < 500 {
-            (format!("usb-host-1-{n}"), "usb-host")
-        } else {
-            (format!("d{n}"), "usb-kbd")
+/// How many devices of the host it says it has.
+const CLAIMS: usize = 255;
+
+/// A VM that says as much as is read of it, at once: as many objects as there may be, hundreds of them devices of the
+/// host, and events as long as they may be.
+struct Worst {
+    objects: String,
+    event: String,
+}
+
+impl Worst {
+    fn new() -> Worst {
+        let object = |n: usize| {
+            let (name, kind) = if n <= CLAIMS {
+                (format!("usb-host-1-{n}"), "usb-host")
+            } else {
+                (format!("d{n}"), "usb-kbd")
+            };
+            format!(r#"{{"name":"{name}","type":"child<{kind}>"}}"#)
         };
-        json!({"name": name, "type": format!("child<{kind}>")})
-    };
-    let objects = Value::from((0..3000).map(object).collect::<Vec<_>>());
-    let event = json!({"event": "DEVICE_DELETED", "data": vec![json!({"": 0}); 30_000]});
-    let version = json!({"major": 10, "minor": 0, "micro": 2});
-    writeln!(stream, "{}", json!({"QMP": {"version": {"qemu": version}, "capabilities": []}}))?;
-    for line in BufReader::new(stream).lines() {
-        let command: Value = serde_json::from_str(&line?)?;
-        let is_list = command["arguments"]["path"] == "/machine/peripheral";
-        let result = match command["execute"].as_str() {
-            Some("query-status") => json!({"running": true, "status": "running"}),
-            Some("qom-list") if is_list => objects.clone(),
-            Some("qom-list") => json!([]),
-            Some("qom-get") => json!(1),
-            Some("device_del") => {
-                writeln!(stream, "{event}")?;
-                json!({})
-            }
-            _ => json!({}),
-        };
-        writeln!(stream, "{}", json!({"return": result, "id": command["id"]}))?;
+        let objects = (1..4096).map(object).collect::<Vec<_>>().join(",");
+        let values = vec![r#"{"":0}"#; 35_000].join(",");
+        Worst {
+            objects: format!("[{objects}]"),
+            event: format!(r#"{{"event":"DEVICE_DELETED","data":[{values}]}}"#),
+        }
     }
-    Ok(())
+
+    fn talk(&self, mut stream: &UnixStream) -> std::io::Result<()> {
+        let version = json!({"major": 10, "minor": 0, "micro": 2});
+        writeln!(stream, "{}", json!({"QMP": {"version": {"qemu": version}, "capabilities": []}}))?;
+        for line in BufReader::new(stream).lines() {
+            let command: Value = serde_json::from_str(&line?)?;
+            let is_list = command["arguments"]["path"] == "/machine/peripheral";
+            let mut before = "";
+            let result = match command["execute"].as_str() {
+                Some("query-status") => r#"{"running":true,"status":"running"}"#,
+                Some("qom-list") if is_list => &self.objects,
+                Some("qom-list") => "[]",
+                Some("qom-get") => "1",
+                Some("device_del") => {
+                    before = &self.event;
+                    "{}"
+                }
+                _ => "{}",
+            };
+            let id = &command["id"];
+            write!(stream, "{before}\n{{\"return\":{result},\"id\":{id}}}\n")?;
+        }
+        Ok(())
+    }
+}
+
+fn at_whose_socket_another_user_listens_gets_nothing_and_is_told() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").unprivileged().start();
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    configure(&["a"], &rule("a", "port = \"1-3\""));
+    let config = fs::read_to_string(CONFIG).unwrap();
+    let of_user =
+        |user: &str| config.replace("\n[[rule]]", &format!("\nuser = \"{user}\"\n[[rule]]"));
+    fs::write(CONFIG, of_user("root")).unwrap();
+    let daemon = Daemon::start();
+    daemon.wait_for_log(&["a: ", "listens on the socket", "it gets nothing"]);
+    daemon.wait_for_status("1 VM, 0 running, 0 devices attached");
+    assert!(vm.ids().is_empty());
+    fs::write(CONFIG, of_user("65534")).unwrap();
+    daemon.reload();
+    vm.gets(&[&mouse]);
 }
 
 fn what_a_killed_vm_was_not_given_by_the_daemon_is_left_alone() {

@@ -37,7 +37,8 @@ pub async fn run(context: &Context, policy: &Arc<Policy>, json: bool) -> Result<
         (on(SignalKind::interrupt())?, on(SignalKind::terminate())?);
     // Listen to events first, then read the devices, so that no event is
     // missed.
-    let events = Events::listen(Source::Udev).map_err(setup("listen to udev"))?;
+    let mut events =
+        Events::listen(Source::Udev, &context.host).map_err(setup("listen to udev"))?;
     let mut follower = Follower { context, policy, json, present: BTreeMap::new() };
     follower.present = follower.look()?;
     if std::io::stdout().is_terminal() {

@@ -21,7 +21,7 @@ const PROMPT: &str = "Plug the device into the port (pull it out first if it is 
 pub async fn plugged(context: &Context, wait: Duration) -> Result<Device, Error> {
     let failed = |source| Error::Setup { what: "hear udev", source };
     // Listen first, then ask, so that a fast user is not missed.
-    let events = Events::listen(Source::Udev).map_err(failed)?;
+    let mut events = Events::listen(Source::Udev, &context.host).map_err(failed)?;
     let end = Instant::now() + wait;
     let prompt = Progress::new(context.quiet);
     if !prompt.is_seen() {
