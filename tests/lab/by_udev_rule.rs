@@ -1,10 +1,12 @@
 //! What users set up: a rule, and from then on nothing but plugging and pulling.
 
+use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use crate::{tool, udev};
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 crate::tests![
@@ -13,24 +15,79 @@ crate::tests![
     six_devices_plugged_at_once_all_arrive_and_all_leave: every_qemu,
     what_was_plugged_in_before_arrives_when_udev_replays: any_qemu,
     where_interfaces_are_not_authorized_no_driver_of_the_host_sees_the_device: any_qemu,
+    where_devices_are_not_authorized_only_what_a_rule_names_works,
 ];
+
+/// The rules of the README's recipe that has this text in it.
+fn recipe(part: &str) -> String {
+    let readme = include_str!("../../README.md");
+    let block = readme.split("```").find(|block| block.contains(part));
+    block.expect("the README has the recipe").trim_start().to_owned()
+}
+
+/// A bus, as it was before the test.
+struct Bus(&'static str, String);
+
+impl Bus {
+    fn new(attribute: &'static str) -> Bus {
+        Bus(attribute, fs::read_to_string(attribute).unwrap())
+    }
+}
+
+impl Drop for Bus {
+    fn drop(&mut self) {
+        fs::write(self.0, &self.1).unwrap();
+    }
+}
+
+fn where_devices_are_not_authorized_only_what_a_rule_names_works() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let bus = Bus::new("/sys/bus/usb/devices/usb2/authorized_default");
+    let recipe = recipe("ATTR{authorized_default}");
+    udev::rules(&recipe);
+    udev::trigger("add", Path::new("/sys/bus/usb/devices/usb2"));
+    udev::settle();
+    assert_eq!(fs::read_to_string(bus.0).unwrap(), "0\n");
+    configure(&["a"], &rule("a", "port = \"2-*\""));
+    let daemon = Daemon::start();
+    // Neither the host nor the VM has what no rule names.
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    daemon.wait_for_log(&["2-3", "not authorized"]);
+    udev::settle();
+    assert_eq!(fs::read_to_string(stick.sysfs.join("authorized")).unwrap(), "0\n");
+    assert_eq!((stick.driver(), vm.ids()), (None, Vec::new()));
+    hardware.pull(&stick);
+    udev::rules(&recipe.replace("152d/2338", "46f4/1"));
+    let stick = hardware.plug(Stick::new("SN2"), xhci(3));
+    vm.gets(&[&stick]);
+    hardware.pull(&stick);
+    vm.loses_all();
+    // By a rule of its own, which comes later.
+    drop(daemon);
+    udev::rules(&(recipe.replace("152d/2338", "46f4/1") + &tool::rule(r#"DEVPATH=="*/2-3""#, &vm)));
+    let stick = hardware.plug(Stick::new("SN3"), xhci(3));
+    vm.gets(&[&stick]);
+    hardware.pull(&stick);
+    vm.loses_all();
+}
 
 /// The README's recipe.
 fn where_interfaces_are_not_authorized_no_driver_of_the_host_sees_the_device() {
-    const DEFAULT: &str = "/sys/bus/usb/devices/usb2/interface_authorized_default";
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    let authorize = r#"ACTION=="add", SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device", DEVPATH=="*/2-3", RUN+="/bin/sh -c 'for i in /sys$devpath/*:*/authorized; do echo 1 > $$i; done'""#;
-    let rule = tool::rule(r#"DEVPATH=="*/2-3""#, &vm);
-    udev::rules(&format!("{authorize}\n{rule}"));
-    let before = fs::read_to_string(DEFAULT).unwrap();
-    fs::write(DEFAULT, "0").unwrap();
+    let bus = Bus::new("/sys/bus/usb/devices/usb2/interface_authorized_default");
+    let recipe = recipe("ATTR{interface_authorized_default}");
+    udev::rules(&(recipe + &tool::rule(r#"DEVPATH=="*/2-3""#, &vm)));
+    udev::trigger("add", Path::new("/sys/bus/usb/devices/usb2"));
+    udev::settle();
+    assert_eq!(fs::read_to_string(bus.0).unwrap(), "0\n");
     // What earlier tests had at this port.
     assert!(Command::new("dmesg").arg("--clear").status().unwrap().success());
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     vm.gets(&[&stick]);
     let log = Command::new("dmesg").output().unwrap().stdout;
-    fs::write(DEFAULT, before).unwrap();
+    drop(bus);
     let log = String::from_utf8_lossy(&log);
     let says = |what: &str| log.contains(&format!("usb-storage {}:1.0: {what}", stick.port));
     assert!(says("Interface 0 is not authorized for usage"), "{log}");

@@ -19,7 +19,28 @@ crate::tests![
     a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another: every_qemu,
     an_old_paused_qemu_that_keeps_what_it_gave_back_is_named: every_qemu,
     a_lock_of_who_may_only_read_the_node_keeps_nobody_out,
+    a_rule_keeps_others_from_opening_a_node_at_all,
 ];
+
+/// The README's rule.
+fn a_rule_keeps_others_from_opening_a_node_at_all() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let readme = include_str!("../../README.md");
+    let rule = readme.split('`').find(|code| code.contains(r#"ACTION!="remove", MODE="0660""#));
+    udev::rules(&format!("{}\n", rule.unwrap()));
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    udev::settle();
+    let node = stick.node();
+    let opens = |user: &str| {
+        let mut shell = Command::new("setpriv");
+        shell.args(["--reuid", user, "--regid", user, "--clear-groups", "sh", "-c", ": <$0"]);
+        shell.arg(&node).status().unwrap().success()
+    };
+    assert_eq!(["0", "65534"].map(opens), [true, false]);
+    run(["attach", &vm.socket(), &stick.port]).succeeds();
+    vm.gets(&[&stick]);
+}
 
 fn a_lock_of_who_may_only_read_the_node_keeps_nobody_out() {
     let mut hardware = Hardware::open();

@@ -37,6 +37,8 @@ fn ports_and_ids_are_offered_with_their_names() {
     assert!(offered(&["attach", &socket, "s"]).contains("serial="), "the mouse has one");
     assert!(!offered(&["attach", &socket, "s"]).contains("SN"), "it cannot be typed");
     assert!(offered(&["inspect", ""]).contains(&format!("{socket}\ta\n")));
+    assert_eq!(offered(&["inspect", "a"]), format!("a\t{socket}\n"));
+    assert_eq!(offered(&["udev", "a"]), "", "a rule has no such name");
 
     tool::run(["attach", &socket, &stick.port]).succeeds();
     assert_eq!(offered(&["detach", &socket, ""]), "usb-host-2-6\t46f4:0001 QEMU USB HARDDRIVE\n");

@@ -1,5 +1,6 @@
 //! Where in the guest a device goes.
 
+use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Plugged, Stick, uhci, xhci};
 use crate::tool::{Outcome, run};
 use crate::vm::Vm;
@@ -65,6 +66,12 @@ fn a_vm_without_usb_gets_a_controller_that_the_next_device_finds() {
     assert_eq!([&plugged[0], &plugged[1]].map(|device| port_of(&vm, device)), ["15", "14"]);
     vm.gets(&[&plugged[0], &plugged[1]]);
     must_have_no_hub(&vm);
+    // So says a rule.
+    let vm = Vm::new("b").without_controller().start();
+    configure(&["b"], &rule("b", "port = \"1-5\"\nadd_controller = true"));
+    let _daemon = Daemon::start();
+    let mouse = hardware.plug(Device::Mouse, xhci(5));
+    vm.gets(&[&mouse]);
 }
 
 fn all_fifteen_ports_are_used_and_then_the_error_says_what_to_add() {

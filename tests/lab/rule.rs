@@ -24,6 +24,7 @@ crate::tests![
     learn_takes_what_is_plugged_in_next: any_qemu,
     the_configuration_it_prints_is_one: any_qemu,
     the_example_rules_attach_and_detach: any_qemu,
+    a_rule_without_a_vm_is_for_the_one_that_runs,
 ];
 
 fn printed<const N: usize>(arguments: [&str; N]) -> String {
@@ -261,6 +262,28 @@ fn learn_takes_what_is_plugged_in_next() {
 
     let nothing = tool::run(["rule", "--learn", "--wait", "0.2", "--vm", &vm.socket()]).exits(3);
     assert!(nothing.stdout.is_empty() && nothing.stderr.contains("nothing was plugged in"));
+}
+
+fn a_rule_without_a_vm_is_for_the_one_that_runs() {
+    let rule = ["rule", "1-3"];
+    let none = tool::run(rule).exits(2).stderr;
+    assert!(none.contains("no VM runs here"), "{none}");
+    let one = Vm::new("a").start();
+    let by_one = tool::run(rule).succeeds();
+    assert!(by_one.stdout.contains(&format!(" udev {}\"", one.socket())), "{by_one:?}");
+    let took = format!("for VM a ({}), which alone runs here", one.socket());
+    assert!(by_one.stderr.contains(&took), "{by_one:?}");
+    // Anybody can call a process a VM.
+    let theirs = Vm::new("b").unprivileged().start();
+    assert_eq!(tool::run(rule).succeeds().stdout, by_one.stdout);
+    let named = tool::run(["inspect", "b"]).exits(4).stderr;
+    assert!(named.contains("calls itself b, and anybody's process can"), "{named}");
+    drop(theirs);
+    let other = Vm::new("c").start();
+    let several = tool::run(rule).exits(2).stderr;
+    for vm in [&one, &other] {
+        assert!(several.contains(&vm.socket()), "{several}");
+    }
 }
 
 fn the_configuration_it_prints_is_one() {

@@ -127,6 +127,17 @@ fn a_vm_that_runs_is_given_a_monitor_that_is_found() {
     assert_eq!((&report["to_add"], &report["to_paste"]), (&Value::Null, &Value::Null));
     let shown = run(["inspect", "grows"]).succeeds().stdout;
     assert!(shown.contains("VM grows: QEMU 11.1"), "{shown}");
+
+    let chardev = "socket,id=m,path=/run/vm/object.qmp,server=on,wait=off";
+    let json = r#"{"qom-type": "monitor-qmp", "id": "q", "chardev": "m"}"#;
+    for object in ["monitor-qmp,id=q,chardev=m", json] {
+        let _ = fs::remove_file("/run/vm/object.qmp");
+        let arguments = ["-name", "object", "-chardev", chardev, "-object", object];
+        let _qemu = self::qemu("/", &arguments);
+        wait_until("it listens", || UnixStream::connect("/run/vm/object.qmp").is_ok());
+        let shown = run(["inspect", "object"]).succeeds().stdout;
+        assert!(shown.contains("VM object: QEMU 11.1"), "{shown}");
+    }
 }
 
 fn monitors_of_every_kind_are_found() {
