@@ -87,6 +87,17 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
+    fn of_a_file_of_any_length_only_so_much_is_read() {
+        let root = tempfile::tempdir().unwrap();
+        let device = root.path().join("sys/bus/usb/devices/1-1");
+        fs::create_dir_all(&device).unwrap();
+        // Without data, it takes no space.
+        fs::File::create(device.join("descriptors")).unwrap().set_len(1 << 30).unwrap();
+        let read = Host::at(root.path()).descriptors(&"1-1".parse().unwrap());
+        assert_eq!(read.len(), usize::try_from(crate::host::MAX_FILE).unwrap());
+    }
+
+    #[test]
     fn the_two_halves_of_a_socket_know_each_other() {
         let root = tempfile::tempdir().unwrap();
         let devices = root.path().join("sys/bus/usb/devices");

@@ -2,7 +2,7 @@
 
 use crate::daemon::{CONFIG, Daemon, rule};
 use crate::hardware::{Hardware, Stick, xhci};
-use crate::libvirtd::{Libvirtd, PERSON, Whose};
+use crate::libvirtd::{EDITOR, Libvirtd, PERSON, Whose};
 use crate::tool::{PROGRAM, SECONDS, run, run_hastily};
 use crate::udev;
 use crate::vm::Vm;
@@ -19,6 +19,8 @@ crate::tests![
     a_domain_that_watch_keeps_may_come_and_go: qemu_7,
     libvirtd_may_come_and_go_while_watch_keeps_a_domain: qemu_7,
     a_domain_that_is_restored_gets_its_device_once_it_runs: qemu_7,
+    a_domain_that_was_saved_with_a_device_is_rescued: qemu_7,
+    apparmor_confines_a_domain_and_minds_no_device_that_is_passed: qemu_7,
     what_a_hostdev_has_is_refused: qemu_7,
     a_domain_of_a_users_own_gets_a_device_from_that_user_and_from_root: qemu_7,
 ];
@@ -51,6 +53,12 @@ fn a_domain_gets_a_device_by_hand() {
     assert!(vms.contains("14 of 15 on usb.0"), "{vms}");
     let by_name = run(["inspect", "test 1"]).succeeds().stdout;
     assert_eq!(by_name, shown);
+    let written = run(["rule", &stick.port, "--toml", "--vm", "test 1"]).succeeds().stdout;
+    assert!(written.contains("libvirt = \"test 1\""), "{written}");
+    fs::write(CONFIG, written).unwrap();
+    run(["detach", "libvirt:test 1", &stick.port]).succeeds();
+    run(["--config", CONFIG, "sync"]).succeeds();
+    vm.must_have(&stick);
 
     libvirtd.signal(Signal::STOP);
     let start = Instant::now();
@@ -64,14 +72,19 @@ fn a_domain_gets_a_device_by_hand() {
     wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
 }
 
+/// A rule for port 2-3 and a domain.
+fn tool_rule(domain: &str) -> String {
+    format!(
+        "SUBSYSTEM==\"usb\", ENV{{DEVTYPE}}==\"usb_device\", ACTION==\"add|remove\", DEVPATH==\"*/2-3\", \
+         RUN+=\"'{PROGRAM}' --timeout {SECONDS} udev libvirt:{domain}\"\n"
+    )
+}
+
 fn a_domain_gets_and_loses_a_device_by_rule_five_times() {
     let mut hardware = Hardware::open();
     let libvirtd = Libvirtd::start(Whose::System);
     let vm = libvirtd.domain("test-1");
-    udev::rules(&format!(
-        "SUBSYSTEM==\"usb\", ENV{{DEVTYPE}}==\"usb_device\", ACTION==\"add|remove\", DEVPATH==\"*/2-3\", \
-         RUN+=\"'{PROGRAM}' --timeout {SECONDS} udev libvirt:test-1\"\n"
-    ));
+    udev::rules(&tool_rule("test-1"));
     for round in 1..=5 {
         let stick = hardware.plug(Stick::new(&format!("SN{round}")), xhci(3));
         vm.gets(&[&stick]);
@@ -142,6 +155,74 @@ fn a_domain_that_is_restored_gets_its_device_once_it_runs() {
     wait_until("libvirt lets it run", || vm.qmp("query-status", json!({}))["running"] == true);
     vm.must_have(&stick);
     daemon.wait_for_status("1 VM, 1 running, 1 device attached");
+}
+
+/// As the README says.
+fn a_domain_that_was_saved_with_a_device_is_rescued() {
+    let mut hardware = Hardware::open();
+    let libvirtd = Libvirtd::start(Whose::System);
+    let vm = libvirtd.domain("test-1");
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    run(["attach", "libvirt:test-1", &stick.port]).succeeds();
+    libvirtd.virsh(&["managedsave", "test-1"]);
+    drop(vm);
+    let refused = libvirtd.try_virsh(&["start", "test-1"]).unwrap_err();
+    let section = refused.split_once("Unknown savevm section or instance '").expect(&refused).1;
+    // '0000:00:01.2/15/usb-host'
+    let port = section.split('/').nth(1).unwrap();
+    assert_eq!(port, "15", "{refused}");
+    let readme = include_str!("../../README.md");
+    let lines: String = readme
+        .lines()
+        .skip_while(|line| !line.trim().starts_with("<qemu:arg value='-device'/>"))
+        .take(2)
+        .map(str::trim)
+        .collect();
+    assert!(lines.contains(r#""id":"rescue""#), "{lines}");
+    let lines = lines.replace(r#""port":"2""#, &format!(r#""port":"{port}""#));
+    fs::write("/run/lines.sed", format!("s|</qemu:commandline>|{lines}&|\n")).unwrap();
+    fs::write(EDITOR, "#!/bin/sh\nsed -i -f /run/lines.sed \"$1\"\n").unwrap();
+    fs::set_permissions(EDITOR, fs::Permissions::from_mode(0o755)).unwrap();
+    libvirtd.virsh(&["managedsave-edit", "test-1"]);
+    let vm = libvirtd.start_domain("test-1");
+    wait_until("libvirt lets it run", || vm.qmp("query-status", json!({}))["running"] == true);
+    run(["detach", "libvirt:test-1", "rescue"]).succeeds();
+    assert_eq!(vm.usb_devices(), [""; 0]);
+    run(["attach", "libvirt:test-1", &stick.port]).succeeds();
+    vm.gets(&[&stick]);
+}
+
+fn apparmor_confines_a_domain_and_minds_no_device_that_is_passed() {
+    let mut hardware = Hardware::open();
+    let libvirtd = Libvirtd::start_confined();
+    let vm = libvirtd.domain("test-1");
+    let profile = fs::read_to_string(format!("/proc/{}/attr/current", vm.pid())).unwrap();
+    assert!(profile.starts_with("libvirt-") && profile.contains("(enforce)"), "{profile}");
+    // By hand, and not as long as QEMU itself opens it.
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let by_address = json!({"driver": "usb-host", "hostbus": stick.bus, "hostaddr": stick.address});
+    let refusal = vm.try_qmp("device_add", by_address).unwrap_err();
+    assert!(refusal.contains("failed to"), "{refusal}");
+    udev::settle();
+    run(["attach", "libvirt:test-1", &stick.port]).succeeds();
+    vm.gets(&[&stick]);
+    run(["detach", "libvirt:test-1", &stick.port]).succeeds();
+    hardware.pull(&stick);
+    // By a rule.
+    udev::rules(&tool_rule("test-1"));
+    let stick = hardware.plug(Stick::new("SN2"), xhci(3));
+    vm.gets(&[&stick]);
+    hardware.pull(&stick);
+    vm.loses_all();
+    udev::forget_rules();
+    // By the daemon.
+    fs::write(CONFIG, "[vm.a]\nlibvirt = \"test-1\"\n".to_owned() + &rule("a", "port = \"2-3\""))
+        .unwrap();
+    let _daemon = Daemon::start();
+    let stick = hardware.plug(Stick::new("SN3"), xhci(3));
+    vm.gets(&[&stick]);
+    hardware.pull(&stick);
+    vm.loses_all();
 }
 
 fn what_a_hostdev_has_is_refused() {

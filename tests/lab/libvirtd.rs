@@ -1,5 +1,6 @@
 //! A real libvirtd in the machine, and domains that are as small as they can be.
 
+use crate::host::must;
 use crate::vm::{self, Vm};
 use crate::wait::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
@@ -7,7 +8,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// The user that libvirt's QEMUs run as, and one of the machine's people.
@@ -21,7 +22,18 @@ const GROUPS: &str = "libvirt-qemu:x:64055:\nperson:x:1000:\nlibvirt:x:64056:\n"
 const QEMU_CONF: &str =
     "stdio_handler = \"file\"\nsecurity_driver = \"none\"\ncgroup_controllers = [ ]\n";
 
+/// AppArmor and the profiles of libvirt, unpacked by `contrib/setup`.
+const APPARMOR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/lab/apparmor");
+const PROFILES: [&str; 2] =
+    ["/etc/apparmor.d/usr.sbin.libvirtd", "/etc/apparmor.d/usr.lib.libvirt.virt-aa-helper"];
+
+/// Where the lab's QEMU has its libraries, and the tests a monitor of their own.
+const LOCAL: &str = "/usr/lib/lab-qemu/** mr,\n/run/vm/*.check rw,\n";
+
 const LOG: &str = "/run/libvirtd.log";
+
+/// What `virsh` has somebody edit with.
+pub const EDITOR: &str = "/run/editor";
 
 /// Whose libvirtd it is.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -37,8 +49,22 @@ pub struct Libvirtd {
 }
 
 impl Libvirtd {
+    /// The system's, confined by AppArmor, as are its domains.
+    pub fn start_confined() -> Libvirtd {
+        prepare();
+        confine();
+        let config = fs::read_to_string("/etc/libvirt/qemu.conf").unwrap();
+        let config = config.replace("security_driver = \"none\"", "security_driver = \"apparmor\"");
+        fs::write("/etc/libvirt/qemu.conf", config).unwrap();
+        Libvirtd::launch(Whose::System)
+    }
+
     pub fn start(whose: Whose) -> Libvirtd {
         prepare();
+        Libvirtd::launch(whose)
+    }
+
+    fn launch(whose: Whose) -> Libvirtd {
         let _ = fs::remove_file(whose.socket());
         let log = File::options().create(true).append(true).open(LOG).unwrap();
         let child = whose
@@ -83,16 +109,22 @@ impl Libvirtd {
 
     #[track_caller]
     pub fn virsh(&self, arguments: &[&str]) -> String {
+        let log = || fs::read_to_string(LOG).unwrap_or_default();
+        match self.try_virsh(arguments) {
+            Ok(text) => text,
+            Err(error) => panic!("virsh {arguments:?}: {error}\n{}", log()),
+        }
+    }
+
+    pub fn try_virsh(&self, arguments: &[&str]) -> Result<String, String> {
         let uri = match self.whose {
             Whose::System => "qemu:///system",
             Whose::Persons => "qemu:///session",
         };
-        let output = self.whose.command(&["virsh", "-c", uri]).args(arguments).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let log = || fs::read_to_string(LOG).unwrap_or_default();
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "virsh {arguments:?}: {error}\n{}", log());
-        text
+        let mut command = self.whose.command(&["virsh", "-c", uri]);
+        let output = command.args(arguments).env("EDITOR", EDITOR).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 }
 
@@ -137,6 +169,34 @@ fn prepare() {
     }
     fs::create_dir_all(vm::directory()).unwrap();
     fs::set_permissions(vm::directory(), fs::Permissions::from_mode(0o777)).unwrap();
+}
+
+/// Loads AppArmor's profiles, which are enforced from then on.
+fn confine() {
+    assert!(Path::new(APPARMOR).exists(), "run contrib/setup: it has been changed");
+    if !Path::new("/sys/kernel/security/apparmor").exists() {
+        must("mount", &["-t", "securityfs", "securityfs", "/sys/kernel/security"]);
+    }
+    for directory in ["etc/apparmor", "etc/apparmor.d", "usr/share/apparmor-features"] {
+        let (from, to) = (format!("{APPARMOR}/{directory}"), format!("/{directory}"));
+        must("cp", &["--recursive", "--no-target-directory", &from, &to]);
+    }
+    must("cp", &[&format!("{APPARMOR}/sbin/apparmor_parser"), "/usr/sbin"]);
+    fs::create_dir_all("/etc/apparmor.d/local/abstractions").unwrap();
+    fs::write("/etc/apparmor.d/local/abstractions/libvirt-qemu", LOCAL).unwrap();
+    for profile in PROFILES {
+        // The package makes an empty one when it is installed.
+        let local = profile.replace("/etc/apparmor.d/", "/etc/apparmor.d/local/");
+        File::options().create(true).append(true).open(local).unwrap();
+        must("apparmor_parser", &["--replace", profile]);
+    }
+}
+
+fn set_free() {
+    for profile in PROFILES.into_iter().filter(|profile| Path::new(profile).exists()) {
+        let _ = Command::new("apparmor_parser").args(["--remove", profile]).output();
+        let _ = fs::remove_file(profile);
+    }
 }
 
 fn add(file: &str, lines: &str) {
@@ -188,4 +248,5 @@ pub fn clear() {
         let _ = fs::remove_dir_all(directory);
     }
     let _ = fs::remove_file(LOG);
+    set_free();
 }
