@@ -15,7 +15,7 @@ crate::tests![
     six_devices_plugged_at_once_all_arrive_and_all_leave: every_qemu,
     what_was_plugged_in_before_arrives_when_udev_replays: any_qemu,
     where_interfaces_are_not_authorized_no_driver_of_the_host_sees_the_device: any_qemu,
-    where_devices_are_not_authorized_only_what_a_rule_names_works,
+    where_devices_are_not_authorized_only_what_a_rule_names_works: any_qemu,
 ];
 
 /// The rules of the README's recipe that has this text in it.

@@ -19,7 +19,7 @@ crate::tests![
     a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another: every_qemu,
     an_old_paused_qemu_that_keeps_what_it_gave_back_is_named: every_qemu,
     a_lock_of_who_may_only_read_the_node_keeps_nobody_out,
-    a_rule_keeps_others_from_opening_a_node_at_all,
+    a_rule_keeps_others_from_opening_a_node_at_all: any_qemu,
 ];
 
 /// The README's rule.

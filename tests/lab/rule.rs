@@ -24,7 +24,7 @@ crate::tests![
     learn_takes_what_is_plugged_in_next: any_qemu,
     the_configuration_it_prints_is_one: any_qemu,
     the_example_rules_attach_and_detach: any_qemu,
-    a_rule_without_a_vm_is_for_the_one_that_runs,
+    a_rule_without_a_vm_is_for_the_one_that_runs: any_qemu,
 ];
 
 fn printed<const N: usize>(arguments: [&str; N]) -> String {

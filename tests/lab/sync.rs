@@ -14,7 +14,7 @@ crate::tests![
     a_dry_run_says_what_and_why_and_changes_nothing: any_qemu,
     every_vm_gets_what_it_can_and_the_worst_failure_counts,
     the_names_of_the_configuration_work_in_every_command: any_qemu,
-    what_others_may_change_is_told_by_sync_and_watch_and_rule,
+    what_others_may_change_is_told_by_sync_and_watch_and_rule: any_qemu,
 ];
 
 fn sync(arguments: &[&str]) -> Outcome {

@@ -19,8 +19,8 @@ use std::thread;
 crate::tests![
     a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts: every_qemu,
     what_a_killed_vm_was_not_given_by_the_daemon_is_left_alone,
-    at_whose_socket_another_user_listens_gets_nothing_and_is_told,
-    a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device,
+    at_whose_socket_another_user_listens_gets_nothing_and_is_told: any_qemu,
+    a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device: any_qemu,
     a_stopped_vm_delays_no_other_and_gets_its_devices_later,
     a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
     a_socket_that_is_replaced_is_a_new_vm: any_qemu,
