@@ -206,10 +206,14 @@ fn at_shutdown_devices_leave_before_libvirt_saves_the_guests() {
         GUESTS,
         &format!(
             "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=true\n\
-             ExecStop=sh -c '{PROGRAM} --timeout {SECONDS} inspect --json {} >/run/saved'\n",
+             ExecStop=sh -c 'systemctl is-active usb-qmp-hotplug.service >/run/state; \
+             {PROGRAM} --timeout {SECONDS} inspect --json {} >/run/saved'\n",
             vm.socket()
         ),
     );
+    // As shutdown.target, it ends all in one transaction.
+    let all = format!("{GUESTS} usb-qmp-hotplug.service");
+    other_unit("end.target", &format!("[Unit]\nConflicts={all}\nAfter={all}\n"));
     let service = Service::of_the_machine();
     let rules = rule("a", "port = \"2-3\"");
     service.configure_all(&format!("detach_at_stop = true\n{}", configuration(&["a"], &rules)));
@@ -218,8 +222,8 @@ fn at_shutdown_devices_leave_before_libvirt_saves_the_guests() {
         must("systemctl", &["start", GUESTS]);
         service.start();
         vm.gets(&[&stick]);
-        // As at shutdown, all in one transaction.
-        must("systemctl", &["stop", GUESTS, "usb-qmp-hotplug.service"]);
+        must("systemctl", &["start", "end.target"]);
+        assert_eq!(fs::read_to_string("/run/state").unwrap(), "inactive\n");
         let saved: Value = serde_json::from_slice(&fs::read("/run/saved").unwrap()).unwrap();
         assert_eq!(saved["devices"], json!([]), "{saved}");
         assert_eq!(saved["vm"]["status"], "running");
