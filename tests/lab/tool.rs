@@ -60,7 +60,7 @@ pub fn run_within<'a>(seconds: &str, arguments: impl IntoIterator<Item = &'a str
 
 /// With so little time that it is over soon.
 pub fn run_hastily<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
-    run_within("0.5", arguments)
+    run_within("2", arguments)
 }
 
 /// Where the kernel lets it start no thread and no process (Linux, Documentation/admin-guide/cgroup-v2.rst, `pids`).

@@ -415,7 +415,7 @@ fn an_attach_that_is_stopped_or_late_claims_nothing() {
         assert_eq!(status.code(), Some(128 + signal.as_raw()));
         assert!(!is_locked(&mouse.node()));
     }
-    tool::run_hastily(arguments).exits(5);
+    tool::run_within("5", arguments).exits(5);
     assert_eq!(*reached.lock().unwrap(), 3);
     assert!(!is_locked(&mouse.node()));
     run(["attach", &vm.socket(), &mouse.port]).succeeds();

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long anything may take. Emulation inside emulation is slow, and the real machine may be busy.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How soon it is looked again at first.
 const SHORTLY: Duration = Duration::from_millis(10);

@@ -75,7 +75,7 @@ fn a_configuration_counts_for_what_waits_since_before_it() {
     let mut hardware = Hardware::open();
     let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
     configure(&["a", "b"], &rule("a", "port = \"1-3\""));
-    let daemon = Daemon::launch(&["--timeout", "1"], &[]);
+    let daemon = Daemon::launch(&["--timeout", "5"], &[]);
     daemon.wait_until_it_says("READY=1");
     a.signal(Signal::STOP);
     let moves = hardware.plug(Device::Mouse, xhci(3));
