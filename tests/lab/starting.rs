@@ -20,15 +20,16 @@ crate::tests![
     commands_show_what_is_known_and_keep_their_time: any_qemu,
 ];
 
-/// The driver gives up after 20 s for each interface.
-const HANGS: Duration = Duration::from_secs(20);
+/// The driver gives up after 20 s for each interface, and whoever waits for the device waits for all of them.
+const INTERFACES: u32 = 6;
+const HANGS: Duration = Duration::from_secs(20 * INTERFACES as u64);
 
-/// How long anything else may take: less.
-const MEANWHILE: Duration = Duration::from_secs(12);
+/// How long anything else may take: a part of it.
+const MEANWHILE: Duration = Duration::from_secs(40);
 
-/// Plugs in a device whose probe takes a minute, and waits until the kernel is in it.
+/// Plugs in a device whose probe takes two minutes, and waits until the kernel is in it.
 fn hanging(remotes: &mut Remotes) -> (String, String) {
-    let id = remotes.insert(remote::Device::hangs_in_probe(3), 2);
+    let id = remotes.insert(remote::Device::hangs_in_probe(INTERFACES as usize), 2);
     let port = wait_for("the device to be there", || {
         let devices = fs::read_dir("/sys/bus/usb/devices").unwrap().flatten();
         let is_it = |path: &std::path::Path| {
@@ -84,7 +85,7 @@ fn the_daemon_serves_the_other_vms_meanwhile() {
     daemon.reload();
     let mouse = hardware.plug(Device::Mouse, xhci(3));
     meanwhile("a gets its mouse", || (a.ids() == [mouse.id_in_vm()]).then_some(()));
-    assert!(start.elapsed() < 3 * HANGS, "{:?}: it hangs no more", start.elapsed());
+    assert!(start.elapsed() < HANGS, "{:?}: it hangs no more", start.elapsed());
     assert!(b.ids().is_empty(), "nobody knows yet where it belongs");
     remotes.remove(&id);
     daemon.wait_for_status("3 VMs, 3 running, 2 devices attached");
@@ -128,7 +129,7 @@ fn it_goes_where_its_serial_number_says_when_that_can_be_read() {
     let daemon = Daemon::launch(&["--timeout", "5"], &[]);
     daemon.wait_until_it_says("READY=1");
     let id = remotes.insert(remote::Device::hangs_in_probe(1), 2);
-    wait_at_most(3 * HANGS, "b gets it", || (b.ids().len() == 1).then_some(()));
+    wait_at_most(HANGS, "b gets it", || (b.ids().len() == 1).then_some(()));
     remotes.remove(&id);
     b.loses_all();
 }
@@ -181,7 +182,7 @@ fn commands_show_what_is_known_and_keep_their_time() {
     briefly(&["rule", "--vm", "a", &port]).succeeds();
     briefly(&["rule", "--vm", "a", "--by", "serial", &port]).exits(1);
     briefly(&["inspect", "a"]).succeeds();
-    assert!(start.elapsed() < 3 * HANGS, "{:?}: it hangs no more", start.elapsed());
+    assert!(start.elapsed() < HANGS, "{:?}: it hangs no more", start.elapsed());
     remotes.remove(&id);
     run(["list"]).succeeds();
 }

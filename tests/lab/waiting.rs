@@ -7,7 +7,7 @@ use crate::host::must;
 use crate::remote::{self, Remotes};
 use crate::tool::run;
 use crate::vm::Vm;
-use crate::wait::{wait_at_most, wait_until};
+use crate::wait::{PATIENCE, wait_at_most, wait_until};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Resource, Rlimit, prlimit};
 use serde_json::json;
@@ -30,8 +30,8 @@ crate::tests![
     what_was_pulled_does_not_wait: any_qemu,
 ];
 
-/// The kernel tells, so it takes moments; but emulation inside emulation does, too.
-const SOON: Duration = Duration::from_secs(8);
+/// The kernel tells, so it takes moments, of emulation inside emulation; to look again now and then would take 30 s.
+const SOON: Duration = Duration::from_secs(20);
 
 #[track_caller]
 fn gets_soon(vm: &Vm, device: &Plugged) {
@@ -202,9 +202,7 @@ fn a_device_whose_drivers_take_long_is_attached_when_they_are_done() {
     let id = remotes.insert(remote::Device::hangs_in_probe(1), 2);
     daemon.wait_for_log(&["its drivers are still starting"]);
     daemon.wait_for_status("1 VM, 1 running, 0 devices attached, 1 waiting");
-    wait_at_most(Duration::from_secs(60), "it to be attached", || {
-        (vm.ids().len() == 1).then_some(())
-    });
+    wait_at_most(PATIENCE, "it to be attached", || (vm.ids().len() == 1).then_some(()));
     remotes.remove(&id);
     vm.loses_all();
 }
