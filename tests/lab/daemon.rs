@@ -77,9 +77,9 @@ impl Daemon {
             }
         });
         let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL"])
+            .args(["--pdeathsig", "KILL", "unshare", "--net"])
             .args(wrapper)
-            .args(["unshare", "--net", "setpriv", "--inh-caps", "-all", "--no-new-privs"])
+            .args(["setpriv", "--inh-caps", "-all", "--no-new-privs"])
             .args(["--bounding-set", &capabilities()])
             .args([PROGRAM, "--config", CONFIG])
             .args(options)
