@@ -25,7 +25,10 @@ impl Host {
         let nodes: Vec<(bool, u64, String)> =
             blocks.chain(storage.characters.iter().filter_map(node(false))).collect();
         let found = self.open_in(&nodes);
-        let holders = found.into_iter().map(|(name, pid)| (name, Some(self.holder(pid))));
+        let holders = found.into_iter().map(|(name, pid)| (name, self.holder(pid)));
+        // A process without a name has ended in the meantime.
+        let lives = |(_, holder): &(String, Holder)| !holder.program.is_empty();
+        let holders = holders.filter(lives).map(|(name, holder)| (name, Some(holder)));
         let is_use = |(_, holder): &(String, Option<Holder>)| {
             let program = holder.as_ref().map(|holder| holder.program.as_str());
             program.is_none_or(|program| !UDEV.contains(&program))
