@@ -25,14 +25,24 @@ use qapi::qmp::{cont, qom_get, query_fdsets};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
-use tool::{PROGRAM, outcome_of, program, run};
+use tool::{Outcome, PROGRAM, outcome_of, program};
 use usb_qmp_hotplug::Error;
 use usb_qmp_hotplug::qemu::{Access, Attachment, Vm};
 use usb_qmp_hotplug::qemu::{GuestPort, NoGuestPort, Placement};
 use usb_qmp_hotplug::usb::DeviceId;
 
 /// How long anything may take: only what fails takes so long.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs the program, and gives QEMU a minute, not the usual 5 s, unless the test says otherwise.
+#[track_caller]
+fn run<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+    let mut arguments: Vec<&str> = arguments.into_iter().collect();
+    if !arguments.contains(&"--timeout") {
+        arguments.extend(["--timeout", "60"]);
+    }
+    tool::run(arguments)
+}
 
 /// `tests![a, b]`: the functions `a` and `b`, and their names.
 macro_rules! tests {
@@ -422,7 +432,7 @@ fn inspect_shows_a_hostile_name_without_its_control_characters() {
 fn eight_inspects_at_once_take_turns() {
     let qemu = Qemu::start("-device qemu-xhci,id=xhci -device usb-tablet,id=tablet");
     let start = || {
-        let mut command = program(["inspect", &qemu.path(), "--json", "--timeout", "20"]);
+        let mut command = program(["inspect", &qemu.path(), "--json", "--timeout", "60"]);
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     };
     let children: Vec<Child> = (0..8).map(|_| start()).collect();
