@@ -222,7 +222,8 @@ impl Error {
             Error::Host(host::Error::NotAuthorized(_)) => Some(Until::Authorized),
             Error::Silent(_) => Some(Until::Started),
             Error::NoGuestPort { .. } | Error::Incoming { .. } => Some(Until::Untold),
-            Error::Host(host::Error::Read { source, .. }) | Error::Setup { source, .. }
+            Error::Host(host::Error::Read { source, .. } | host::Error::Thread(source))
+            | Error::Setup { source, .. }
                 if is_shortage(source) =>
             {
                 Some(Until::Untold)

@@ -85,3 +85,35 @@ pub fn presence(
     };
     (presence, found)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn only_what_is_certain_makes_a_leftover() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::at(root.path());
+        let directory = root.path().join("sys/bus/usb/devices/1-1");
+        let id: DeviceId = "usb-host-1-1".parse().unwrap();
+        let address = "1:2".parse().unwrap();
+        let given = Given { address: Some(address), by_descriptor: true };
+        let now = |given| presence(&host, None, Some(&id), &given).0;
+        // There is no list of devices at all.
+        assert_eq!(now(given), Presence::Unknown);
+        fs::create_dir_all(&directory).unwrap();
+        assert_eq!(now(given), Presence::Lost(Leftover::Gone));
+        let attributes =
+            [("busnum", "1"), ("idVendor", "1209"), ("idProduct", "0001"), ("bDeviceClass", "00")];
+        for (name, value) in attributes {
+            fs::write(directory.join(name), value).unwrap();
+        }
+        // A reset is in progress (Linux, drivers/usb/core/hub.c, `hub_port_reset`).
+        fs::write(directory.join("devnum"), "0").unwrap();
+        assert_eq!(now(given), Presence::Unknown);
+        fs::write(directory.join("devnum"), "3").unwrap();
+        assert_eq!(now(given), Presence::Lost(Leftover::Replaced));
+        assert_eq!(now(Given { address: None, ..given }), Presence::Unknown);
+    }
+}

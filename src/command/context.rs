@@ -38,7 +38,8 @@ impl Context {
     pub fn new(cli: &Cli) -> Result<Self, Error> {
         let Global { timeout, config, quiet, .. } = &cli.global;
         let timeout = seconds("--timeout", timeout)?;
-        Ok(Context { host: Host::default(), timeout, config: config.clone(), quiet: *quiet })
+        let host = Host::default().within(timeout);
+        Ok(Context { host, timeout, config: config.clone(), quiet: *quiet })
     }
 
     /// The settings for the daemon.

@@ -62,6 +62,9 @@ struct HostReport {
     product: Option<String>,
     serial: Option<String>,
     state: State,
+    /// Whether these are the facts about a device that is there.
+    #[serde(skip)]
+    is_there: bool,
 }
 
 /// Whether a VM's device is still there.
@@ -100,7 +103,7 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     let pid = vm.pid();
     drop(vm);
     let has_controller = !inventory.controllers.is_empty();
-    let report = report(&context.host, pid, name, inventory);
+    let report = report(&context.host, pid, name, inventory)?;
     if arguments.json {
         return print(&json(&report)?);
     }
@@ -109,7 +112,12 @@ pub async fn run(context: &Context, arguments: &Inspect) -> Result<(), Error> {
     print(&shown(&report, has_controller, columns))
 }
 
-fn report(host: &Host, pid: Option<i32>, socket: String, inventory: Inventory) -> Report {
+fn report(
+    host: &Host,
+    pid: Option<i32>,
+    socket: String,
+    inventory: Inventory,
+) -> Result<Report, Error> {
     let Inventory { name, version, status, devices, .. } = inventory;
     let objects: Vec<_> = devices.iter().filter_map(|device| device.host.clone()).collect();
     let is_told = |object: &UsbHost| object.wanted.exact().is_some();
@@ -124,8 +132,34 @@ fn report(host: &Host, pid: Option<i32>, socket: String, inventory: Inventory) -
         let passed = if device.host.is_some() { passed.next() } else { None };
         device_report(host, pid, device, passed)
     });
-    let devices = devices.collect();
-    Report { vm: VmReport { socket, name, qemu: version.to_string(), status }, devices }
+    let mut devices: Vec<DeviceReport> = devices.collect();
+    add_strings(host, &mut devices)?;
+    Ok(Report { vm: VmReport { socket, name, qemu: version.to_string(), status }, devices })
+}
+
+/// Adds what the devices tell of themselves. A device whose drivers are
+/// starting does not tell it yet.
+fn add_strings(host: &Host, devices: &mut [DeviceReport]) -> Result<(), Error> {
+    let there = devices.iter_mut().filter_map(|device| {
+        let port = device.host.as_ref().filter(|host| host.is_there)?.port.clone()?;
+        Some((device, port))
+    });
+    let (there, ports): (Vec<&mut DeviceReport>, Vec<Port>) = there.unzip();
+    let reader = host.clone();
+    let strings = host.in_haste(ports, move |port| reader.strings(&port))?;
+    for (device, strings) in there.into_iter().zip(strings) {
+        let Some(report) = &mut device.host else { continue };
+        let Strings { product, serial, .. } = strings.unwrap_or_default();
+        report.serial = serial;
+        // QEMU's text of a product has at most 31 characters, with `?` for
+        // every character that is not ASCII. If the text has a line break,
+        // neither the name nor the speed can be read (QEMU, include/hw/usb.h,
+        // `product_desc`; hw/usb/host-libusb.c, `usb_host_open`).
+        if report.state == State::Present {
+            device.product = product.or(device.product.take());
+        }
+    }
+    Ok(())
 }
 
 fn device_report(
@@ -134,20 +168,15 @@ fn device_report(
     device: GuestDevice,
     passed: Option<Passed>,
 ) -> DeviceReport {
-    let (mut product, mut speed_mbps) = (device.product, device.speed);
+    let mut speed_mbps = device.speed;
     let host = passed.map(|passed| {
         let id = device.id.as_deref().and_then(|id| id.parse::<DeviceId>().ok());
-        let (report, own) = match passed.object.wanted.exact() {
+        let report = match passed.object.wanted.exact() {
             Some(_) => host_report(host, pid, id.as_ref(), &passed.object.wanted.given()),
             None => found_report(host, &passed),
         };
-        // QEMU's text of a product has at most 31 characters, with `?` for
-        // every character that is not ASCII. If the text has a line break,
-        // neither the name nor the speed can be read (QEMU, include/hw/usb.h,
-        // `product_desc`; hw/usb/host-libusb.c, `usb_host_open`).
-        if let Some(own) = own {
-            product = own.product.or(product.take());
-            speed_mbps = speed_mbps.or(own.speed);
+        if report.is_there && report.state == State::Present {
+            speed_mbps = speed_mbps.or(report.port.as_ref().and_then(|port| host.speed(port)));
         }
         report
     });
@@ -158,23 +187,12 @@ fn device_report(
         guest_bus: device.bus,
         guest_port: device.port,
         speed_mbps,
-        product,
+        product: device.product,
         host,
     }
 }
 
-/// The facts that the host itself has about a device in a VM.
-struct Own {
-    product: Option<String>,
-    speed: Option<Speed>,
-}
-
-fn host_report(
-    host: &Host,
-    pid: Option<i32>,
-    id: Option<&DeviceId>,
-    given: &Given,
-) -> (HostReport, Option<Own>) {
+fn host_report(host: &Host, pid: Option<i32>, id: Option<&DeviceId>, given: &Given) -> HostReport {
     let (presence, found) = presence(host, pid, id, given);
     let state = match presence {
         // If no problem is known, the state is `present`.
@@ -184,30 +202,27 @@ fn host_report(
         Presence::Lost(Leftover::Replaced) => State::Replaced,
     };
     if let Some(found) = found.as_ref().filter(|found| given.address == Some(found.address)) {
-        let (report, own) = of_device(host, found, state);
-        return (report, Some(own).filter(|_| state == State::Present));
+        return of_device(host, found, state);
     }
     let port = found.map(|found| found.port).or_else(|| id.and_then(DeviceId::port));
-    let report = HostReport {
+    HostReport {
         bus: given.address.map(|address| address.bus),
         address: given.address.map(|address| address.device),
         path: port.as_ref().and_then(|port| host.port_path(port)),
         port,
         state,
         ..HostReport::default()
-    };
-    (report, None)
+    }
 }
 
 /// The device that QEMU has found by itself. QEMU tells only what it looks for.
-fn found_report(host: &Host, passed: &Passed) -> (HostReport, Option<Own>) {
+fn found_report(host: &Host, passed: &Passed) -> HostReport {
     if let [found] = passed.devices.as_slice() {
-        let (report, own) = of_device(host, found, State::Present);
-        return (report, Some(own));
+        return of_device(host, found, State::Present);
     }
     let wanted = &passed.object.wanted;
     let hex = |number: Option<u16>| number.map(|number| format!("{number:04x}"));
-    let report = HostReport {
+    HostReport {
         bus: wanted.bus,
         address: wanted.address,
         vendor: hex(wanted.vendor),
@@ -215,25 +230,22 @@ fn found_report(host: &Host, passed: &Passed) -> (HostReport, Option<Own>) {
         // QEMU may have any of several, or it has none and goes on looking.
         state: if passed.devices.is_empty() { State::Gone } else { State::Present },
         ..HostReport::default()
-    };
-    (report, None)
+    }
 }
 
-/// The facts about a device that is there.
-fn of_device(host: &Host, device: &Device, state: State) -> (HostReport, Own) {
-    let Strings { product, serial, .. } = host.strings(&device.port);
-    let own = Own { product, speed: host.speed(&device.port) };
-    let report = HostReport {
+/// The facts about a device that is there, without its strings.
+fn of_device(host: &Host, device: &Device, state: State) -> HostReport {
+    HostReport {
         bus: Some(device.address.bus),
         address: Some(device.address.device),
         port: Some(device.port.clone()),
         path: host.port_path(&device.port),
         vendor: Some(format!("{:04x}", device.id.vendor)),
         product: Some(format!("{:04x}", device.id.product)),
-        serial,
+        serial: None,
         state,
-    };
-    (report, own)
+        is_there: true,
+    }
 }
 
 fn shown(report: &Report, has_controller: bool, columns: Option<usize>) -> String {

@@ -114,7 +114,10 @@ async fn add(
     }
     let uses = context.host.other_uses(&device.port, Look::Quick);
     let mut vm = connect(context, address).await?;
-    let attached = attach::attach(&context.host, &mut vm, device, options).await?;
+    // A thread costs more than a look at what is there.
+    let options =
+        Options { blocking: context.host.may_be_starting(&device.port), ..options.clone() };
+    let attached = attach::attach(&context.host, &mut vm, device, &options).await?;
     let (name, id, ms) = (vm.name(), DeviceId::for_port(&device.port), start.elapsed().as_millis());
     let vm = escape(&name);
     match attached {

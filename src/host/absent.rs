@@ -30,7 +30,7 @@ impl Host {
             Selector::Address(_) => devices.map(|device| device.address.to_string()).collect(),
             Selector::Product(_) => devices.map(|device| device.id.to_string()).collect(),
             Selector::Serial(_) => {
-                let serials = self.serials(devices.collect()).into_iter();
+                let serials = self.serials(devices.collect()).unwrap_or_default().into_iter();
                 serials.filter_map(|(_, serial)| serial.flatten()).collect()
             }
             Selector::Sysfs(_) | Selector::Id(_) => Vec::new(),

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::PathBuf;
 
-use super::{Host, read_bytes};
+use super::disk::{directories, name};
+use super::{Host, read_bytes, read_if_there};
 use crate::usb::{self, Port};
 
 impl Host {
@@ -72,6 +73,31 @@ impl Host {
             }
         }
         drivers
+    }
+
+    /// Whether drivers may be starting for the device at a port. As long as they
+    /// do, the kernel makes a process wait that opens the node. Only what is
+    /// there is looked at, as that never waits. A driver that a person binds by
+    /// hand is not noticed.
+    pub fn may_be_starting(&self, port: &Port) -> bool {
+        // The kernel adds the endpoints of the device when the first drivers
+        // have started (Linux, drivers/usb/core/hub.c, `usb_new_device`), and
+        // those of an interface when its driver has (drivers/usb/core/message.c,
+        // `usb_set_configuration`).
+        if !self.directory(port).join("ep_00").exists() {
+            return true;
+        }
+        self.interfaces(port).iter().any(|interface| {
+            // A driver that is loaded now starts for all devices that fit, before
+            // it gets its own attributes (Linux, drivers/base/bus.c,
+            // `bus_add_driver`).
+            let driver = interface.join("driver");
+            let is_loading = driver.exists() && !driver.join("uevent").exists();
+            let endpoints = read_if_there(&interface.join("bNumEndpoints")).ok().flatten();
+            let lacks_endpoints = endpoints.is_some_and(|count| count.trim_end() != "00")
+                && !directories(interface).any(|child| name(&child).starts_with("ep_"));
+            is_loading || lacks_endpoints
+        })
     }
 
     /// A property of the device at a port in udev's database.

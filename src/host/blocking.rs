@@ -9,6 +9,8 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
+use super::{Error, Host};
+
 /// Runs the work on a new thread that ends with it. A caller that does not want
 /// to wait any more drops the future, and the thread goes on. (tokio's own
 /// threads end the program if the system cannot start a thread.)
@@ -23,54 +25,59 @@ pub async fn blocking<T: Send + 'static>(
 }
 
 /// Runs the work for each item on its own thread. The result is `None` if it
-/// takes longer than the limit, or if no thread could be started.
+/// takes longer than the limit.
+///
+/// # Errors
+///
+/// When no thread can be started.
 pub async fn blocking_each<T: Send + 'static, R: Send + 'static>(
     things: impl IntoIterator<Item = T>,
     limit: Duration,
     work: impl Fn(T) -> R + Clone + Send + 'static,
-) -> Vec<Option<R>> {
+) -> io::Result<Vec<Option<R>>> {
     let end = Instant::now() + limit;
     let begin = |thing| {
         let work = work.clone();
-        start(move || work(thing)).ok()
+        start(move || work(thing))
     };
-    let running: Vec<_> = things.into_iter().map(begin).collect();
+    let running = things.into_iter().map(begin).collect::<io::Result<Vec<_>>>()?;
     let mut results = Vec::new();
     for thread in running {
-        results.push(match thread {
-            Some(thread) => timeout_at(end, thread).await.ok().and_then(Result::ok),
-            None => None,
-        });
+        results.push(timeout_at(end, thread).await.ok().and_then(Result::ok));
     }
-    results
+    Ok(results)
 }
 
-/// How long to wait for devices that are starting, for a caller that shows or
-/// looks for devices and can continue without them.
-const HASTE: Duration = Duration::from_secs(1);
-
-/// Runs the work for each item on its own thread, and waits one second for all
-/// of them. The result is `None` if it takes longer, or if no thread could be
-/// started.
-pub fn in_haste<T: Send + 'static, R: Send + 'static>(
-    things: impl IntoIterator<Item = T>,
-    work: impl Fn(T) -> R + Clone + Send + 'static,
-) -> Vec<Option<R>> {
-    let begin = |thing| {
-        let (work, (sender, result)) = (work.clone(), mpsc::channel());
-        let start = thread::Builder::new().spawn(move || {
-            // The receiver may have stopped waiting.
-            let _ = sender.send(work(thing));
-        });
-        start.is_ok().then_some(result)
-    };
-    let running: Vec<_> = things.into_iter().map(begin).collect();
-    let end = std::time::Instant::now() + HASTE;
-    let result = |thread: Option<mpsc::Receiver<R>>| {
-        let left = end.saturating_duration_since(std::time::Instant::now());
-        thread?.recv_timeout(left).ok()
-    };
-    running.into_iter().map(result).collect()
+impl Host {
+    /// Runs the work for each item on its own thread, and waits for all of them
+    /// for a second at most. The result is `None` if it takes longer. This is
+    /// for a caller that shows or looks for devices, and can continue without
+    /// those that are starting.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Thread`].
+    pub fn in_haste<T: Send + 'static, R: Send + 'static>(
+        &self,
+        things: impl IntoIterator<Item = T>,
+        work: impl Fn(T) -> R + Clone + Send + 'static,
+    ) -> Result<Vec<Option<R>>, Error> {
+        let begin = |thing| {
+            let (work, (sender, result)) = (work.clone(), mpsc::channel());
+            let start = thread::Builder::new().spawn(move || {
+                // The receiver may have stopped waiting.
+                let _ = sender.send(work(thing));
+            });
+            start.map(|_| result).map_err(Error::Thread)
+        };
+        let running = things.into_iter().map(begin).collect::<Result<Vec<_>, _>>()?;
+        let end = std::time::Instant::now() + self.haste;
+        let result = |thread: mpsc::Receiver<R>| {
+            let left = end.saturating_duration_since(std::time::Instant::now());
+            thread.recv_timeout(left).ok()
+        };
+        Ok(running.into_iter().map(result).collect())
+    }
 }
 
 fn start<T: Send + 'static>(
@@ -106,11 +113,15 @@ mod tests {
         let forever = std::sync::Arc::new(std::sync::Mutex::new(forever));
         let work = move |number: u8| {
             if number == 2 {
+                // The first thread waits here, and the second one for the lock.
                 let _ = forever.lock().map(|forever| forever.recv());
             }
             number
         };
-        let limit = Duration::from_millis(200);
-        assert_eq!(blocking_each([1, 2, 3], limit, work).await, [Some(1), None, Some(3)]);
+        let limit = Duration::from_secs(1);
+        let results = blocking_each([1, 2, 3], limit, work.clone()).await.unwrap();
+        assert_eq!(results, [Some(1), None, Some(3)]);
+        let results = Host::default().within(limit).in_haste([1, 2, 3], work).unwrap();
+        assert_eq!(results, [Some(1), None, Some(3)]);
     }
 }

@@ -1,6 +1,6 @@
 //! The host's USB buses and their root hubs. Root hubs are never attached.
 
-use super::{Host, in_haste, read_if_there};
+use super::{Host, read_if_there};
 use crate::usb::{BusPath, Speed};
 
 /// A bus, as its root hub describes it.
@@ -20,24 +20,37 @@ pub struct Bus {
 }
 
 impl Host {
-    /// The bus of a number, as far as sysfs describes it.
-    pub fn bus(&self, number: u16) -> Bus {
+    /// The buses of these numbers, as far as sysfs describes them.
+    pub fn described(&self, numbers: &[u16]) -> Vec<Bus> {
+        let host = self.clone();
+        // A hub is locked while drivers start for a device behind it.
+        let controllers = self.in_haste(numbers.to_vec(), move |number| {
+            let read = |name| {
+                let directory = host.path(format!("/sys/bus/usb/devices/usb{number}"));
+                Some(read_if_there(&directory.join(name)).ok()??.trim().to_owned())
+            };
+            let words: Vec<String> = ["product", "serial"].into_iter().filter_map(read).collect();
+            words.join(" ")
+        });
+        let controllers =
+            controllers.unwrap_or_default().into_iter().map(Option::unwrap_or_default);
+        let controllers = controllers.chain(std::iter::repeat(String::new()));
+        let bus = |(number, controller): (&u16, String)| self.bus(*number, controller);
+        numbers.iter().zip(controllers).map(bus).collect()
+    }
+
+    fn bus(&self, number: u16, controller: String) -> Bus {
         let directory = self.path(format!("/sys/bus/usb/devices/usb{number}"));
         let read = |name| {
             let text = read_if_there(&directory.join(name)).ok()??;
             Some(text.trim().to_owned())
         };
-        // A hub is locked while drivers start for a device behind it.
-        let strings = in_haste(["product", "serial"].map(|name| directory.join(name)), |path| {
-            read_if_there(&path).ok().flatten().map(|text| text.trim().to_owned())
-        });
-        let words: Vec<String> = strings.into_iter().flatten().flatten().collect();
         Bus {
             number,
             path: self.bus_path(number),
             speed: read("speed").and_then(|speed| speed.parse().ok()),
             ports: read("maxchild").and_then(|count| count.parse().ok()),
-            controller: words.join(" "),
+            controller,
         }
     }
 }

@@ -26,6 +26,9 @@ pub enum Error {
         /// What it says.
         source: ParseError,
     },
+    /// No thread could be started to read a device that may not answer.
+    #[error("cannot read a device on a thread of its own")]
+    Thread(#[source] io::Error),
     /// No device fits what the user named.
     #[error("no USB device for {0}")]
     NoDevice(Absent),

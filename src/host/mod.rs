@@ -26,11 +26,12 @@ pub mod uses;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tracing::warn;
 
 pub use absent::Absent;
-pub use blocking::{blocking, blocking_each, in_haste};
+pub use blocking::{blocking, blocking_each};
 pub use bus::Bus;
 pub use disk::{Claims, Told, Use, UsedBy};
 pub use error::Error;
@@ -52,6 +53,10 @@ pub const USB_DEVICE_MAJOR: u32 = 189;
 /// The most bytes that are read from one file of sysfs or `/proc`. An attribute
 /// of sysfs has at most one page, but mount tables can be long.
 const MAX_FILE: u64 = 4 << 20;
+
+/// How long to wait for devices that are starting, for a caller that shows or
+/// looks for devices and can continue without them.
+const HASTE: Duration = Duration::from_secs(1);
 
 /// The strings of a device, without leading and trailing blanks. A string of
 /// blanks counts as missing. Untrusted: escape them before they are shown.
@@ -81,6 +86,7 @@ impl Strings {
 #[derive(Debug, Clone)]
 pub struct Host {
     root: PathBuf,
+    haste: Duration,
 }
 
 impl Default for Host {
@@ -92,7 +98,13 @@ impl Default for Host {
 impl Host {
     /// The host whose `/sys`, `/proc` and `/dev` lie below `root`.
     pub fn at(root: impl Into<PathBuf>) -> Self {
-        Host { root: root.into() }
+        Host { root: root.into(), haste: HASTE }
+    }
+
+    /// The same host, for a caller that has only this time. It may look for
+    /// devices that are starting twice.
+    pub fn within(self, time: Duration) -> Self {
+        Host { haste: HASTE.min(time / 2), ..self }
     }
 
     fn path(&self, absolute: impl AsRef<Path>) -> PathBuf {
@@ -246,7 +258,7 @@ impl Host {
     /// the escapes that this tool shows.
     fn with_serial(&self, selector: &Selector, serial: &str) -> Result<Device, Error> {
         let (mut devices, mut starting) = (Vec::new(), Vec::new());
-        for (device, its) in self.serials(self.devices()?) {
+        for (device, its) in self.serials(self.devices()?)? {
             match its {
                 Some(Some(its)) if its == serial || escape(&its) == serial => devices.push(device),
                 Some(_) => {}
@@ -263,13 +275,21 @@ impl Host {
 
     /// The serial numbers of devices. The outer `None` means that it could not
     /// be read within a second, because the device is starting.
-    pub fn serials(&self, devices: Vec<Device>) -> Vec<(Device, Option<Option<String>>)> {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Thread`].
+    #[allow(clippy::type_complexity, reason = "a pair that is taken apart at once")]
+    pub fn serials(
+        &self,
+        devices: Vec<Device>,
+    ) -> Result<Vec<(Device, Option<Option<String>>)>, Error> {
         let host = self.clone();
         let (with, without): (Vec<Device>, Vec<Device>) =
             devices.into_iter().partition(|device| self.has_serial(&device.port));
-        let read = in_haste(with.clone(), move |device| host.serial(&device.port));
+        let read = self.in_haste(with.clone(), move |device| host.serial(&device.port))?;
         let without = without.into_iter().map(|device| (device, Some(None)));
-        with.into_iter().zip(read).chain(without).collect()
+        Ok(with.into_iter().zip(read).chain(without).collect())
     }
 
     /// The port of the device at an address. It is found through the kernel's

@@ -144,7 +144,7 @@ impl Policy {
     ///
     /// # Errors
     ///
-    /// The same errors as [`Host::devices`].
+    /// The same errors as [`Host::devices`], and [`host::Error::Thread`].
     pub async fn table_within(
         self: &Arc<Self>,
         host: &Host,
@@ -155,7 +155,8 @@ impl Policy {
             table.values().filter(|seen| !seen.is_clear).map(|seen| seen.device.clone()).collect();
         let (policy, host) = (self.clone(), host.clone());
         let read = move |device| policy.seen(&host, device, Reading::Patient);
-        for seen in blocking_each(unclear, limit, read).await.into_iter().flatten() {
+        let read = blocking_each(unclear, limit, read).await.map_err(host::Error::Thread)?;
+        for seen in read.into_iter().flatten() {
             table.insert(seen.device.port.clone(), seen);
         }
         Ok(table)

@@ -117,6 +117,18 @@ impl Device {
         })
     }
 
+    /// Answers until it is configured, and nothing after that.
+    pub fn falls_silent() -> Device {
+        let name = |text: &str| text.encode_utf16().collect::<Vec<_>>();
+        let mut is_configured = false;
+        let device = Device::new(0x1209, 0x0021).interface(&VENDOR);
+        device.strings(&name("Lab"), &name("Silent"), &name("SILENT")).answers(move |setup| {
+            let silent = is_configured.then_some(Answer::Never);
+            is_configured |= (setup.kind, setup.request) == (0, SET_CONFIGURATION);
+            silent
+        })
+    }
+
     fn answer(&mut self, setup: &Setup) -> Answer {
         if let Some(answer) = (self.answers)(setup) {
             return answer;
@@ -172,6 +184,7 @@ impl Device {
 
 pub const GET_STATUS: u8 = 0;
 pub const GET_DESCRIPTOR: u8 = 6;
+pub const SET_CONFIGURATION: u8 = 9;
 
 /// What is connected to `vhci_hcd`.
 pub struct Remotes {

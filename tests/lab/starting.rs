@@ -3,11 +3,13 @@
 
 use crate::daemon::{CONFIG, Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, xhci};
+use crate::host::must;
 use crate::remote::{self, Remotes};
 use crate::tool::{Outcome, PROGRAM, run};
 use crate::vm::Vm;
 use crate::wait::{wait_at_most, wait_for};
 use rustix::process::Signal;
+use serde_json::json;
 use std::fs;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -17,6 +19,8 @@ crate::tests![
     a_daemon_that_starts_meanwhile_serves_the_other_vms: any_qemu,
     it_ends_at_once_meanwhile: any_qemu,
     it_goes_where_its_serial_number_says_when_that_can_be_read: any_qemu,
+    a_device_that_falls_silent_delays_no_other_vm,
+    an_event_keeps_its_time_whoever_starts_the_driver: any_qemu,
     commands_show_what_is_known_and_keep_their_time: any_qemu,
 ];
 
@@ -134,15 +138,91 @@ fn it_goes_where_its_serial_number_says_when_that_can_be_read() {
     b.loses_all();
 }
 
+fn a_device_that_falls_silent_delays_no_other_vm() {
+    let mut hardware = Hardware::open();
+    let mut remotes = Remotes::load();
+    let [a, b, _c] = three_vms(&mut hardware);
+    configure(&["a", "b", "c"], &(rule("a", "port = \"1-3\"") + &rule("b", "vendor = \"1209\"")));
+    let mut daemon = Daemon::launch(&["--timeout", "5"], &[("WATCHDOG_USEC", "3000000")]);
+    daemon.wait_until_it_says("READY=1");
+    let mut a_works = |daemon: &Daemon| {
+        let mouse = hardware.plug(Device::Mouse, xhci(3));
+        meanwhile("a gets its mouse", || (a.ids() == [mouse.id_in_vm()]).then_some(()));
+        let told = || daemon.said().iter().filter(|line| *line == "WATCHDOG=1").count();
+        let before = told();
+        meanwhile("the watchdog is told", || (told() > before + 1).then_some(()));
+        hardware.pull(&mouse);
+        meanwhile("a loses its mouse", || a.ids().is_empty().then_some(()));
+    };
+    // QEMU asks it for its name, and waits.
+    let silent = remotes.plug(remote::Device::falls_silent(), 2);
+    a_works(&daemon);
+    wait_for("b has it", || (b.ids() == [silent.id_in_vm()]).then_some(()));
+    daemon.reload();
+    a_works(&daemon);
+    briefly(&["list"]).succeeds();
+    // QEMU resets it, and the kernel waits for each answer.
+    let detach = ["--timeout", "2", "detach", &b.socket(), &silent.port];
+    let mut detach = Command::new(PROGRAM).args(detach).stderr(Stdio::null()).spawn().unwrap();
+    a_works(&daemon);
+    briefly(&["list"]).succeeds();
+    wait_for("the end of the detach", || detach.try_wait().unwrap());
+    // A daemon that starts now serves the others, too.
+    drop(daemon);
+    daemon = Daemon::launch(&["--timeout", "5"], &[("WATCHDOG_USEC", "3000000")]);
+    meanwhile("it is ready", || daemon.said().iter().any(|l| l == "READY=1").then_some(()));
+    a_works(&daemon);
+    daemon.signal(Signal::TERM);
+    let start = Instant::now();
+    assert!(daemon.wait().success());
+    assert!(start.elapsed() < MEANWHILE, "{:?}", start.elapsed());
+    remotes.remove(&silent.id);
+}
+
+fn an_event_keeps_its_time_whoever_starts_the_driver() {
+    let mut hardware = Hardware::open();
+    let mut remotes = Remotes::load();
+    let [a, ..] = three_vms(&mut hardware);
+    let udev = |port: &str| {
+        let variables = [("ACTION", "add"), ("DEVTYPE", "usb_device"), ("SUBSYSTEM", "usb")];
+        let real = fs::canonicalize(format!("/sys/bus/usb/devices/{port}")).unwrap();
+        let devpath = real.to_str().unwrap().trim_start_matches("/sys").to_owned();
+        let number = |name| fs::read_to_string(real.join(name)).unwrap().trim().to_owned();
+        let numbers = [("BUSNUM", number("busnum")), ("DEVNUM", number("devnum"))];
+        let mut command = program();
+        command.args(["udev", &a.socket()]).envs(variables).envs(numbers);
+        let refused = within_meanwhile(command.env("DEVPATH", devpath)).exits(1).stderr;
+        assert!(refused.contains("drivers are still starting"), "{refused}");
+    };
+    // The kernel starts it at the plug.
+    let (id, port) = hanging(&mut remotes);
+    udev(&port);
+    assert!(a.ids().is_empty());
+    remotes.remove(&id);
+    wait_for("it is gone", || {
+        (!fs::exists(format!("/sys/bus/usb/devices/{port}")).unwrap()).then_some(())
+    });
+    // udev loads it later.
+    must("rmmod", &["usbhid"]);
+    let (id, port) = hanging(&mut remotes);
+    udev(&port);
+    remotes.remove(&id);
+}
+
+fn program() -> Command {
+    let mut program = Command::new(PROGRAM);
+    program.args(["--timeout", "2", "--config", CONFIG]);
+    program
+}
+
 /// Runs the program with two seconds for each conversation.
 fn briefly(arguments: &[&str]) -> Outcome {
+    within_meanwhile(program().args(arguments))
+}
+
+fn within_meanwhile(command: &mut Command) -> Outcome {
     let start = Instant::now();
-    let output = Command::new(PROGRAM)
-        .args(["--timeout", "2", "--config", CONFIG])
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let output = command.stdin(Stdio::null()).output().unwrap();
     let took = start.elapsed();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     let outcome = Outcome {
@@ -150,8 +230,8 @@ fn briefly(arguments: &[&str]) -> Outcome {
         stdout: text(output.stdout),
         stderr: text(output.stderr),
     };
-    eprintln!("{arguments:?} took {took:?}: {outcome:?}");
-    assert!(took < MEANWHILE, "{arguments:?} took {took:?}");
+    eprintln!("{command:?} took {took:?}: {outcome:?}");
+    assert!(took < MEANWHILE, "{command:?} took {took:?}");
     outcome
 }
 
@@ -177,11 +257,25 @@ fn commands_show_what_is_known_and_keep_their_time() {
     let synced = briefly(&["sync"]).exits(1);
     assert!(synced.stderr.contains(&port), "{}", synced.stderr);
     vm.gets(&[&mouse]);
-    let detached = briefly(&["detach", "a", "1-3"]).succeeds();
+    // What QEMU does takes its time.
+    let mut detach = Command::new(PROGRAM);
+    detach.args(["--timeout", "8", "--config", CONFIG, "detach", "a", "1-3"]);
+    let detached = within_meanwhile(&mut detach).succeeds();
     assert!(detached.stdout.contains("usb-host-1-3"), "{}", detached.stdout);
     briefly(&["rule", "--vm", "a", &port]).succeeds();
     briefly(&["rule", "--vm", "a", "--by", "serial", &port]).exits(1);
-    briefly(&["inspect", "a"]).succeeds();
+    // An object for it, which QEMU does not open.
+    let number = |name: &str| -> u32 {
+        let text = fs::read_to_string(format!("/sys/bus/usb/devices/{port}/{name}")).unwrap();
+        text.trim().parse().unwrap()
+    };
+    let object = json!({
+        "driver": "usb-host", "id": format!("usb-host-{port}"), "bus": "xhci.0", "port": "2",
+        "hostbus": number("busnum"), "hostaddr": number("devnum"), "vendorid": 65535,
+    });
+    vm.qmp("device_add", object);
+    let shown = briefly(&["inspect", "a"]).succeeds().stdout;
+    assert!(shown.contains(&format!("usb-host-{port}")), "{shown}");
     assert!(start.elapsed() < HANGS, "{:?}: it hangs no more", start.elapsed());
     remotes.remove(&id);
     run(["list"]).succeeds();

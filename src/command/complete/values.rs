@@ -6,7 +6,7 @@ use super::Candidate;
 use crate::command::Context;
 use crate::command::running::Running;
 use crate::host::proc::cmdline::Endpoint;
-use crate::host::{Reach, Strings, in_haste};
+use crate::host::{Reach, Strings};
 use crate::qemu::qmp::Domain;
 use crate::qemu::{Vm, VmAddress};
 use crate::usb::{Device, DeviceId, Port};
@@ -117,8 +117,9 @@ pub async fn in_vm(context: &Context, vm: &str, typed: &str) -> Vec<Candidate> {
 fn strings(context: &Context, devices: &[Device]) -> Vec<Strings> {
     let host = context.host.clone();
     let ports: Vec<Port> = devices.iter().map(|device| device.port.clone()).collect();
-    let read = in_haste(ports, move |port| host.strings(&port));
-    read.into_iter().map(Option::unwrap_or_default).collect()
+    let read = context.host.in_haste(ports, move |port| host.strings(&port)).unwrap_or_default();
+    let strings = read.into_iter().map(Option::unwrap_or_default);
+    strings.chain(std::iter::repeat(Strings::default())).take(devices.len()).collect()
 }
 
 /// The name of a device, from its strings, and its ids.

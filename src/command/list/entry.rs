@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::host::{Bus, CLAIMED, Holder, Host, Look, OtherUse, Strings, in_haste};
+use crate::host::{self, Bus, CLAIMED, Holder, Host, Look, OtherUse, Strings};
 use crate::policy::rule::{self, Effect};
 use crate::policy::{Policy, Reading};
 use crate::text::escape;
@@ -173,19 +173,23 @@ impl Entry {
     /// Reads the facts about devices, each with its holders. If drivers are
     /// starting for a device, only the facts are shown that can be read at
     /// once.
+    ///
+    /// # Errors
+    ///
+    /// [`host::Error::Thread`].
     pub fn of_all(
         host: &Host,
         policy: &Arc<Policy>,
         devices: Vec<(Device, Vec<Holder>)>,
-    ) -> Vec<Self> {
+    ) -> Result<Vec<Self>, host::Error> {
         let read = {
             let (host, policy) = (host.clone(), policy.clone());
             move |device: Device| Late::of(&host, &policy, &device)
         };
         let all: Vec<Device> = devices.iter().map(|(device, _)| device.clone()).collect();
-        let late = in_haste(all, read);
+        let late = host.in_haste(all, read)?;
         let entry = |((device, holders), late)| Entry::of(host, policy, &device, holders, late);
-        devices.into_iter().zip(late).map(entry).collect()
+        Ok(devices.into_iter().zip(late).map(entry).collect())
     }
 
     fn of(

@@ -85,13 +85,13 @@ struct Follower<'a> {
 
 impl Follower<'_> {
     fn look(&self) -> Result<BTreeMap<Port, Entry>, Error> {
-        let entries = self.entries(self.context.host.devices()?).into_iter();
+        let entries = self.entries(self.context.host.devices()?)?.into_iter();
         Ok(entries.map(|entry| (entry.port.clone(), entry)).collect())
     }
 
-    fn entries(&self, devices: Vec<Device>) -> Vec<Entry> {
+    fn entries(&self, devices: Vec<Device>) -> Result<Vec<Entry>, Error> {
         let devices = devices.into_iter().map(|device| (device, Vec::new())).collect();
-        Entry::of_all(&self.context.host, self.policy, devices)
+        Ok(Entry::of_all(&self.context.host, self.policy, devices)?)
     }
 
     /// Prints what happened. Returns false if nobody reads any more.
@@ -123,7 +123,7 @@ impl Follower<'_> {
     }
 
     fn plugged(&mut self, device: &Device) -> Result<bool, Error> {
-        let Some(entry) = self.entries(vec![device.clone()]).pop() else { return Ok(true) };
+        let Some(entry) = self.entries(vec![device.clone()])?.pop() else { return Ok(true) };
         // The event and the first look may both report the device.
         let known = self.present.insert(device.port.clone(), entry.clone());
         if known.is_some_and(|known| known.at() == entry.at()) {

@@ -52,10 +52,10 @@ fn report(host: &Host, policy: &Arc<Policy>) -> Result<Report, Error> {
         let holders = holders.remove(&device.address).unwrap_or_default();
         (device, holders)
     });
-    let devices = Entry::of_all(host, policy, devices.collect());
+    let devices = Entry::of_all(host, policy, devices.collect())?;
     let mut numbers: Vec<u16> = devices.iter().map(|entry| entry.bus).collect();
     numbers.dedup();
-    let buses = numbers.into_iter().map(|number| host.bus(number).into()).collect();
+    let buses = host.described(&numbers).into_iter().map(Into::into).collect();
     Ok(Report { buses, devices })
 }
 

@@ -8,7 +8,6 @@ use tracing::{debug, info};
 use super::Context;
 use crate::error::Error;
 use crate::host::events::{Events, Source};
-use crate::host::in_haste;
 use crate::text::{chain, escape};
 use crate::ui::progress::Progress;
 use crate::usb::{Action, Device};
@@ -52,8 +51,8 @@ pub async fn plugged(context: &Context, wait: Duration) -> Result<Device, Error>
     drop(prompt);
     let device = came.map_err(|_| Error::NothingCame(wait.as_secs()))??;
     let host = context.host.clone();
-    let strings = in_haste([device.port.clone()], move |port| host.strings(&port));
-    let strings = strings.into_iter().flatten().next().unwrap_or_default();
+    let strings = context.host.in_haste([device.port.clone()], move |port| host.strings(&port));
+    let strings = strings.unwrap_or_default().into_iter().flatten().next().unwrap_or_default();
     let mut names = vec![device.to_string()];
     names.extend(strings.name());
     names.extend(strings.serial.map(|serial| format!("serial {serial}")));

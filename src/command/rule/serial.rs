@@ -21,7 +21,8 @@ pub fn warn_of_others(host: &Host, device: &Device, serial: &str) {
     let devices = devices.into_iter().filter(|other| other.id == device.id).collect();
     let is_alike =
         |its: &Option<Option<String>>| its.as_ref().and_then(Option::as_deref) == Some(serial);
-    let serials = host.serials(devices).into_iter().filter(|(_, its)| is_alike(its));
+    let serials =
+        host.serials(devices).unwrap_or_default().into_iter().filter(|(_, its)| is_alike(its));
     let alike: Vec<String> = serials.map(|(other, _)| other.port.to_string()).collect();
     if alike.len() > 1 {
         let (count, ports) = (alike.len(), alike.join(", "));

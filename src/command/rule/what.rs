@@ -9,7 +9,7 @@ use super::serial;
 use super::socket::Socket;
 use crate::cli::By;
 use crate::error::Error;
-use crate::host::{self, Host, in_haste};
+use crate::host::{self, Host};
 use crate::text::escape;
 use crate::usb::{Device, DeviceId, Port, Selector, VendorProduct};
 
@@ -71,8 +71,8 @@ impl What {
             By::Product => Ok(What::Product(device.id)),
             By::Serial => {
                 let reader = host.clone();
-                let read =
-                    in_haste([device.port.clone()], move |port| reader.serial_with_blanks(&port));
+                let read = move |port| reader.serial_with_blanks(&port);
+                let read = host.in_haste([device.port.clone()], read)?;
                 let Some(serial) = read.into_iter().next().flatten() else {
                     return Err(Error::Silent(device.clone()));
                 };
