@@ -78,7 +78,7 @@ pub(super) async fn open(
                     (_, Node::Held) => None,
                 }
             }
-            Err(Error::Host(host::Error::InUse(used))) if used.by == UsedBy::Unknown => {
+            Err(Error::Host(host::Error::InUse(used))) if may_pass(&used.by) => {
                 Some(host::Error::InUse(used).into())
             }
             Err(error) => return Err(error),
@@ -89,7 +89,10 @@ pub(super) async fn open(
             vm.drop_descriptors().await?;
         } else {
             let holders = host.holders(device.address);
-            let patience = if holders.iter().any(is_us) { half } else { half.min(PASSING) };
+            let is_claimed_by_us = matches!(&error, Some(Error::Host(host::Error::InUse(used)))
+                if used.by != UsedBy::Unknown);
+            let is_ours = is_claimed_by_us || holders.iter().any(is_us);
+            let patience = if is_ours { half } else { half.min(PASSING) };
             let is_final = holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
             if is_final || start.elapsed() >= patience {
                 return match error {
@@ -102,6 +105,15 @@ pub(super) async fn open(
         // Another process of this tool may just have attached it to this VM.
         present = vm.given(id).await?.filter(same);
         is_first = false;
+    }
+}
+
+/// Whether a disk may be free again soon. This tool claims disks for an attach,
+/// and a claim that cannot be explained may be one of those.
+fn may_pass(by: &UsedBy) -> bool {
+    match by {
+        UsedBy::Program(Some(program)) => is_us(program),
+        by => *by == UsedBy::Unknown,
     }
 }
 

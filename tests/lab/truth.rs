@@ -1,24 +1,21 @@
 //! What a VM has, and what it only seems to have.
 
 use crate::daemon::{Daemon, configure, rule};
-use crate::gadget::{Gadget, Gadgets};
 use crate::hardware::{Device, Hardware, Plugged, Stick, xhci};
 use crate::proxy::{self, Moment};
 use crate::sockets::rebind_xhci;
-use crate::tool::{self, PROGRAM, run};
+use crate::tool::{self, run};
 use crate::udev;
 use crate::vm::Vm;
-use crate::wait::{wait_for, wait_until};
+use crate::wait::wait_until;
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 crate::tests![
@@ -26,22 +23,19 @@ crate::tests![
     the_daemon_replaces_what_its_controller_lost_while_the_monitor_was_held,
     a_device_that_a_snapshot_took_is_dead_until_it_is_attached_again: every_qemu,
     a_vm_that_waits_for_its_state_gets_its_device_when_it_runs,
-    an_address_that_came_round_at_one_port_hides_no_dead_device: long,
     what_qemu_opened_itself_is_dead_when_the_host_drives_it_again,
     a_removal_that_somebody_made_up_detaches_nothing,
     the_daemon_says_of_its_own_vms_device_that_it_is_there,
-    what_an_attach_left_that_was_killed_goes_with_the_next_word,
-    an_attach_that_is_stopped_or_late_claims_nothing,
-    what_qemu_attached_too_late_is_attached_again,
     a_device_that_leaves_during_its_attach_is_not_called_attached,
     a_node_without_its_device_is_not_passed_on: any_qemu,
     a_lock_that_passes_is_waited_for: any_qemu,
+    a_claim_that_passes_is_waited_for: any_qemu,
     a_dry_run_claims_nothing: any_qemu,
     an_id_is_free_again_where_qemu_takes_its_time: every_qemu,
 ];
 
 /// The daemon with the rights that its unit gives it: it can list other processes' descriptors, not look at them.
-fn daemon() -> Daemon {
+pub fn daemon() -> Daemon {
     let wrapper = ["setpriv", "--bounding-set", "-all,+dac_override", "--inh-caps", "-all"];
     let daemon = Daemon::launch_in(&wrapper, &["--timeout", tool::SECONDS], &[]);
     daemon.wait_until_it_says("READY=1");
@@ -58,7 +52,7 @@ fn state(vm: &Vm) -> String {
 }
 
 /// Whether the VM has these devices, each connected to what is plugged in now.
-fn is_connected_to(vm: &Vm, devices: &[&Plugged]) -> bool {
+pub fn is_connected_to(vm: &Vm, devices: &[&Plugged]) -> bool {
     let mut nodes: Vec<PathBuf> = devices.iter().map(|device| device.node()).collect();
     let mut open = vm.open_nodes();
     nodes.sort();
@@ -69,7 +63,7 @@ fn is_connected_to(vm: &Vm, devices: &[&Plugged]) -> bool {
     open == nodes && devices.iter().all(has_id) && nodes.iter().all(|node| is_locked(node))
 }
 
-fn is_locked(node: &Path) -> bool {
+pub fn is_locked(node: &Path) -> bool {
     flock(File::open(node).unwrap(), FlockOperation::NonBlockingLockShared).is_err()
 }
 
@@ -134,7 +128,7 @@ fn the_daemon_replaces_what_its_controller_lost_while_the_monitor_was_held() {
 }
 
 /// A client that has the monitor to itself.
-fn hold(socket: &str) -> UnixStream {
+pub fn hold(socket: &str) -> UnixStream {
     let stream = UnixStream::connect(socket).unwrap();
     let mut greeting = String::new();
     BufReader::new(&stream).read_line(&mut greeting).unwrap();
@@ -209,34 +203,11 @@ fn a_vm_that_waits_for_its_state_gets_its_device_when_it_runs() {
     configure(&["a"], &rule("a", "port = \"1-3\""));
     let daemon = daemon();
     daemon.wait_for_log(&["saved or migrated state"]);
+    daemon.wait_for_status("1 VM, 1 running, 0 devices attached, 1 waiting");
     assert_eq!(vm.ids(), [""; 0]);
     vm.qmp("migrate-incoming", json!({"uri": format!("exec:cat {saved}")}));
     vm.gets(&[&mouse]);
     assert!(is_connected_to(&vm, &[&mouse]));
-}
-
-fn an_address_that_came_round_at_one_port_hides_no_dead_device() {
-    let mut gadgets = Gadgets::load(1);
-    let vm = Vm::new("a").start();
-    let gadget = || Gadget::new(0x1209, 0x0001).serial_port();
-    let first = gadgets.plug(gadget(), 0);
-    run(["attach", &vm.socket(), &first.port]).succeeds();
-    gadgets.pull(&first);
-    let mut plugs = 0;
-    let last = loop {
-        plugs += 1;
-        let plugged = gadgets.plug(gadget(), 0);
-        if plugged.address == first.address {
-            break plugged;
-        }
-        assert!(plugs < 200, "no address came round");
-        gadgets.pull(&plugged);
-    };
-    eprintln!("{plugs} plugs");
-    assert_eq!(state(&vm), "dead");
-    let shown = run(["attach", &vm.socket(), &last.port]).succeeds().stdout;
-    assert!(shown.contains("attached"), "{shown}");
-    assert!(is_connected_to(&vm, &[&last]));
 }
 
 fn what_qemu_opened_itself_is_dead_when_the_host_drives_it_again() {
@@ -321,121 +292,10 @@ fn attach_at_second_monitor(vm: &Vm, device: &Plugged) {
     vm.qmp("remove-fd", json!({"fdset-id": 77}));
 }
 
-fn open_locked(device: &Plugged) -> OwnedFd {
+pub fn open_locked(device: &Plugged) -> OwnedFd {
     let node = File::options().read(true).write(true).open(device.node()).unwrap();
     flock(&node, FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
     node.into()
-}
-
-fn what_an_attach_left_that_was_killed_goes_with_the_next_word() {
-    let mut hardware = Hardware::open();
-    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
-    let mouse = hardware.plug(Device::Mouse, xhci(3));
-    let leave = || {
-        a.pass_descriptor(set_of(&a), &open_locked(&mouse));
-        assert!(is_locked(&mouse.node()));
-    };
-    let attach = |vm: &Vm| run(["attach", &vm.socket(), &mouse.port]);
-    // `detach` says that there is nothing, and sees to it.
-    leave();
-    let refused = attach(&b).exits(7).stderr;
-    assert!(refused.contains("VM a") && refused.contains("detach it there"), "{refused}");
-    run(["detach", &a.socket(), &mouse.port]).exits(3);
-    assert!(!is_locked(&mouse.node()));
-    a.must_be_clean();
-    // So does an attach, whatever the socket's path looks like.
-    let link = "/run/link.qmp";
-    let _ = fs::remove_file(link);
-    std::os::unix::fs::symlink(a.socket(), link).unwrap();
-    for socket in [a.socket().as_str(), link, "/run/vm/../vm/a.qmp"] {
-        leave();
-        run(["attach", socket, &mouse.port]).succeeds();
-        assert!(is_connected_to(&a, &[&mouse]));
-        a.must_have_no_spare_descriptors();
-        run(["detach", socket, &mouse.port]).succeeds();
-        a.loses_all();
-    }
-    let sets = a.qmp("query-fdsets", json!({}));
-    assert!(sets.as_array().unwrap().len() <= 1, "{sets}");
-    // And an "already".
-    attach(&a).succeeds();
-    let second = hardware.plug(Device::Mouse, xhci(4));
-    a.pass_descriptor(set_of(&a), &open_locked(&second));
-    assert!(attach(&a).succeeds().stdout.contains("already"));
-    assert!(!is_locked(&second.node()));
-    // And a daemon, which may not look at QEMU's descriptors.
-    a.pass_descriptor(set_of(&a), &open_locked(&second));
-    configure(&["a"], &rule("a", "port = \"1-*\""));
-    let daemon = daemon();
-    wait_until("both are in the VM", || is_connected_to(&a, &[&mouse, &second]));
-    hardware.pull(&second);
-    let held = hold(&a.socket());
-    let second = hardware.plug(Device::Mouse, xhci(4));
-    a.pass_descriptor(set_of(&a), &open_locked(&second));
-    drop(held);
-    wait_until("both are in the VM again", || is_connected_to(&a, &[&mouse, &second]));
-    assert!(!daemon.log().contains("held by"), "{}", daemon.log());
-}
-
-/// The set that the program uses for what it passes through the VM's first monitor: a hash (FNV-1a) of the socket's
-/// device and inode.
-fn set_of(vm: &Vm) -> i64 {
-    let socket = fs::metadata(vm.socket()).unwrap();
-    let bytes = [socket.dev().to_le_bytes(), socket.ino().to_le_bytes()].concat();
-    let hash = bytes
-        .iter()
-        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
-    i64::from(hash & 0x7fff_ffff)
-}
-
-fn an_attach_that_is_stopped_or_late_claims_nothing() {
-    let mut hardware = Hardware::open();
-    let vm = Vm::new("a").start();
-    let mouse = hardware.plug(Device::Mouse, xhci(3));
-    let reached = Arc::new(Mutex::new(0));
-    let counter = reached.clone();
-    // QEMU never gets to it, and the descriptor stays with the proxy.
-    proxy::listen(vm.socket(), move |moment| {
-        let is_add = matches!(moment, Moment::Asked(text) if text.contains("device_add"));
-        *counter.lock().unwrap() += u32::from(is_add);
-        !is_add
-    });
-    let arguments = ["attach", proxy::SOCKET, &mouse.port];
-    for (n, signal) in [(1, Signal::TERM), (2, Signal::INT)] {
-        let mut attach = Command::new(PROGRAM)
-            .args(["--timeout", tool::SECONDS])
-            .args(arguments)
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        wait_until("it waits for QEMU", || *reached.lock().unwrap() == n);
-        assert!(is_locked(&mouse.node()));
-        kill_process(Pid::from_child(&attach), signal).unwrap();
-        let status = wait_for("its end", || attach.try_wait().unwrap());
-        assert_eq!(status.code(), Some(128 + signal.as_raw()));
-        assert!(!is_locked(&mouse.node()));
-    }
-    tool::run_within("5", arguments).exits(5);
-    assert_eq!(*reached.lock().unwrap(), 3);
-    assert!(!is_locked(&mouse.node()));
-    run(["attach", &vm.socket(), &mouse.port]).succeeds();
-    assert!(is_connected_to(&vm, &[&mouse]));
-}
-
-fn what_qemu_attached_too_late_is_attached_again() {
-    let mut hardware = Hardware::open();
-    let vm = Vm::new("a").start();
-    let mouse = hardware.plug(Device::Mouse, xhci(3));
-    proxy::listen(
-        vm.socket(),
-        |moment| !matches!(moment, Moment::Answered(text) if text.contains("device_add")),
-    );
-    tool::run_within("4", ["attach", proxy::SOCKET, &mouse.port]).exits(5);
-    wait_until("QEMU has done it", || vm.ids() == [mouse.id_in_vm()]);
-    assert!(!is_locked(&mouse.node()));
-    let shown = run(["attach", &vm.socket(), &mouse.port]).succeeds().stdout;
-    assert!(shown.contains("attached 1-3"), "{shown}");
-    assert!(is_connected_to(&vm, &[&mouse]));
 }
 
 fn a_device_that_leaves_during_its_attach_is_not_called_attached() {
@@ -499,6 +359,33 @@ fn a_lock_that_passes_is_waited_for() {
     run(["attach", proxy::SOCKET, &mouse.port]).succeeds();
     assert!(locked.lock().unwrap().is_none());
     assert!(is_connected_to(&vm, &[&mouse]));
+}
+
+fn a_claim_that_passes_is_waited_for() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    udev::settle();
+    // As another of these programs does it, for as long as its attach takes.
+    let other = format!("/run/{}", Path::new(tool::PROGRAM).file_name().unwrap().to_str().unwrap());
+    fs::copy("/bin/sleep", &other).unwrap();
+    let disk = File::open(stick.disk()).unwrap();
+    let other = Command::new(other).arg("1000").stdin(disk).spawn().unwrap();
+    let other = Arc::new(Mutex::new(Some(other)));
+    let until = other.clone();
+    let mut asked = 0;
+    proxy::listen(vm.socket(), move |moment| {
+        // The first question is before the claim, and each later one after it was refused.
+        asked += u32::from(matches!(moment, Moment::Asked(text) if text.contains("hostaddr")));
+        if let Some(mut other) = until.lock().unwrap().take_if(|_| asked > 1) {
+            other.kill().unwrap();
+            other.wait().unwrap();
+        }
+        true
+    });
+    run(["attach", proxy::SOCKET, &stick.port]).succeeds();
+    assert!(other.lock().unwrap().is_none());
+    assert!(is_connected_to(&vm, &[&stick]));
 }
 
 fn a_dry_run_claims_nothing() {
