@@ -24,7 +24,8 @@ const MOMENT: Duration = Duration::from_millis(100);
 
 /// How long to wait before checking again when nothing reports the change: the
 /// first time, and at most. Each check of a VM uses its monitor for a moment.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
+/// Nobody should wait longer than two seconds for a device that can be attached.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_millis(1500));
 
 /// How long to wait before checking again when the kernel reports most changes.
 const MOSTLY: Duration = Duration::from_secs(30);
@@ -71,8 +72,8 @@ impl Waiting {
         let wait = Wait { shared: shared.clone(), device: device.clone(), until, refusals };
         let task = async move {
             let port = wait.device.port.clone();
-            wait.until_it_may_go_well().await;
-            debug!(%port, "trying again");
+            let end = wait.until_it_may_go_well().await;
+            debug!(%port, "trying again: {}", end.as_text());
             let _ = worker.send(Work::Port(port));
         };
         let waiter = Waiter { device, until, refusals, task: spawn_local(task) };
@@ -98,8 +99,26 @@ struct Wait {
     refusals: u32,
 }
 
+/// What ended a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The kernel reported a change.
+    Told,
+    /// Nothing was reported, and it was time to check.
+    Time,
+}
+
+impl End {
+    fn as_text(self) -> &'static str {
+        match self {
+            End::Told => "the kernel reported a change",
+            End::Time => "it is time to check",
+        }
+    }
+}
+
 impl Wait {
-    async fn until_it_may_go_well(&self) {
+    async fn until_it_may_go_well(&self) -> End {
         // Events that arrive after this line may end the wait.
         let mut changes = self.shared.usb_changes();
         let (host, port) = (&self.shared.host, &self.device.port);
@@ -110,41 +129,55 @@ impl Wait {
             Until::Started => return self.until_started().await,
             Until::Untold => {
                 // A device that left the VM may have freed a port.
-                let _ = timeout(self.pause(), changes.changed()).await;
-                return sleep(MOMENT).await;
+                let end = match timeout(self.pause(), changes.changed()).await {
+                    Ok(_) => End::Told,
+                    Err(_) => End::Time,
+                };
+                sleep(MOMENT).await;
+                return end;
             }
         };
-        let Ok(signs) = signs else { return sleep(self.pause()).await };
+        let Ok(signs) = signs else { return self.a_while().await };
         sleep(MOMENT).await;
         if self.refusals > 0 && !self.is_seen().await {
             // The host does not show why the attach was refused again.
-            return sleep(self.pause()).await;
+            return self.a_while().await;
         }
         let at_most = match self.until {
             Until::DisksFree(Told::Never) => RETRY.0,
             Until::DisksFree(Told::Mostly) | Until::LetGo => MOSTLY,
             _ => Duration::MAX,
         };
+        // The change may have happened before the first check.
+        let mut end = End::Told;
         while self.is_seen().await {
-            tokio::select! {
-                () = signs.next() => {}
-                Ok(()) = changes.changed() => {}
-                () = sleep(at_most) => {}
-            }
+            end = tokio::select! {
+                () = signs.next() => End::Told,
+                Ok(()) = changes.changed() => End::Told,
+                () = sleep(at_most) => End::Time,
+            };
             sleep(MOMENT).await;
         }
+        end
     }
 
     /// Waits on a thread until the drivers have started. The kernel makes a
     /// reader wait for that.
-    async fn until_started(&self) {
+    async fn until_started(&self) -> End {
         let (host, port) = (self.shared.host.clone(), self.device.port.clone());
         if self.refusals > 0 {
             sleep(self.pause()).await;
         }
-        if blocking(move || host.wait_for_drivers(&port)).await.is_err() {
-            sleep(self.pause()).await;
+        match blocking(move || host.wait_for_drivers(&port)).await {
+            Ok(()) => End::Told,
+            Err(_) => self.a_while().await,
         }
+    }
+
+    /// Waits until it is time to check again.
+    async fn a_while(&self) -> End {
+        sleep(self.pause()).await;
+        End::Time
     }
 
     /// Whether the host shows that the reason still exists. The check disturbs

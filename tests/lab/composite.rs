@@ -78,12 +78,12 @@ fn name(device: &Plugged, number: u32) -> String {
 }
 
 /// An array of one disk, without mdadm (Linux, Documentation/admin-guide/md.rst).
-struct Array;
+pub struct Array;
 
 impl Array {
     const MD: &str = "/sys/block/md7/md";
 
-    fn assemble(disk: &Path) -> Array {
+    pub fn assemble(disk: &Path) -> Array {
         load("md-mod", &[]);
         load("raid1", &[]);
         fs::write("/sys/module/md_mod/parameters/new_array", "md7").expect("md");
@@ -105,7 +105,7 @@ impl Array {
         Array
     }
 
-    fn stop(self) {
+    pub fn stop(self) {
         wait_until("the array is not in use", || {
             fs::write(format!("{}/array_state", Array::MD), "clear").is_ok()
         });

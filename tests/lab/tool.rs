@@ -1,5 +1,6 @@
 //! The program under test, run as its users run it.
 
+use crate::host::must;
 use crate::vm::Vm;
 use std::ffi::OsStr;
 use std::process::{Command, Output};
@@ -63,20 +64,29 @@ pub fn run_hastily<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome 
     run_within("2", arguments)
 }
 
-/// Where the kernel lets it start no thread and no process (Linux, Documentation/admin-guide/cgroup-v2.rst, `pids`).
+/// A group of processes in which `$1` is to be (Linux, Documentation/admin-guide/cgroup-v2.rst, `pids`).
+const GROUP: &str = "set -e
+    mountpoint -q /run/cgroup || mount -m -t cgroup2 cgroup /run/cgroup
+    mkdir -p /run/cgroup/alone
+    echo +pids >/run/cgroup/cgroup.subtree_control
+    echo $1 >/run/cgroup/alone/cgroup.procs
+    echo 1 >/run/cgroup/alone/pids.max";
+
+/// Has the kernel let a process start no thread any more, until `max` is written to the file.
+pub fn leave_alone(pid: rustix::process::Pid) -> &'static str {
+    let pid = pid.as_raw_nonzero().to_string();
+    must("sh", &["-c", GROUP, "sh", &pid]);
+    "/run/cgroup/alone/pids.max"
+}
+
+/// Where the kernel lets it start no thread and no process.
 pub fn run_alone<'a>(
     arguments: impl IntoIterator<Item = &'a str>,
     environment: impl IntoIterator<Item = (&'static str, &'a str)>,
 ) -> Outcome {
-    const ALONE: &str = "set -e
-        mountpoint -q /run/cgroup || mount -m -t cgroup2 cgroup /run/cgroup
-        mkdir -p /run/cgroup/alone
-        echo +pids >/run/cgroup/cgroup.subtree_control
-        echo $$ >/run/cgroup/alone/cgroup.procs
-        echo 1 >/run/cgroup/alone/pids.max
-        exec \"$@\"";
+    let script = format!("set -- $$ \"$@\"; {GROUP}; shift; exec \"$@\"");
     let mut command = Command::new("sh");
-    command.args(["-c", ALONE, "sh", PROGRAM, "--timeout", SECONDS]).args(arguments);
+    command.args(["-c", &script, "sh", PROGRAM, "--timeout", SECONDS]).args(arguments);
     outcome(command.envs(environment))
 }
 

@@ -1,13 +1,15 @@
 //! What the daemon was refused for a reason that passes: it is done when the reason has passed, and not before
 //! anybody looks for it again.
 
+use crate::composite::Array;
 use crate::daemon::{CONFIG, Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Plugged, Stick, xhci};
-use crate::host::must;
+use crate::host::{load, must};
 use crate::remote::{self, Remotes};
-use crate::tool::run;
+use crate::tool::{self, run, run_alone};
+use crate::truth::open_locked;
 use crate::vm::Vm;
-use crate::wait::{PATIENCE, wait_at_most, wait_until};
+use crate::wait::{wait_at_most, wait_until};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Resource, Rlimit, prlimit};
 use serde_json::json;
@@ -22,16 +24,32 @@ crate::tests![
     what_another_vm_has_is_attached_when_it_is_detached_there,
     what_another_vm_has_is_attached_when_that_is_killed,
     what_a_qemu_took_by_itself_is_attached_when_it_gives_it_back,
+    what_somebody_has_locked_is_attached_when_it_is_closed: any_qemu,
     what_is_not_authorized_is_attached_when_it_is: any_qemu,
     a_full_vm_gets_the_next_device_when_one_is_detached,
-    a_vm_that_migrates_gets_its_device_when_it_has_stopped: long,
+    a_full_vm_gets_a_device_when_a_virtual_one_leaves,
+    what_is_part_of_other_block_devices_is_attached_when_those_are_gone: any_qemu,
+    a_vm_that_migrates_gets_its_device_when_it_has_stopped: every_qemu,
     a_device_whose_drivers_take_long_is_attached_when_they_are_done: any_qemu,
     without_descriptors_it_goes_on_when_there_are_some: any_qemu,
+    without_threads_it_goes_on_when_there_are_some: any_qemu,
     what_was_pulled_does_not_wait: any_qemu,
 ];
 
 /// The kernel tells, so it takes moments, of emulation inside emulation; to look again now and then would take 30 s.
 const SOON: Duration = Duration::from_secs(20);
+
+/// What the daemon says to itself when the kernel has woken it, and not its own clock.
+const TOLD: &str = "trying again: the kernel reported a change";
+
+/// It gets the device because the kernel has told of it.
+#[track_caller]
+fn gets_when_told(daemon: &Daemon, vm: &Vm, device: &Plugged) {
+    gets_soon(vm, device);
+    let log = daemon.log();
+    let last = log.lines().rfind(|line| line.contains("trying again"));
+    assert!(last.is_some_and(|line| line.contains(TOLD)), "{log}");
+}
 
 #[track_caller]
 fn gets_soon(vm: &Vm, device: &Plugged) {
@@ -42,7 +60,8 @@ fn gets_soon(vm: &Vm, device: &Plugged) {
 /// A daemon that gives the stick at 2-3 to VM a, and has been refused it.
 fn refused(vms: &[&str], why: &str) -> Daemon {
     configure(vms, &rule("a", "port = \"2-3\""));
-    let daemon = Daemon::start();
+    let daemon = Daemon::launch(&["--verbose", "--timeout", tool::SECONDS], &[]);
+    daemon.wait_until_it_says("READY=1");
     let status = last_status(&daemon);
     assert!(status.ends_with(", 1 waiting"), "{status}");
     let line = daemon.wait_for_log(&[why, "it is attached as soon as that is over"]);
@@ -78,12 +97,14 @@ fn a_mounted_stick_is_attached_when_it_is_unmounted() {
     must("umount", &["/mnt"]);
     // The same again is not worth a line.
     daemon.reload();
-    assert_eq!(daemon.log().matches("mounted on").count(), 1, "{}", daemon.log());
+    let log = daemon.log();
+    let is_new = |line: &&str| line.contains("mounted on") && !line.contains("again");
+    assert_eq!(log.lines().filter(is_new).count(), 1, "{log}");
     let would = run(["--config", CONFIG, "sync", "--dry-run"]).exits(7);
     assert!(would.stdout.contains("usb-host-2-3"), "{}", would.stdout);
     assert!(would.stdout.contains("mounted on /run/stick"), "{}", would.stdout);
     must("umount", &["/run/stick"]);
-    gets_soon(&vm, &stick);
+    gets_when_told(&daemon, &vm, &stick);
     daemon.wait_for_status("1 VM, 1 running, 1 device attached");
     // It goes back to the host like one that was attached at once.
     vm.kill();
@@ -97,9 +118,9 @@ fn swap_space_is_attached_when_it_is_not_swapped_to() {
     let disk = stick.disk().display().to_string();
     must("mkswap", &[&disk]);
     must("swapon", &[&disk]);
-    let _daemon = refused(&["a"], "swap space");
+    let daemon = refused(&["a"], "swap space");
     must("swapoff", &[&disk]);
-    gets_soon(&vm, &stick);
+    gets_when_told(&daemon, &vm, &stick);
 }
 
 fn a_disk_that_a_program_has_open_is_attached_when_it_is_closed() {
@@ -109,9 +130,9 @@ fn a_disk_that_a_program_has_open_is_attached_when_it_is_closed() {
     // As the service, the daemon sees a program that has locked the disk, as QEMU does, and no other.
     let open = File::open(stick.disk()).unwrap();
     flock(&open, FlockOperation::LockExclusive).unwrap();
-    let _daemon = refused(&["a"], "open in process");
+    let daemon = refused(&["a"], "open in process");
     drop(open);
-    gets_soon(&vm, &stick);
+    gets_when_told(&daemon, &vm, &stick);
 }
 
 fn what_another_vm_has_is_attached_when_it_is_detached_there() {
@@ -121,7 +142,7 @@ fn what_another_vm_has_is_attached_when_it_is_detached_there() {
     run(["attach", &b.socket(), &stick.port]).succeeds();
     let daemon = refused(&["a", "b"], "is held by");
     run(["detach", &b.socket(), &stick.port]).succeeds();
-    gets_soon(&a, &stick);
+    gets_when_told(&daemon, &a, &stick);
     // What a person moves stays where it was moved to.
     run(["detach", &a.socket(), &stick.port]).succeeds();
     run(["attach", &b.socket(), &stick.port]).succeeds();
@@ -135,9 +156,9 @@ fn what_another_vm_has_is_attached_when_that_is_killed() {
     let (a, other) = (Vm::new("a").start(), Vm::new("other").start());
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     run(["attach", &other.socket(), &stick.port]).succeeds();
-    let _daemon = refused(&["a"], "is held by");
+    let daemon = refused(&["a"], "is held by");
     other.kill();
-    gets_soon(&a, &stick);
+    gets_when_told(&daemon, &a, &stick);
 }
 
 fn what_a_qemu_took_by_itself_is_attached_when_it_gives_it_back() {
@@ -149,9 +170,19 @@ fn what_a_qemu_took_by_itself_is_attached_when_it_gives_it_back() {
     own.boot();
     own.wait_for_debug("booted from SN1");
     let a = Vm::new("a").start();
-    let _daemon = refused(&["a"], "is in use by");
+    let daemon = refused(&["a"], "is in use by");
     own.qmp("device_del", json!({"id": "own"}));
-    gets_soon(&a, &stick);
+    gets_when_told(&daemon, &a, &stick);
+}
+
+fn what_somebody_has_locked_is_attached_when_it_is_closed() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let locked = open_locked(&stick);
+    let daemon = refused(&["a"], "is held by");
+    drop(locked);
+    gets_when_told(&daemon, &vm, &stick);
 }
 
 fn what_is_not_authorized_is_attached_when_it_is() {
@@ -159,9 +190,9 @@ fn what_is_not_authorized_is_attached_when_it_is() {
     let vm = Vm::new("a").start();
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     fs::write(stick.sysfs.join("authorized"), "0").unwrap();
-    let _daemon = refused(&["a"], "is not authorized");
+    let daemon = refused(&["a"], "is not authorized");
     fs::write(stick.sysfs.join("authorized"), "1").unwrap();
-    gets_soon(&vm, &stick);
+    gets_when_told(&daemon, &vm, &stick);
 }
 
 fn a_full_vm_gets_the_next_device_when_one_is_detached() {
@@ -178,18 +209,53 @@ fn a_full_vm_gets_the_next_device_when_one_is_detached() {
     gets_soon(&vm, &stick);
 }
 
+fn a_full_vm_gets_a_device_when_a_virtual_one_leaves() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").without_controller();
+    let vm = vm.argument("-device", "qemu-xhci,id=xhci,p2=1,p3=1");
+    let vm = vm.argument("-device", "usb-tablet,id=tablet,bus=xhci.0,port=1").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let _daemon = refused(&["a"], "no free port");
+    // Nothing tells, so it looks again and again.
+    vm.qmp("device_del", json!({"id": "tablet"}));
+    gets_soon(&vm, &stick);
+}
+
+fn what_is_part_of_other_block_devices_is_attached_when_those_are_gone() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1").mebibytes(4), xhci(3));
+    load("dm-mod", &[]);
+    let mapped = |disk: &str, uuid: &str| {
+        let table = format!("0 2048 linear {disk} 0");
+        must("dmsetup", &["create", "part", "--uuid", uuid, "--noudevsync", "--table", &table]);
+    };
+    for uuid in ["LVM-0123456789abcdef", "CRYPT-0123456789abcdef", "other"] {
+        mapped(stick.disk().to_str().unwrap(), uuid);
+        let daemon = refused(&["a"], "(part)");
+        must("dmsetup", &["remove", "--noudevsync", "--retry", "part"]);
+        gets_soon(&vm, &stick);
+        drop(daemon);
+        run(["detach", &vm.socket(), &stick.port]).succeeds();
+    }
+    let array = Array::assemble(&stick.disk());
+    let _daemon = refused(&["a"], "part of md7");
+    array.stop();
+    gets_soon(&vm, &stick);
+}
+
 fn a_vm_that_migrates_gets_its_device_when_it_has_stopped() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    configure(&["a"], &rule("a", "port = \"2-3\""));
-    let daemon = Daemon::start();
-    vm.qmp("migrate-set-parameters", json!({"max-bandwidth": 1000}));
-    vm.qmp("migrate", json!({"uri": "exec:cat >/dev/null"}));
+    // Nobody reads what QEMU writes, so it is not done until that ends.
+    let reader = "/run/migration";
+    vm.qmp("migrate", json!({"uri": format!("exec:echo $$ >{reader}; exec sleep 1000")}));
+    wait_until("it migrates", || vm.qmp("query-migrate", json!({}))["status"] == "active");
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
-    daemon.wait_for_log(&["not allowed while migrating"]);
-    daemon.wait_for_status("1 VM, 1 running, 0 devices attached, 1 waiting");
-    vm.qmp("migrate_cancel", json!({}));
-    vm.gets(&[&stick]);
+    let _daemon = refused(&["a"], "not allowed while migrating");
+    must("kill", &[fs::read_to_string(reader).unwrap().trim()]);
+    wait_until("it migrates no more", || vm.qmp("query-migrate", json!({}))["status"] == "failed");
+    gets_soon(&vm, &stick);
 }
 
 fn a_device_whose_drivers_take_long_is_attached_when_they_are_done() {
@@ -197,12 +263,12 @@ fn a_device_whose_drivers_take_long_is_attached_when_they_are_done() {
     let mut remotes = Remotes::load();
     let vm = Vm::new("a").start();
     configure(&["a"], &rule("a", "vendor = \"1209\""));
-    let daemon = Daemon::launch(&["--timeout", "2"], &[]);
+    let daemon = Daemon::launch(&["--timeout", "8"], &[]);
     daemon.wait_until_it_says("READY=1");
     let id = remotes.insert(remote::Device::hangs_in_probe(1), 2);
     daemon.wait_for_log(&["its drivers are still starting"]);
     daemon.wait_for_status("1 VM, 1 running, 0 devices attached, 1 waiting");
-    wait_at_most(PATIENCE, "it to be attached", || (vm.ids().len() == 1).then_some(()));
+    daemon.wait_for_status("1 VM, 1 running, 1 device attached");
     remotes.remove(&id);
     vm.loses_all();
 }
@@ -223,7 +289,30 @@ fn without_descriptors_it_goes_on_when_there_are_some() {
     daemon.wait_for_log(&["Too many open files"]);
     daemon.wait_for_status("1 VM, 1 running, 0 devices attached, 1 waiting");
     prlimit(Some(daemon.pid()), Resource::Nofile, limit).unwrap();
-    vm.gets(&[&stick]);
+    gets_soon(&vm, &stick);
+}
+
+fn without_threads_it_goes_on_when_there_are_some() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    daemon.is_idle();
+    let room = tool::leave_alone(daemon.pid());
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    daemon.wait_for_log(&["on a thread of its own", "Resource temporarily unavailable"]);
+    daemon.wait_for_status("1 VM, 1 running, 0 devices attached, 1 waiting");
+    fs::write(room, "max").unwrap();
+    gets_soon(&vm, &stick);
+    // A command says so, and ends.
+    run(["detach", &vm.socket(), &stick.port]).succeeds();
+    let socket = vm.socket();
+    let attach = &["attach", &socket, &stick.port][..];
+    for arguments in [attach, &["list", "--json"], &["rule", "--vm", "a", "serial=SN1"]] {
+        let refused = run_alone(arguments.iter().copied(), []).exits(1).stderr;
+        assert!(refused.contains("Resource temporarily unavailable"), "{refused}");
+        assert!(!refused.contains("panicked"), "{refused}");
+    }
 }
 
 fn what_was_pulled_does_not_wait() {
