@@ -44,6 +44,7 @@ mod completions;
 mod composite;
 mod configfs;
 mod controllers;
+mod cut_off;
 mod daemon;
 mod demo;
 mod disks;
@@ -179,6 +180,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         man::TESTS,
         leftovers::TESTS,
         truth::TESTS,
+        cut_off::TESTS,
         usbip::TESTS,
         libvirt::TESTS,
         zoo::TESTS,

@@ -3,7 +3,7 @@
 
 use crate::qmp::send;
 use std::fs;
-use std::io::{IoSliceMut, Read, Write};
+use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -21,11 +21,29 @@ pub enum Moment<'a> {
     Answered(&'a str),
 }
 
+/// What to do with what is about to be passed on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Pass {
+    /// It is passed on.
+    On,
+    /// It is kept back, with its descriptor, until the client leaves.
+    Keep,
+    /// Of the commands, QEMU gets the first one only.
+    First,
+    /// QEMU gets the first one, and when it has done that, the connection ends on either side.
+    FirstAndEnd,
+}
+
 pub const SOCKET: &str = "/run/proxy.qmp";
 
 /// Listens at [`SOCKET`]. `passes` is asked before something is passed on; what it says no to is kept back, with its
 /// descriptor, until the client leaves.
 pub fn listen(socket: String, mut passes: impl FnMut(Moment<'_>) -> bool + Send + 'static) {
+    listen_to(socket, move |moment| if passes(moment) { Pass::On } else { Pass::Keep });
+}
+
+/// Likewise, with more to choose from.
+pub fn listen_to(socket: String, mut passes: impl FnMut(Moment<'_>) -> Pass + Send + 'static) {
     let _ = fs::remove_file(SOCKET);
     let listener = UnixListener::bind(SOCKET).expect("a socket");
     thread::spawn(move || {
@@ -39,7 +57,7 @@ pub fn listen(socket: String, mut passes: impl FnMut(Moment<'_>) -> bool + Send 
 fn serve(
     mut client: &UnixStream,
     mut vm: &UnixStream,
-    passes: &mut impl FnMut(Moment<'_>) -> bool,
+    passes: &mut impl FnMut(Moment<'_>) -> Pass,
 ) {
     let (mut asked, mut answered, mut commands) = (0, Vec::new(), String::new());
     let mut kept = Vec::new();
@@ -55,12 +73,27 @@ fn serve(
                 continue;
             }
             let text = String::from_utf8(bytes).expect("commands are text");
-            asked += text.lines().count();
             commands += &text;
-            if passes(Moment::Asked(&text)) {
-                send(vm.as_fd(), text.as_bytes(), descriptor.as_ref());
-            } else {
-                kept.push(descriptor);
+            let first = text.split_inclusive('\n').next().unwrap_or_default();
+            match passes(Moment::Asked(&text)) {
+                Pass::On => {
+                    asked += text.lines().count();
+                    send(vm.as_fd(), text.as_bytes(), descriptor.as_ref());
+                }
+                Pass::Keep => {
+                    asked += text.lines().count();
+                    kept.push(descriptor);
+                }
+                Pass::First => {
+                    asked += 1;
+                    send(vm.as_fd(), first.as_bytes(), descriptor.as_ref());
+                    kept.push(None);
+                }
+                Pass::FirstAndEnd => {
+                    send(vm.as_fd(), first.as_bytes(), descriptor.as_ref());
+                    wait_for_reply(vm);
+                    return;
+                }
             }
         } else {
             let mut bytes = [0; 4096];
@@ -72,13 +105,18 @@ fn serve(
             let text = String::from_utf8_lossy(&answered);
             let replies = text.lines().filter(|line| line.contains("\"id\": ")).count();
             if answered.ends_with(b"\n") && replies >= asked {
-                if replies == 0 || passes(Moment::Answered(&commands)) {
+                if replies == 0 || passes(Moment::Answered(&commands)) == Pass::On {
                     has_left |= client.write_all(&answered).is_err();
                 }
                 (asked, answered, commands) = (asked - replies, Vec::new(), String::new());
             }
         }
     }
+}
+
+fn wait_for_reply(vm: &UnixStream) {
+    let mut lines = BufReader::new(vm).lines().map(|line| line.expect("QEMU runs"));
+    assert!(lines.any(|line| line.contains("\"id\": ")), "QEMU left");
 }
 
 fn receive(stream: BorrowedFd<'_>) -> (Vec<u8>, Option<OwnedFd>) {
