@@ -23,6 +23,7 @@ crate::tests![
     what_a_qemu_that_was_stopped_does_later_is_found,
     what_an_attach_left_that_was_killed_goes_with_the_next_word,
     what_qemu_attached_too_late_is_attached_again,
+    what_came_through_another_monitor_is_not_laid_to_a_pause,
 ];
 
 /// An attach of a mouse to VM a, of which QEMU has done the first command: it has the descriptor.
@@ -40,11 +41,19 @@ impl Cut {
         Cut { a, b, mouse }
     }
 
-    /// Has QEMU do no more than to take the descriptor, `then` something else happens.
+    /// Has QEMU do no more of the next attach than to take the descriptor, and `then` decides how it ends. What is
+    /// said later through the same socket, and so with the same set of descriptors, is passed on.
     fn after_descriptor(&self, mut then: impl FnMut() -> Pass + Send + 'static) {
+        let (mut is_cut, mut has_rest) = (false, false);
         proxy::listen_to(self.a.socket(), move |moment| match moment {
-            Moment::Asked(text) if text.contains("add-fd") => then(),
-            Moment::Asked(text) if text.contains("device_add") => Pass::Keep,
+            Moment::Asked(text) if text.contains("add-fd") && !is_cut => {
+                (is_cut, has_rest) = (true, !text.contains("device_add"));
+                then()
+            }
+            Moment::Asked(text) if text.contains("device_add") && has_rest => {
+                has_rest = false;
+                Pass::Keep
+            }
             _ => Pass::On,
         });
     }
@@ -63,11 +72,11 @@ impl Cut {
     /// Nothing keeps either VM from it.
     fn is_forgotten(&self) {
         assert!(!is_locked(&self.mouse.node()));
-        for vm in [&self.b, &self.a] {
-            run(["attach", &vm.socket(), &self.mouse.port]).succeeds();
+        for (vm, socket) in [(&self.b, self.b.socket().as_str()), (&self.a, proxy::SOCKET)] {
+            run(["attach", socket, &self.mouse.port]).succeeds();
             assert!(is_connected_to(vm, &[&self.mouse]));
             vm.must_have_no_spare_descriptors();
-            run(["detach", &vm.socket(), &self.mouse.port]).succeeds();
+            run(["detach", socket, &self.mouse.port]).succeeds();
             vm.loses_all();
         }
     }
@@ -75,8 +84,8 @@ impl Cut {
 
 fn an_attach_that_is_stopped_takes_its_lock_along() {
     let cut = Cut::new();
-    cut.after_descriptor(|| Pass::First);
     for signal in [Signal::TERM, Signal::INT] {
+        cut.after_descriptor(|| Pass::First);
         let mut attach = cut.attach();
         cut.wait_until_qemu_has_the_descriptor();
         kill_process(Pid::from_child(&attach), signal).unwrap();
@@ -105,7 +114,6 @@ fn an_attach_whose_connection_ends_takes_its_lock_along() {
 
 fn what_an_attach_left_that_was_killed_goes_with_the_next_attach_or_detach() {
     let cut = Cut::new();
-    let socket = cut.a.socket();
     let leave = || {
         let pid = Arc::new(Mutex::new(None));
         let its = pid.clone();
@@ -123,14 +131,14 @@ fn what_an_attach_left_that_was_killed_goes_with_the_next_attach_or_detach() {
     leave();
     let refused = run(["attach", &cut.b.socket(), &cut.mouse.port]).exits(7).stderr;
     assert!(refused.contains("VM a") && refused.contains("detach it there"), "{refused}");
-    let left = run(["detach", &socket, &cut.mouse.port]).exits(3).stderr;
+    let left = run(["detach", proxy::SOCKET, &cut.mouse.port]).exits(3).stderr;
     assert!(left.contains("has no device"), "{left}");
     cut.a.must_be_clean();
     cut.is_forgotten();
     leave();
-    run(["attach", &socket, &cut.mouse.port]).succeeds();
+    run(["attach", proxy::SOCKET, &cut.mouse.port]).succeeds();
     assert!(is_connected_to(&cut.a, &[&cut.mouse]));
-    run(["detach", &socket, &cut.mouse.port]).succeeds();
+    run(["detach", proxy::SOCKET, &cut.mouse.port]).succeeds();
     cut.is_forgotten();
 }
 
@@ -138,12 +146,17 @@ fn what_a_qemu_that_was_stopped_does_later_is_found() {
     let cut = Cut::new();
     let socket = cut.a.socket();
     let qemu = Pid::from_raw(cut.a.pid()).unwrap();
-    proxy::listen(cut.a.socket(), move |moment| {
-        if matches!(moment, Moment::Asked(text) if text.contains("add-fd")) {
-            kill_process(qemu, Signal::STOP).unwrap();
-        }
-        true
-    });
+    let listen = || {
+        let mut is_stopped = false;
+        proxy::listen(cut.a.socket(), move |moment| {
+            if !is_stopped && matches!(moment, Moment::Asked(text) if text.contains("add-fd")) {
+                is_stopped = true;
+                kill_process(qemu, Signal::STOP).unwrap();
+            }
+            true
+        });
+    };
+    listen();
     // The tool gives up, and takes its lock along.
     tool::run_within("4", ["attach", proxy::SOCKET, &cut.mouse.port]).exits(5);
     assert!(!is_locked(&cut.mouse.node()));
@@ -154,6 +167,7 @@ fn what_a_qemu_that_was_stopped_does_later_is_found() {
     assert!(is_connected_to(&cut.a, &[&cut.mouse]));
     run(["detach", &socket, &cut.mouse.port]).succeeds();
     // The tool is killed: what QEMU does later is a whole attach.
+    listen();
     let mut attach = cut.attach();
     wait_until("QEMU is stopped", || {
         let status = fs::read_to_string(format!("/proc/{}/status", cut.a.pid())).unwrap();
@@ -243,5 +257,20 @@ fn what_qemu_attached_too_late_is_attached_again() {
     assert!(!is_locked(&mouse.node()));
     let shown = run(["attach", &vm.socket(), &mouse.port]).succeeds().stdout;
     assert!(shown.contains("attached 1-3"), "{shown}");
+    assert!(is_connected_to(&vm, &[&mouse]));
+}
+
+fn what_came_through_another_monitor_is_not_laid_to_a_pause() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    vm.pass_descriptor(77, &open_locked(&mouse));
+    let refused = run(["attach", &vm.socket(), &mouse.port]).exits(7).stderr;
+    assert!(refused.contains("still holds") && refused.contains("another monitor"), "{refused}");
+    assert!(!refused.contains("paused"), "{refused}");
+    // The other one's affairs are not touched.
+    assert!(is_locked(&mouse.node()));
+    vm.qmp("remove-fd", json!({"fdset-id": 77}));
+    run(["attach", &vm.socket(), &mouse.port]).succeeds();
     assert!(is_connected_to(&vm, &[&mouse]));
 }

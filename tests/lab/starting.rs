@@ -6,6 +6,7 @@ use crate::hardware::{Device, Hardware, xhci};
 use crate::host::must;
 use crate::remote::{self, Remotes};
 use crate::tool::{Outcome, PROGRAM, run};
+use crate::truth::open_locked;
 use crate::vm::Vm;
 use crate::wait::{wait_at_most, wait_for};
 use rustix::process::Signal;
@@ -264,14 +265,15 @@ fn commands_show_what_is_known_and_keep_their_time() {
     assert!(detached.stdout.contains("usb-host-1-3"), "{}", detached.stdout);
     briefly(&["rule", "--vm", "a", &port]).succeeds();
     briefly(&["rule", "--vm", "a", "--by", "serial", &port]).exits(1);
-    // An object for it, which QEMU does not open.
+    // An object for it, whose descriptor is another one's, so that QEMU does not wait itself.
     let number = |name: &str| -> u32 {
         let text = fs::read_to_string(format!("/sys/bus/usb/devices/{port}/{name}")).unwrap();
         text.trim().parse().unwrap()
     };
+    vm.pass_descriptor(77, &open_locked(&mouse));
     let object = json!({
         "driver": "usb-host", "id": format!("usb-host-{port}"), "bus": "xhci.0", "port": "2",
-        "hostbus": number("busnum"), "hostaddr": number("devnum"), "vendorid": 65535,
+        "hostbus": number("busnum"), "hostaddr": number("devnum"), "hostdevice": "/dev/fdset/77",
     });
     vm.qmp("device_add", object);
     let shown = briefly(&["inspect", "a"]).succeeds().stdout;
