@@ -103,6 +103,7 @@ fn a_mounted_stick_is_attached_when_it_is_unmounted() {
     let would = run(["--config", CONFIG, "sync", "--dry-run"]).exits(7);
     assert!(would.stdout.contains("usb-host-2-3"), "{}", would.stdout);
     assert!(would.stdout.contains("mounted on /run/stick"), "{}", would.stdout);
+    daemon.is_idle();
     must("umount", &["/run/stick"]);
     gets_when_told(&daemon, &vm, &stick);
     daemon.wait_for_status("1 VM, 1 running, 1 device attached");
