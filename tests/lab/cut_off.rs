@@ -98,7 +98,7 @@ fn an_attach_that_is_stopped_takes_its_lock_along() {
 fn an_attach_that_is_late_takes_its_lock_along() {
     let cut = Cut::new();
     cut.after_descriptor(|| Pass::First);
-    tool::run_within("4", ["attach", proxy::SOCKET, &cut.mouse.port]).exits(5);
+    tool::run_within("8", ["attach", proxy::SOCKET, &cut.mouse.port]).exits(5);
     assert_eq!(cut.a.ids(), [""; 0]);
     cut.is_forgotten();
 }
@@ -158,7 +158,7 @@ fn what_a_qemu_that_was_stopped_does_later_is_found() {
     };
     listen();
     // The tool gives up, and takes its lock along.
-    tool::run_within("4", ["attach", proxy::SOCKET, &cut.mouse.port]).exits(5);
+    tool::run_within("8", ["attach", proxy::SOCKET, &cut.mouse.port]).exits(5);
     assert!(!is_locked(&cut.mouse.node()));
     cut.a.signal(Signal::CONT);
     wait_until("QEMU has done it", || cut.a.ids() == [cut.mouse.id_in_vm()]);
@@ -252,7 +252,7 @@ fn what_qemu_attached_too_late_is_attached_again() {
         vm.socket(),
         |moment| !matches!(moment, Moment::Answered(text) if text.contains("device_add")),
     );
-    tool::run_within("4", ["attach", proxy::SOCKET, &mouse.port]).exits(5);
+    tool::run_within("8", ["attach", proxy::SOCKET, &mouse.port]).exits(5);
     wait_until("QEMU has done it", || vm.ids() == [mouse.id_in_vm()]);
     assert!(!is_locked(&mouse.node()));
     let shown = run(["attach", &vm.socket(), &mouse.port]).succeeds().stdout;
