@@ -289,3 +289,71 @@ fn host_cell(host: &HostReport) -> String {
     words.push(host.state.word().to_owned());
     words.join(" ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::Wanted;
+    use crate::qemu::qmp::Version;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use std::fs;
+    use std::time::Duration;
+
+    #[test]
+    fn a_device_that_is_starting_is_shown_without_its_strings() {
+        let root = tempfile::tempdir().unwrap();
+        let plug = |port: &str, number: &str| {
+            let directory = root.path().join("sys/bus/usb/devices").join(port);
+            fs::create_dir_all(&directory).unwrap();
+            let numbers = [("busnum", "1"), ("devnum", number), ("speed", "480")];
+            let ids = [("idVendor", "1209"), ("idProduct", "0001"), ("bDeviceClass", "00")];
+            for (name, value) in numbers.into_iter().chain(ids) {
+                fs::write(directory.join(name), value).unwrap();
+            }
+            directory
+        };
+        let ready = plug("1-1", "2");
+        fs::write(ready.join("product"), "A name of more than 31 characters\n").unwrap();
+        fs::write(ready.join("serial"), "SN1\n").unwrap();
+        // Whoever opens these waits.
+        let starting = plug("1-2", "3");
+        for name in ["product", "serial"] {
+            mknodat(CWD, starting.join(name), FileType::Fifo, Mode::RUSR, 0).unwrap();
+        }
+        let device = |port: &str, number: u8| {
+            let wanted = Wanted { bus: Some(1), address: Some(number), ..Wanted::default() };
+            let id = format!("usb-host-{port}");
+            GuestDevice {
+                id: Some(id.clone()),
+                qom_path: format!("/machine/peripheral/{id}"),
+                driver: "usb-host".into(),
+                bus: Some("xhci.0".into()),
+                port: Some(number.to_string()),
+                speed: None,
+                product: Some("what QEMU says".into()),
+                host: Some(UsbHost { name: id, wanted, is_attached: Some(true) }),
+            }
+        };
+        let inventory = Inventory {
+            name: None,
+            version: Version { major: 10, minor: 0, micro: 2 },
+            status: None,
+            controllers: Vec::new(),
+            devices: vec![device("1-1", 2), device("1-2", 3), device("1-3", 4)],
+        };
+        let host = Host::at(root.path()).within(Duration::from_secs(2));
+        let report = report(&host, None, "a".into(), inventory).unwrap();
+        let shown = |device: &DeviceReport| {
+            let host = device.host.as_ref().unwrap();
+            let vendor = host.vendor.as_deref() == Some("1209");
+            (device.product.clone().unwrap(), host.serial.clone(), vendor, host.state)
+        };
+        let shown: Vec<_> = report.devices.iter().map(shown).collect();
+        let own = "A name of more than 31 characters".to_owned();
+        assert_eq!(shown[0], (own, Some("SN1".into()), true, State::Present));
+        assert_eq!(shown[1], ("what QEMU says".into(), None, true, State::Present));
+        assert_eq!(shown[2], ("what QEMU says".into(), None, false, State::Gone));
+        let speeds: Vec<bool> = report.devices.iter().map(|d| d.speed_mbps.is_some()).collect();
+        assert_eq!(speeds, [true, true, false]);
+    }
+}
