@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::Options;
+use super::{Early, Options};
 use crate::error::Error;
 use crate::host::{self, Claim, Claims, Holder, Host, Life, Node, Owner, UsedBy, blocking};
 use crate::presence::opened;
@@ -28,7 +28,8 @@ pub(super) struct Ready {
 }
 
 /// Opens and claims a device. Returns `None` if the VM has it already. If
-/// another process has it, this is tried again as long as that may end soon.
+/// another process has it, this is tried again as long as that may end soon. It
+/// may have been opened once already.
 pub(super) async fn open(
     host: &Host,
     vm: &mut Vm,
@@ -36,6 +37,7 @@ pub(super) async fn open(
     id: &DeviceId,
     probe: &Probe,
     options: &Options,
+    mut early: Option<Early>,
 ) -> Result<Option<Ready>, Error> {
     let pid = vm.pid();
     let same = |given: &Given| given.address == Some(device.address);
@@ -53,7 +55,11 @@ pub(super) async fn open(
         if life == Some(Life::Alive) {
             return Ok(None);
         }
-        let error = match open_once(host, device, options, deadline).await {
+        let node = match early.take() {
+            Some(early) => early.opened,
+            None => open_once(host, device, options, deadline).await,
+        };
+        let error = match node {
             Ok((claims, node)) => {
                 // Only the attempt to lock it tells for sure.
                 let locked = match &node {

@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::host::Host;
 use crate::presence::{Leftover, presence};
 use crate::qemu::{Given, Vm};
-use crate::usb::{Address, DeviceId};
+use crate::usb::{Address, DeviceId, Port};
 
 /// The result of a detach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +33,9 @@ pub async fn detach_leftover(
     id: &DeviceId,
     address: Option<Address>,
 ) -> Result<Detached, Error> {
+    if let Some(detached) = detach_if_gone(host, vm, id).await? {
+        return Ok(detached);
+    }
     let Some(given) = vm.given(id).await? else {
         vm.drop_descriptors().await?;
         return Ok(Detached::NotThere);
@@ -42,6 +45,27 @@ pub async fn detach_leftover(
         return Ok(Detached::NotThere);
     }
     detach_if_left_over(host, vm, id, &given).await
+}
+
+/// Detaches the device of a port that is empty, without a question before it:
+/// whatever the VM has for that port is a leftover. Returns `None`, and does
+/// nothing, if a device is there or may be there.
+///
+/// # Errors
+///
+/// The same errors as [`Vm::detach`].
+pub async fn detach_if_gone(
+    host: &Host,
+    vm: &mut Vm,
+    id: &DeviceId,
+) -> Result<Option<Detached>, Error> {
+    let is_empty = |port: Port| host.has_usb() && matches!(host.device(&port), Ok(None));
+    if !id.port().is_some_and(is_empty) {
+        return Ok(None);
+    }
+    let is_detached = vm.detach(id).await?;
+    let gone = Detached::Leftover(Leftover::Gone);
+    Ok(Some(if is_detached { gone } else { Detached::NotThere }))
 }
 
 /// Like [`detach_leftover`], for a caller that has just read what the VM has.

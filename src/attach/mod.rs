@@ -3,6 +3,7 @@
 
 mod claim;
 mod detach;
+mod early;
 
 use serde_json::{Map, Value};
 use tracing::{debug, info, warn};
@@ -20,7 +21,8 @@ use crate::qemu::{
 use crate::text::escape;
 use crate::usb::{Device, DeviceId};
 
-pub use self::detach::{Detached, detach_if_left_over, detach_leftover};
+pub use self::detach::{Detached, detach_if_gone, detach_if_left_over, detach_leftover};
+pub use self::early::{Early, while_connecting};
 
 /// The first QEMU whose `hostdevice` works (QEMU, hw/usb/host-libusb.c). QEMU
 /// 5.1 has the property, but it treats every device as a slow one.
@@ -99,6 +101,21 @@ pub async fn attach(
     device: &Device,
     options: &Options,
 ) -> Result<Attached, Error> {
+    attach_opened(host, vm, device, options, None).await
+}
+
+/// Like [`attach`], for a device that may be open already.
+///
+/// # Errors
+///
+/// The same errors as [`attach`].
+pub async fn attach_opened(
+    host: &Host,
+    vm: &mut Vm,
+    device: &Device,
+    options: &Options,
+    mut early: Option<Early>,
+) -> Result<Attached, Error> {
     if device.is_hub() {
         return Err(Error::Hub(device.clone()));
     }
@@ -108,7 +125,9 @@ pub async fn attach(
     let id = DeviceId::for_port(&device.port);
     let speed = host.speed(&device.port);
     if !options.dry_run {
-        if let Some(guest_port) = attach_as_known(host, vm, device, &id, options).await? {
+        if let Some(guest_port) =
+            attach_as_known(host, vm, device, &id, options, &mut early).await?
+        {
             return Ok(Attached::There(guest_port));
         }
     }
@@ -129,7 +148,7 @@ pub async fn attach(
     if options.dry_run {
         return rehearse(host, vm, device, &id, probe, options).await;
     }
-    let found = open(host, vm, device, &id, &probe, options).await?;
+    let found = open(host, vm, device, &id, &probe, options, early).await?;
     let Some(ready) = found else { return Ok(Attached::Already) };
     let is_its = probe.present.is_some_and(|given| given.address == Some(device.address));
     let own = vm.pid().filter(|_| is_its);
@@ -166,6 +185,7 @@ async fn attach_as_known(
     device: &Device,
     id: &DeviceId,
     options: &Options,
+    early: &mut Option<Early>,
 ) -> Result<Option<GuestPort>, Error> {
     let Some(layout) = &vm.layout else { return Ok(None) };
     let guest_ports = layout.guest_ports(host.speed(&device.port), &options.placement);
@@ -173,7 +193,11 @@ async fn attach_as_known(
         return Ok(None);
     };
     let deadline = vm.session().deadline();
-    let ready = match open_once(host, device, options, deadline).await? {
+    let opened = match early.take() {
+        Some(early) => early.opened,
+        None => open_once(host, device, options, deadline).await,
+    };
+    let ready = match opened? {
         (_, Node::Held) => return Ok(None),
         (claims, Node::Ours(claim)) => Ready { claims, claim: Some(claim) },
         (claims, Node::NotPermitted) => Ready { claims, claim: None },

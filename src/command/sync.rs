@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::host::{Host, Look};
 use crate::policy::{Policy, Table};
 use crate::qemu::{Vm, VmAddress};
-use crate::reconcile::{self, Done, Handled, InVm, Step, Vms};
+use crate::reconcile::{self, Done, Handled, InVm, Known, Step, Vms};
 use crate::text::{chain, escape};
 use crate::ui::output::{json, print, together};
 use crate::ui::progress;
@@ -192,7 +192,7 @@ impl Job {
         let seen = self.table.get(port);
         let once = async || {
             let mut vm = Vm::connect(address, self.timeout).await?;
-            reconcile::port(self.vms(), &mut vm, name, port, seen, false).await
+            reconcile::port(self.vms(), &mut vm, name, port, seen, Known::default()).await
         };
         match once().await {
             Err(error) if reconcile::unmount(self.vms(), seen, &error).await? => once().await,

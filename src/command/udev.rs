@@ -112,12 +112,17 @@ async fn add(
     if device.is_hub() {
         return Err(Error::Hub(device.clone()));
     }
-    let uses = context.host.other_uses(&device.port, Look::Quick);
-    let mut vm = connect(context, address).await?;
+    let (host, limit) = (&context.host, context.timeout);
     // A thread costs more than a look at what is there.
-    let options =
-        Options { blocking: context.host.may_be_starting(&device.port), ..options.clone() };
-    let attached = attach::attach(&context.host, &mut vm, device, &options).await?;
+    let options = &Options { blocking: host.may_be_starting(&device.port), ..options.clone() };
+    let connecting = connect(context, address);
+    let (vm, mut early) = attach::while_connecting(host, device, options, limit, connecting).await;
+    let mut vm = vm?;
+    let uses = match &mut early {
+        Some(early) => std::mem::take(&mut early.uses),
+        None => host.other_uses(&device.port, options.look),
+    };
+    let attached = attach::attach_opened(host, &mut vm, device, options, early).await?;
     let (name, id, ms) = (vm.name(), DeviceId::for_port(&device.port), start.elapsed().as_millis());
     let vm = escape(&name);
     match attached {

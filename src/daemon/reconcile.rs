@@ -11,11 +11,11 @@ use super::queue::Work;
 use super::worker::Worker;
 use crate::attach::Attached;
 use crate::error::Error;
-use crate::host::{Life, Look};
+use crate::host::{Host, Life, Look};
 use crate::policy::{HostDevice, Policy};
 use crate::qemu::qmp::ErrorKind;
 use crate::qemu::{Vm, VmAddress};
-use crate::reconcile::{self, Done, InVm, Vms};
+use crate::reconcile::{self, Done, InVm, Known, Vms};
 use crate::text::{chain, escape};
 use crate::usb::{Address, Device, DeviceId, Port};
 
@@ -110,7 +110,7 @@ impl Worker {
 
     /// The facts that [`reconcile`] needs besides the VM.
     fn vms<'a>(&'a self, policy: &'a Policy) -> Vms<'a> {
-        Vms { host: &self.shared.host, policy, dry_run: false, look: Look::Quick }
+        vms_of(&self.shared.host, policy)
     }
 
     /// Attaches or detaches at one port, as the rules say. If a rule wants
@@ -133,18 +133,29 @@ impl Worker {
         if self.is_handled(port) {
             return Ok(());
         }
-        let mut vm = self.connect().await?;
+        let (shared, name) = (self.shared.clone(), self.vm.clone());
+        let policy = shared.policy();
+        let look = || shared.table.borrow().get(port).cloned();
+        let before = look();
+        let vms = vms_of(&shared.host, &policy);
+        let connecting = self.connect();
+        let (vm, early) =
+            reconcile::connect_for(vms, &name, before.as_ref(), shared.timeout, connecting).await;
+        let mut vm = vm?;
         // The monitor may have been busy for a long time. Only the device that
         // is at the port now counts.
-        let seen = self.shared.table.borrow().get(port).cloned();
-        let policy = self.shared.policy();
+        let seen = look();
+        let early = early.filter(|_| seen == before);
+        let policy = shared.policy();
+        let vms = vms_of(&shared.host, &policy);
         let is_handled = self.is_handled(port);
         if let (Some(qemu), false) = (&mut self.qemu, is_handled) {
             qemu.handled.remove(port);
         }
         vm.layout = self.qemu.as_mut().and_then(|qemu| qemu.layout.take());
-        let (vms, name) = (self.vms(&policy), &self.vm);
-        let done = reconcile::port(vms, &mut vm, name, port, seen.as_ref(), is_handled).await;
+        let is_given = self.qemu.as_ref().is_some_and(|qemu| qemu.given.contains_key(port));
+        let known = Known { is_handled, is_given, early };
+        let done = reconcile::port(vms, &mut vm, &name, port, seen.as_ref(), known).await;
         if let Some(qemu) = &mut self.qemu {
             qemu.layout = vm.layout.take();
         }
@@ -231,4 +242,8 @@ impl Worker {
         }
         self.publish();
     }
+}
+
+fn vms_of<'a>(host: &'a Host, policy: &'a Policy) -> Vms<'a> {
+    Vms { host, policy, dry_run: false, look: Look::Quick }
 }

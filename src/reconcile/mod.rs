@@ -12,7 +12,7 @@ use crate::policy::{HostDevice, Table};
 use crate::presence::Leftover;
 use crate::usb::{Address, Port};
 
-pub use perform::{Done, Vms, look, port, unmount};
+pub use perform::{Done, Known, Vms, connect_for, look, port, unmount};
 
 /// The devices that were handled at these ports since the VM started. If a
 /// device was attached once and is not in the VM now, a person detached it.

@@ -1,9 +1,10 @@
 //! Carries out the decisions. Each port has its own conversation with the VM.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use super::{AtPort, InVm, Step, decide};
-use crate::attach::{self, Attached, Detached, Options};
+use crate::attach::{self, Attached, Detached, Early, Options};
 use crate::error::{Error, Until};
 use crate::host::{Host, Life, Look, blocking};
 use crate::policy::{Assignment, HostDevice, Policy};
@@ -63,6 +64,37 @@ fn in_vm(host: &Host, vm: &Vm, id: &DeviceId, given: &Given) -> InVm {
     InVm { address: given.address, life }
 }
 
+/// What is known of a port before the VM is asked.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// The device at the port was handled before.
+    pub is_handled: bool,
+    /// The device that was at the port last was attached to this QEMU by this
+    /// process.
+    pub is_given: bool,
+    /// The device at the port, if it was opened while the VM was being
+    /// connected.
+    pub early: Option<Early>,
+}
+
+/// Connects to a VM. If the device at a port is to be attached to it, the
+/// device is opened meanwhile.
+pub async fn connect_for<T>(
+    vms: Vms<'_>,
+    name: &str,
+    seen: Option<&HostDevice>,
+    limit: Duration,
+    connecting: impl Future<Output = T>,
+) -> (T, Option<Early>) {
+    match seen.map(|seen| (&seen.device, &seen.assignment)) {
+        Some((device, Some(assignment))) if assignment.vm == name => {
+            let options = options(vms, assignment);
+            attach::while_connecting(vms.host, device, &options, limit, connecting).await
+        }
+        _ => (connecting.await, None),
+    }
+}
+
 /// Does what is needed at one port for the VM of that name. It attaches the
 /// device that is there, or detaches what an earlier device left behind, or
 /// does nothing.
@@ -76,23 +108,33 @@ pub async fn port(
     name: &str,
     port: &Port,
     seen: Option<&HostDevice>,
-    is_handled: bool,
+    known: Known,
 ) -> Result<Done, Error> {
+    let Known { is_handled, is_given, early } = known;
     let at_port = AtPort::of(seen, name);
     let assigned = seen.and_then(|seen| Some((&seen.device, seen.assignment.as_ref()?)));
     // An attach checks for itself which object has the id, and does nothing if
     // it is this device. A question before it would cost a round trip.
     if let (AtPort::Ours(_), Some((device, assignment)), false) = (at_port, assigned, is_handled) {
-        return attach(vms, vm, device, assignment).await;
+        return attach(vms, vm, device, assignment, early).await;
     }
     let id = DeviceId::for_port(port);
+    if is_given && at_port == AtPort::Empty && !vms.dry_run {
+        match attach::detach_if_gone(vms.host, vm, &id).await? {
+            Some(Detached::Leftover(why)) => return Ok(Done::Detached(why)),
+            Some(_) => return Ok(Done::Nothing(None)),
+            None => {}
+        }
+    }
     let given = vm.given(&id).await?;
     let in_vm = given.map(|given| in_vm(vms.host, vm, &id, &given));
     // The table may be older than the conversation, and an old table must not
     // cause a detach. So the host is read again.
     let leftover = |given: Given| presence(vms.host, vm.pid(), Some(&id), &given).0.leftover();
     match (decide(at_port, in_vm, is_handled), assigned) {
-        (Step::Attach, Some((device, assignment))) => attach(vms, vm, device, assignment).await,
+        (Step::Attach, Some((device, assignment))) => {
+            attach(vms, vm, device, assignment, early).await
+        }
         (Step::Detach(_), _) if vms.dry_run => {
             Ok(given.and_then(leftover).map_or(Done::Nothing(in_vm), Done::Detached))
         }
@@ -113,12 +155,15 @@ async fn attach(
     vm: &mut Vm,
     device: &Device,
     assignment: &Assignment,
+    mut early: Option<Early>,
 ) -> Result<Done, Error> {
-    let Vms { dry_run, look, .. } = vms;
-    let options = Options { dry_run, look, ..options(vms.policy, assignment) };
-    let uses = vms.host.other_uses(&device.port, look);
-    let attached = attach::attach(vms.host, vm, device, &options).await?;
-    if matches!(attached, Attached::There(_)) && !dry_run {
+    let options = options(vms, assignment);
+    let uses = match &mut early {
+        Some(early) => std::mem::take(&mut early.uses),
+        None => vms.host.other_uses(&device.port, options.look),
+    };
+    let attached = attach::attach_opened(vms.host, vm, device, &options, early).await?;
+    if matches!(attached, Attached::There(_)) && !options.dry_run {
         attach::tell_uses(&assignment.vm, device, &uses);
     }
     Ok(Done::Attached(device.clone(), attached))
@@ -150,9 +195,14 @@ pub async fn unmount(
 }
 
 /// The options of the rule that a device is attached by.
-fn options(policy: &Policy, assignment: &Assignment) -> Options {
-    let Some(target) = policy.target(assignment) else { return Options::default() };
+fn options(vms: Vms<'_>, assignment: &Assignment) -> Options {
+    let Vms { dry_run, look, policy, .. } = vms;
+    let Some(target) = policy.target(assignment) else {
+        return Options { dry_run, look, ..Options::default() };
+    };
     Options {
+        dry_run,
+        look,
         placement: Placement { bus: target.guest_bus.clone(), port: target.guest_port.clone() },
         properties: target.options.clone(),
         add_controller: target.add_controller,
