@@ -1,10 +1,13 @@
 //! Devices that went without anybody telling QEMU, and attaches that failed.
 
+use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Plugged, Socket, Stick, uhci, xhci};
 use crate::tool::run;
 use crate::vm::Vm;
 use crate::wait::wait_until;
-use std::fs;
+use serde_json::json;
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 
 crate::tests![
     a_leftover_is_replaced_by_what_is_plugged_in_now: every_qemu,
@@ -13,6 +16,8 @@ crate::tests![
     the_host_gets_its_driver_back: every_qemu,
     failed_attaches_leave_no_descriptor_behind: every_qemu,
     a_failed_attach_does_not_keep_other_vms_out: every_qemu,
+    qemu_refuses_a_port_an_id_or_a_bus_before_it_opens_the_device: every_qemu,
+    a_port_that_was_free_when_the_daemon_looked_is_passed_over: every_qemu,
 ];
 
 fn a_leftover_is_replaced_by_what_is_plugged_in_now() {
@@ -130,4 +135,58 @@ fn restart_full_speed_bus() {
     assert_eq!(bus(), None);
     fs::write(driver.join("bind"), controller.as_encoded_bytes()).expect("bind");
     wait_until("the bus is back", || bus().is_some());
+}
+
+/// So the daemon may try what it knows of a VM without a question, whether it is still so or not.
+fn qemu_refuses_a_port_an_id_or_a_bus_before_it_opens_the_device() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    // The first device of the host has QEMU open files of its own.
+    run(["attach", &vm.socket(), &mouse.port]).succeeds();
+    run(["detach", &vm.socket(), &mouse.port]).succeeds();
+    vm.loses_all();
+    let tablet = |id: &str, port: &str| json!({"driver": "usb-tablet", "id": id, "bus": "xhci.0", "port": port});
+    vm.qmp("device_add", tablet("taken", "1"));
+    let node: OwnedFd =
+        File::options().read(true).write(true).open(mouse.node()).expect("the node").into();
+    let before = vm.descriptors();
+    for (id, bus, port) in
+        [("new", "xhci.0", "1"), ("taken", "xhci.0", "2"), ("new", "nope.0", "1")]
+    {
+        vm.pass_descriptor(7, &node);
+        let device = json!({"driver": "usb-host", "id": id, "bus": bus, "port": port,
+                            "hostdevice": "/dev/fdset/7", "hostbus": mouse.bus, "hostaddr": mouse.address});
+        let refused = vm.try_qmp("device_add", device).expect_err("it is refused");
+        vm.qmp("remove-fd", json!({"fdset-id": 7}));
+        assert_eq!((vm.descriptors(), vm.open_nodes()), (before, Vec::new()), "{refused}");
+    }
+}
+
+fn a_port_that_was_free_when_the_daemon_looked_is_passed_over() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    configure(&["a"], &rule("a", "port = \"1-*\"\ntwin = false"));
+    let _daemon = Daemon::start();
+    let mut guest_ports = Vec::new();
+    for _ in 0..3 {
+        let mouse = hardware.plug(Device::Mouse, xhci(3));
+        vm.gets(&[&mouse]);
+        let devices = vm.usb_devices();
+        let its = devices.iter().find(|line| line.ends_with(&mouse.id_in_vm())).expect("its line");
+        let guest_port = its.split("Port ").nth(1).and_then(|rest| rest.split(',').next());
+        let guest_port = guest_port.expect("its port").to_owned();
+        hardware.pull(&mouse);
+        vm.loses_all();
+        // The daemon knows this port as free, and is not told.
+        let id = format!("tablet{}", guest_ports.len());
+        vm.qmp(
+            "device_add",
+            json!({"driver": "usb-tablet", "id": id, "bus": "xhci.0", "port": guest_port}),
+        );
+        guest_ports.push((guest_port, vm.descriptors()));
+    }
+    let [(first, _), (second, before), (third, after)] = &guest_ports[..] else { unreachable!() };
+    assert!(first != second && second != third && first != third, "{guest_ports:?}");
+    assert_eq!(before, after);
 }
