@@ -6,8 +6,8 @@
 
 static const char commands[] =
     "{\"execute\":\"qmp_capabilities\",\"id\":0}\n"
-    "{\"execute\":\"qom-get\",\"arguments\":{\"path\":\"/machine/peripheral/usb-host-1-1\",\"property\":\"hostbus\"},\"id\":1}\n"
-    "{\"execute\":\"qom-get\",\"arguments\":{\"path\":\"/machine/peripheral/usb-host-1-1\",\"property\":\"hostaddr\"},\"id\":2}\n";
+    "{\"execute\":\"device_del\",\"arguments\":{\"id\":\"usb-host-1-1\"},\"id\":1}\n"
+    "{\"execute\":\"remove-fd\",\"arguments\":{\"fdset-id\":1},\"id\":2}\n";
 
 static int read_lines(int monitor, int lines)
 {

@@ -1,7 +1,7 @@
 //! The bench: who gets a plugged device into a virtual machine how fast, in one run of the lab.
 //!
 //! `contrib/bench/run` builds this program and runs it three times over: in the lab, where it plays the rounds
-//! ([`race`], [`resident`]) and prints JSON; there again, as the contender that cannot be beaten ([`floor`]);
+//! ([`race`], [`counts`], [`resident`]) and prints JSON; there again, as the contender that cannot be beaten ([`floor`]);
 //! and outside, where it prints the table and draws the picture ([`report`]).
 //!
 //! Time begins when the kernel's own uevent (`add` or `remove` of the device) arrives on a netlink socket here
@@ -20,6 +20,7 @@
 #![allow(dead_code, unused_imports, reason = "the lab's tests use the rest of their modules")]
 
 mod contender;
+mod counts;
 mod cpu;
 mod floor;
 #[path = "../../tests/lab/hardware.rs"]
@@ -57,6 +58,7 @@ fn main() {
 
 fn inside(options: &Options) {
     let race = race::run(options);
+    let counts = counts::run();
     let resident = resident::run(options);
-    println!("{}", json!({"race": race, "resident": resident}));
+    println!("{}", json!({"race": race, "counts": counts, "resident": resident}));
 }

@@ -4,15 +4,23 @@ use crate::contender::DIRECTORY;
 use crate::cpu;
 use crate::hardware::{Device, Hardware, Plugged, xhci};
 use crate::options::Options;
-use crate::wait::wait_until;
+use crate::wait::{PATIENCE, wait_until};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// As many as anybody has, and more: VMs and rules.
+const MANY: (usize, usize) = (256, 10_000);
+
+/// How long a VM takes for the greeting, and for each answer, where the start is measured.
+const DELAY: Duration = Duration::from_millis(50);
 
 const VMS: [usize; 3] = [1, 8, 64];
 const RULES: [usize; 3] = [1, 100, 1000];
@@ -21,9 +29,11 @@ const EVENTS_FOR_COST: usize = 50;
 const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#;
 
 pub fn run(options: &Options) -> Value {
-    for number in 0..64 {
-        let socket = UnixListener::bind(socket(number)).expect("a socket");
-        thread::spawn(move || socket.incoming().flatten().for_each(serve));
+    let delay = Arc::new(AtomicBool::new(false));
+    for number in 0..MANY.0 {
+        let (socket, delay) =
+            (UnixListener::bind(socket(number)).expect("a socket"), delay.clone());
+        thread::spawn(move || socket.incoming().flatten().for_each(|client| serve(client, &delay)));
     }
     let mut hardware = Hardware::open();
     let mouse = hardware.plug(Device::Mouse, xhci(3));
@@ -37,8 +47,18 @@ pub fn run(options: &Options) -> Value {
             cost.push(json!({"vms": vms, "rules": rules, "microseconds": microseconds}));
         }
     }
+    let (vms, rules) = MANY;
+    let (_, memory) = Watch::start(vms, rules).memory();
+    let microseconds = cost_of_event(&mouse, vms, rules);
+    delay.store(true, Ordering::Relaxed);
+    let [one, many] = [(1, 1), MANY].map(|(vms, rules)| Watch::start(vms, rules).started);
+    let start = [one, many].map(|time| time.as_millis() as u64);
+    let many = json!({"vms": vms, "rules": rules, "anonymous_kib": memory, "microseconds": microseconds,
+                      "start_milliseconds": start[1], "start_of_one_milliseconds": start[0],
+                      "delay_milliseconds": DELAY.as_millis() as u64});
+    eprintln!("many: {many}");
     hardware.pull(&mouse);
-    json!({"idle": idle, "growth": growth, "cost": cost})
+    json!({"idle": idle, "growth": growth, "cost": cost, "many": many})
 }
 
 fn socket(number: usize) -> String {
@@ -46,8 +66,10 @@ fn socket(number: usize) -> String {
 }
 
 /// A monitor of a VM that has no USB.
-fn serve(client: UnixStream) {
+fn serve(client: UnixStream, delay: &AtomicBool) {
     let mut writer = client.try_clone().expect("a descriptor");
+    let think = || thread::sleep(DELAY * u32::from(delay.load(Ordering::Relaxed)));
+    think();
     let _ = writeln!(writer, "{GREETING}");
     for line in BufReader::new(client).lines().map_while(Result::ok) {
         let Ok(command) = serde_json::from_str::<Value>(&line) else { return };
@@ -56,11 +78,16 @@ fn serve(client: UnixStream) {
             "human-monitor-command" => json!(""),
             _ => json!({}),
         };
+        think();
         let _ = writeln!(writer, "{}", json!({"return": answer, "id": command["id"]}));
     }
 }
 
-struct Watch(Child);
+struct Watch {
+    child: Child,
+    /// How long it took until it was ready.
+    started: Duration,
+}
 
 impl Watch {
     fn start(vms: usize, rules: usize) -> Watch {
@@ -82,22 +109,32 @@ impl Watch {
         config += "[[rule]]\ndeny = true\nport = \"1-3\"\n";
         let (file, log) = (format!("{DIRECTORY}/many.toml"), format!("{DIRECTORY}/errors"));
         fs::write(&file, config).expect("space");
+        // It tells systemd when it is ready (sd_notify(3)).
+        let notify = format!("{DIRECTORY}/notify");
+        let _ = fs::remove_file(&notify);
+        let systemd = UnixDatagram::bind(&notify).expect("a socket");
+        systemd.set_read_timeout(Some(PATIENCE)).expect("a socket");
+        let begin = Instant::now();
         let child = Command::new(format!("{DIRECTORY}/tool"))
+            .env("NOTIFY_SOCKET", &notify)
             .args(["--config", &file, "watch"])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&log).expect("space"))
             .spawn()
             .expect("the program starts");
-        wait_until("watch is ready", || {
-            fs::read_to_string(&log).unwrap_or_default().contains("ready")
-        });
+        let mut text = [0; 4096];
+        while !String::from_utf8_lossy(&text).contains("READY=1") {
+            text = [0; 4096];
+            systemd.recv(&mut text).expect("watch is ready");
+        }
+        let started = begin.elapsed();
         thread::sleep(Duration::from_secs(1));
-        Watch(child)
+        Watch { child, started }
     }
 
     fn pid(&self) -> i32 {
-        self.0.id() as i32
+        self.child.id() as i32
     }
 
     /// How often it was given a processor.
@@ -123,8 +160,8 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
