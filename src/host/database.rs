@@ -16,7 +16,7 @@ use crate::usb::Address;
 
 /// The directory of the database (systemd,
 /// src/libsystemd/sd-device/device-private.c).
-const DATABASE: &str = "/run/udev/data";
+pub(super) const DATABASE: &str = "/run/udev/data";
 
 /// Reports the devices that udev has written about.
 #[derive(Debug)]
