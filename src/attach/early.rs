@@ -2,7 +2,6 @@
 //! moment until it sends its greeting, and what an attach does on the host fits
 //! into that moment.
 
-use std::pin::pin;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
@@ -34,13 +33,12 @@ pub async fn while_connecting<T>(
     device: &Device,
     options: &Options,
     limit: Duration,
-    connecting: impl Future<Output = T>,
+    mut connecting: impl Future<Output = T> + Unpin,
 ) -> (T, Option<Early>) {
     let is_refused = || !options.force && !host.is_authorized(&device.port);
     if options.dry_run || device.is_hub() || is_refused() {
         return (connecting.await, None);
     }
-    let mut connecting = pin!(connecting);
     let opening = async {
         let uses = host.other_uses(&device.port, options.look);
         Early { opened: open_once(host, device, options, Instant::now() + limit).await, uses }

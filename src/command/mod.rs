@@ -62,19 +62,21 @@ async fn stopped() -> Result<(), Error> {
 
 async fn work(cli: &Cli) -> Result<(), Error> {
     let context = Context::new(cli)?;
+    // All but `udev` are in boxes: a future is as large as its largest part, and
+    // an event should not touch memory for other commands.
     match &cli.command {
-        Command::Inspect(arguments) => inspect::run(&context, arguments).await,
-        Command::Attach(arguments) => attach::run(&context, arguments).await,
-        Command::Detach(arguments) => detach::run(&context, arguments).await,
-        Command::Release(arguments) => release::run(&context, arguments).await,
+        Command::Inspect(arguments) => Box::pin(inspect::run(&context, arguments)).await,
+        Command::Attach(arguments) => Box::pin(attach::run(&context, arguments)).await,
+        Command::Detach(arguments) => Box::pin(detach::run(&context, arguments)).await,
+        Command::Release(arguments) => Box::pin(release::run(&context, arguments)).await,
         Command::Udev(arguments) => udev::run(&context, arguments).await,
-        Command::List(arguments) => list::run(&context, arguments).await,
-        Command::Vms(arguments) => vms::run(&context, arguments).await,
-        Command::Sync(arguments) => sync::run(&context, arguments).await,
-        Command::Watch => daemon::run(&context.settings()).await,
-        Command::Rule(arguments) => rule::run(&context, arguments).await,
+        Command::List(arguments) => Box::pin(list::run(&context, arguments)).await,
+        Command::Vms(arguments) => Box::pin(vms::run(&context, arguments)).await,
+        Command::Sync(arguments) => Box::pin(sync::run(&context, arguments)).await,
+        Command::Watch => Box::pin(daemon::run(&context.settings())).await,
+        Command::Rule(arguments) => Box::pin(rule::run(&context, arguments)).await,
         Command::Man(arguments) => man::run(&context, arguments),
         Command::Completions(arguments) => completions::run(arguments),
-        Command::Complete(arguments) => complete::run(&context, arguments).await,
+        Command::Complete(arguments) => Box::pin(complete::run(&context, arguments)).await,
     }
 }

@@ -96,7 +96,8 @@ async fn act(
 }
 
 async fn connect(context: &Context, address: &VmAddress) -> Result<Vm, Error> {
-    let turn = Vm::connect_in_turn(address, TURN.max(context.timeout), context.timeout);
+    // In a box, or each of the futures around it would have room for it.
+    let turn = Box::pin(Vm::connect_in_turn(address, TURN.max(context.timeout), context.timeout));
     let shown = address.to_string();
     let what = || format!("waiting for a turn at the monitor at {}", escape(&shown));
     Ok(context.during(what, turn).await?)
@@ -115,7 +116,7 @@ async fn add(
     let (host, limit) = (&context.host, context.timeout);
     // A thread costs more than a look at what is there.
     let options = &Options { blocking: host.may_be_starting(&device.port), ..options.clone() };
-    let connecting = connect(context, address);
+    let connecting = Box::pin(connect(context, address));
     let (vm, mut early) = attach::while_connecting(host, device, options, limit, connecting).await;
     let mut vm = vm?;
     let uses = match &mut early {

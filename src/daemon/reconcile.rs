@@ -138,7 +138,7 @@ impl Worker {
         let look = || shared.table.borrow().get(port).cloned();
         let before = look();
         let vms = vms_of(&shared.host, &policy);
-        let connecting = self.connect();
+        let connecting = Box::pin(self.connect());
         let (vm, early) =
             reconcile::connect_for(vms, &name, before.as_ref(), shared.timeout, connecting).await;
         let mut vm = vm?;

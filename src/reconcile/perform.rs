@@ -84,7 +84,7 @@ pub async fn connect_for<T>(
     name: &str,
     seen: Option<&HostDevice>,
     limit: Duration,
-    connecting: impl Future<Output = T>,
+    connecting: impl Future<Output = T> + Unpin,
 ) -> (T, Option<Early>) {
     match seen.map(|seen| (&seen.device, &seen.assignment)) {
         Some((device, Some(assignment))) if assignment.vm == name => {

@@ -8,10 +8,11 @@ use std::os::fd::AsFd;
 
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
-use tracing::{Event, Level, Subscriber};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::registry::{Data, LookupSpan};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::text::escape;
@@ -31,9 +32,41 @@ pub fn start(to_system_log: bool, quiet: bool, verbose: bool) {
     // only once, and with its fields.
     let is_twice = system_log.is_some() && is_the_journal(std::io::stderr());
     let standard_error = (!is_twice).then_some(StandardError);
-    let registry = tracing_subscriber::registry().with(level).with(standard_error);
+    let messages = Messages.with(level).with(standard_error);
     // A test may have set a subscriber before. Then that one stays.
-    let _ = registry.with(system_log).try_init();
+    let _ = messages.with(system_log).try_init();
+}
+
+/// Passes messages on. This program has no spans, and the registry of
+/// tracing-subscriber would fill 32 KiB of memory for them at every start.
+struct Messages;
+
+impl Subscriber for Messages {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event()
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, _: &Event<'_>) {}
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+}
+
+impl<'a> LookupSpan<'a> for Messages {
+    type Data = Data<'a>;
+
+    fn span_data(&'a self, _: &Id) -> Option<Self::Data> {
+        None
+    }
 }
 
 /// Whether this stream is the connection to the journal that systemd created
@@ -117,7 +150,7 @@ mod tests {
             }
         }
         let kept = Arc::new(Mutex::new(Vec::new()));
-        let subscriber = tracing_subscriber::registry().with(Kept(kept.clone()));
+        let subscriber = Messages.with(Kept(kept.clone()));
         tracing::subscriber::with_default(subscriber, || {
             tracing::debug!(vm = "a\u{1b}b", id = %"usb-host-1-1", "in use");
             tracing::info!(vm = "a", "attached");
