@@ -99,6 +99,12 @@ impl Host {
             is_loading || lacks_endpoints
         })
     }
+
+    /// A property of the device at a port in udev's database.
+    pub fn property(&self, port: &Port, name: &str) -> Option<String> {
+        let device = udev::Device::from_syspath(&self.directory(port).canonicalize().ok()?).ok()?;
+        Some(device.property_value(name)?.to_string_lossy().into_owned())
+    }
 }
 
 #[cfg(test)]

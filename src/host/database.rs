@@ -16,7 +16,7 @@ use crate::usb::Address;
 
 /// The directory of the database (systemd,
 /// src/libsystemd/sd-device/device-private.c).
-pub(super) const DATABASE: &str = "/run/udev/data";
+const DATABASE: &str = "/run/udev/data";
 
 /// Reports the devices that udev has written about.
 #[derive(Debug)]

@@ -1,31 +1,20 @@
 //! The events of USB devices that are plugged in and unplugged, from the kernel
 //! or from udev.
-//!
-//! The socket is read without libudev. Loading that library took a quarter of
-//! all instructions that a udev rule's process executed, which does not even
-//! listen.
 
 use std::fmt;
 use std::future::pending;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::io::Errno;
-use rustix::net::netlink::{KOBJECT_UEVENT, SocketAddrNetlink};
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recvfrom, socket_with};
 use tokio::io::unix::AsyncFd;
-use tracing::{debug, warn};
+use tracing::warn;
+use udev::{MonitorBuilder, MonitorSocket};
 
 use super::Host;
 use super::database::{Database, Written};
 use super::readable::readable;
 use crate::text::chain;
-use crate::usb::{Action, Address, HotplugEvent, Uevent};
-
-/// The longest message. The kernel's have at most 2 KiB (Linux,
-/// include/linux/kobject.h, `UEVENT_BUFFER_SIZE`), and libudev reads 8 KiB of
-/// udev's.
-const MAX_MESSAGE: usize = 8 << 10;
+use crate::usb::{Action, Address, HotplugEvent};
 
 /// The source of the events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,17 +29,6 @@ pub enum Source {
     /// udev reports when its rules are done. Then the device's properties are
     /// known, and so are the users who may open its node.
     Udev,
-}
-
-impl Source {
-    /// Its multicast group (systemd, src/libsystemd/sd-device/device-monitor.h,
-    /// `MonitorNetlinkGroup`).
-    fn group(self) -> u32 {
-        match self {
-            Source::Kernel | Source::Database => 1,
-            Source::Udev => 2,
-        }
-    }
 }
 
 impl fmt::Display for Source {
@@ -81,7 +59,9 @@ pub struct Batch {
 pub struct Events {
     /// The source of the events.
     pub source: Source,
-    socket: AsyncFd<OwnedFd>,
+    socket: MonitorSocket,
+    /// A duplicate of the socket's descriptor that the runtime waits for.
+    ready: AsyncFd<OwnedFd>,
     /// What udev writes down. Only [`Source::Database`] has it.
     database: Option<Database>,
     /// Plugs of devices that udev has not written about yet.
@@ -96,16 +76,17 @@ impl Events {
     ///
     /// When the socket cannot be opened, or udev has no database.
     pub fn listen(source: Source, host: &Host) -> io::Result<Self> {
-        let (family, flags) =
-            (AddressFamily::NETLINK, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
-        let socket = socket_with(family, SocketType::RAW, flags, Some(KOBJECT_UEVENT))?;
-        bind(&socket, &SocketAddrNetlink::new(0, source.group()))?;
-        let socket = readable(socket)?;
+        let builder = match source {
+            Source::Kernel | Source::Database => MonitorBuilder::new_kernel()?,
+            Source::Udev => MonitorBuilder::new()?,
+        };
+        let socket = builder.match_subsystem("usb")?.listen()?;
+        let ready = readable(socket.as_fd().try_clone_to_owned()?)?;
         let database = match source {
             Source::Database => Some(Database::watch(host)?),
             Source::Kernel | Source::Udev => None,
         };
-        Ok(Events { source, socket, database, held: Vec::new() })
+        Ok(Events { source, socket, ready, database, held: Vec::new() })
     }
 
     /// Waits for the next events.
@@ -116,7 +97,7 @@ impl Events {
     pub async fn next(&mut self) -> io::Result<Batch> {
         loop {
             let batch = tokio::select! {
-                ready = self.socket.readable() => {
+                ready = self.ready.readable() => {
                     let mut ready = ready?;
                     let batch = self.read();
                     ready.clear_ready();
@@ -172,47 +153,24 @@ impl Events {
     /// Reads all events in the socket.
     fn read(&self) -> Batch {
         let mut batch = Batch::default();
-        let mut space = [0; MAX_MESSAGE];
+        let mut received = self.socket.iter();
         loop {
-            let (length, sender) = match recvfrom(&self.socket, &mut space, RecvFlags::TRUNC) {
-                Ok((_, length, sender)) => (length, sender),
-                Err(Errno::INTR) => continue,
-                // The kernel reports once that the socket was full (netlink(7)).
-                Err(Errno::NOBUFS) => {
-                    batch.lost = true;
-                    continue;
-                }
-                Err(_) => return batch,
-            };
-            let sender = sender.and_then(|sender| SocketAddrNetlink::try_from(sender).ok());
-            if !sender.is_some_and(|sender| self.is_trusted(&sender)) {
-                debug!("passed over a message that is not one of {}", self.source);
-                continue;
-            }
-            let Some(message) = space.get(..length) else {
-                warn!("passed over a message of {} with {length} bytes", self.source);
-                continue;
-            };
-            let Some(uevent) = Uevent::read(message).filter(|uevent| uevent.is_of("usb")) else {
-                continue;
-            };
-            match self.event(&uevent) {
-                Some(event) => batch.events.push(event),
-                None => batch.others = true,
+            match received.next() {
+                Some(event) => match self.event(&event) {
+                    Some(event) => batch.events.push(event),
+                    None => batch.others = true,
+                },
+                // The kernel reports once that the socket was full (netlink(7),
+                // ENOBUFS). libudev returns that like any other error.
+                None if is_no_room(&io::Error::last_os_error()) => batch.lost = true,
+                None => return batch,
             }
         }
     }
 
-    /// Whether a message was sent to the group, and by the kernel if it should
-    /// be. Others need `CAP_NET_ADMIN` to send to a group (Linux,
-    /// net/netlink/af_netlink.c, `netlink_sendmsg`).
-    fn is_trusted(&self, sender: &SocketAddrNetlink) -> bool {
-        let is_kernel = sender.pid() == 0;
-        sender.groups() == self.source.group() && (is_kernel || self.source == Source::Udev)
-    }
-
-    fn event(&self, uevent: &Uevent<'_>) -> Option<HotplugEvent> {
-        match HotplugEvent::from_variables(|name| uevent.get(name)) {
+    fn event(&self, event: &udev::Event) -> Option<HotplugEvent> {
+        let value = |name: &str| Some(event.property_value(name)?.to_string_lossy().into_owned());
+        match HotplugEvent::from_variables(value) {
             Ok(event) => event,
             Err(error) => {
                 warn!("passed over an event of {}: {}", self.source, chain(&error));
@@ -228,4 +186,8 @@ async fn written(database: Option<&Database>) -> io::Result<Written> {
         Some(database) => database.next().await,
         None => pending().await,
     }
+}
+
+fn is_no_room(error: &io::Error) -> bool {
+    rustix::io::Errno::from_io_error(error) == Some(rustix::io::Errno::NOBUFS)
 }

@@ -16,7 +16,6 @@ mod life;
 mod node;
 mod owner;
 pub mod proc;
-mod properties;
 pub mod readable;
 mod release;
 mod signs;
@@ -319,6 +318,14 @@ impl Host {
             }
         }
         Ok(None)
+    }
+
+    /// Whether udev has processed the device at a port. Before that, udev has
+    /// no property of it.
+    pub fn is_known_to_udev(&self, port: &Port) -> bool {
+        let path = self.directory(port).canonicalize();
+        let device = path.and_then(|path| udev::Device::from_syspath(&path));
+        device.is_ok_and(|device| device.is_initialized())
     }
 
     /// The speed of the device at a port. `None` if the kernel does not know

@@ -7,7 +7,6 @@ mod name;
 mod path;
 mod place;
 mod speed;
-mod uevent;
 
 use std::fmt;
 use std::str::FromStr;
@@ -18,7 +17,6 @@ pub use name::{DeviceId, Selector};
 pub use path::{BusPath, NO_REVISION, PortPath};
 pub use place::{Address, Chain, Port};
 pub use speed::Speed;
-pub use uevent::Uevent;
 
 /// The class code of hubs (USB 2.0 specification, section 11.23.1).
 pub const CLASS_HUB: u8 = 0x09;

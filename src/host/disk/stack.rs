@@ -131,7 +131,8 @@ impl Host {
         if !pools.exists() {
             return None;
         }
-        let property = |name: &str| self.property_of_udev(part, 'b', name);
+        let device = udev::Device::from_syspath(&part.canonicalize().ok()?).ok()?;
+        let property = |name: &str| Some(device.property_value(name)?.to_str()?.to_owned());
         let is_member = property("ID_FS_TYPE")? == "zfs_member";
         let pool = property("ID_FS_LABEL")?;
         let is_name = !pool.contains('/') && !pool.starts_with('.');
