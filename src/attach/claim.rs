@@ -96,7 +96,7 @@ pub(super) async fn open(
         } else {
             let holders = host.holders(device.address);
             let is_claimed_by_us = matches!(&error, Some(Error::Host(host::Error::InUse(used)))
-                if used.by != UsedBy::Unknown);
+                if !matches!(used.by, UsedBy::Unknown { .. }));
             let is_ours = is_claimed_by_us || holders.iter().any(is_us);
             let patience = if is_ours { half } else { half.min(PASSING) };
             let is_final = holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
@@ -119,7 +119,7 @@ pub(super) async fn open(
 fn may_pass(by: &UsedBy) -> bool {
     match by {
         UsedBy::Program(Some(program)) => is_us(program),
-        by => *by == UsedBy::Unknown,
+        by => matches!(by, UsedBy::Unknown { .. }),
     }
 }
 

@@ -85,7 +85,7 @@ impl Host {
         let number = |node: &PathBuf| Some((false, number_of(node)?, name(node)));
         let nodes: Vec<_> = functions.nodes.iter().filter_map(number).collect();
         if look == Look::Thorough && !nodes.is_empty() {
-            let open = self.open_in(&nodes).into_iter();
+            let open = self.open_in(&nodes).0.into_iter();
             uses.extend(open.map(|(node, pid)| OtherUse::Program(node, self.holder(pid))));
         }
         if functions.keyboards > 0 && self.keyboards() == functions.keyboards {

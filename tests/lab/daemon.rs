@@ -42,7 +42,7 @@ pub fn log_file() -> File {
 }
 
 /// The unit's `CapabilityBoundingSet=`, as `setpriv` wants it.
-fn capabilities() -> String {
+pub fn capabilities() -> String {
     let unit = include_str!("../../contrib/systemd/usb-qmp-hotplug.service");
     let set = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
     let names = set.expect("the unit has the line").split_whitespace();

@@ -3,7 +3,8 @@
 use crate::daemon::{CONFIG, Daemon, configure, rule};
 use crate::hardware::{Hardware, Plugged, Stick, xhci};
 use crate::host::must;
-use crate::tool::{Outcome, run};
+use crate::tool::{self, Outcome, run};
+use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use std::fs;
@@ -15,7 +16,10 @@ crate::tests![
     a_disk_that_a_program_has_open_is_refused: any_qemu,
     a_disk_that_is_another_vms_drive_is_refused: any_qemu,
     a_character_device_of_a_disk_that_is_open_is_refused: any_qemu,
+    a_disk_that_is_open_where_the_service_may_not_look_is_refused: any_qemu,
+    what_explains_that_a_disk_is_open_is_no_reason_to_refuse: any_qemu,
     a_mount_in_another_namespace_is_named: any_qemu,
+    a_mount_that_no_process_shows_is_guessed: any_qemu,
     what_is_mounted_is_unmounted_first_if_that_is_asked_for: any_qemu,
     what_cannot_be_unmounted_cleanly_stays: any_qemu,
     a_rule_may_have_it_unmounted_first: any_qemu,
@@ -96,6 +100,92 @@ fn a_character_device_of_a_disk_that_is_open_is_refused() {
     attach(&vm, &stick).succeeds();
 }
 
+fn a_disk_that_is_open_where_the_service_may_not_look_is_refused() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    let mut dd =
+        Command::new("dd").arg(format!("of={disk}")).stdin(Stdio::piped()).spawn().unwrap();
+    opens(&dd, &disk);
+    let attach = ["attach", &vm.socket(), &stick.port];
+    let refused = tool::run_as_the_unit(attach).exits(7).stderr;
+    let seen = "its disk is in use: sda is in use by something that this user may not see";
+    assert!(
+        refused.contains(seen) && refused.contains("as root, `usb-qmp-hotplug list`"),
+        "{refused}"
+    );
+    // What the README has the administrator add, for a service that names it.
+    let capabilities = format!("{},+sys_ptrace", crate::daemon::capabilities());
+    let wrapper =
+        ["setpriv", "--inh-caps", "-all", "--no-new-privs", "--bounding-set", &capabilities];
+    let refused = tool::run_in(&wrapper, tool::PROGRAM, attach).exits(7).stderr;
+    assert!(refused.contains(&format!("sda is open in process {} (dd)", dd.id())), "{refused}");
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::start();
+    daemon.wait_for_log(&["2-3", "is in use by something that this user may not see"]);
+    vm.loses_all();
+    drop(dd.stdin.take());
+    dd.wait().unwrap();
+    vm.gets(&[&stick]);
+}
+
+fn what_explains_that_a_disk_is_open_is_no_reason_to_refuse() {
+    let (mut hardware, vm, stick, _disk) = stick_with_filesystem();
+    let other = hardware.plug(Stick::new("SN2").mebibytes(4), xhci(4));
+    let others = other.disk().to_str().unwrap().to_owned();
+    must("mkfs.ext4", &["-q", &others]);
+    must("mount", &[&others, MOUNT_POINT]);
+    let attach = || {
+        let told = tool::run_as_the_unit(["attach", &vm.socket(), &stick.port]).succeeds().stderr;
+        run(["detach", &vm.socket(), &stick.port]).succeeds();
+        stick.disk();
+        udev::settle();
+        told
+    };
+    assert_eq!(attach(), "");
+    must("umount", &[MOUNT_POINT]);
+    // It may be either of them. That is said, and no reason to refuse.
+    let mut dd =
+        Command::new("dd").arg(format!("of={others}")).stdin(Stdio::piped()).spawn().unwrap();
+    opens(&dd, &others);
+    let told = attach();
+    assert!(told.contains("may not see has a disk open: one of the device at 2-3, or"), "{told}");
+    drop(dd.stdin.take());
+    dd.wait().unwrap();
+    // Nor is what somebody pulled without unmounting it.
+    must("mount", &[&others, MOUNT_POINT]);
+    hardware.pull(&other);
+    assert_eq!(attach(), "");
+    must("umount", &[MOUNT_POINT]);
+    let other = hardware.plug(Stick::new("SN3").mebibytes(4), xhci(4));
+    must("modprobe", &["dm-mod"]);
+    let table = format!("0 2048 linear {} 0", other.disk().display());
+    must("dmsetup", &["create", "pulled", "--noudevsync", "--table", &table]);
+    assert_eq!(attach(), "");
+    hardware.pull(&other);
+    assert_eq!(attach(), "");
+    must("dmsetup", &["remove", "--noudevsync", "--retry", "pulled"]);
+}
+
+fn a_mount_that_no_process_shows_is_guessed() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    // A mount namespace without a process, as `ip netns` keeps those of networks.
+    let directory = "/run/namespaces";
+    fs::create_dir_all(directory).unwrap();
+    must("mount", &["--bind", directory, directory]);
+    must("mount", &["--make-private", directory]);
+    let namespace = format!("{directory}/hidden");
+    fs::write(&namespace, "").unwrap();
+    must("unshare", &[&format!("--mount={namespace}"), "mount", &disk, "/mnt"]);
+    let refused = attach(&vm, &stick).exits(7).stderr;
+    let guess = "claimed, and nothing tells by what (perhaps by a mount in a container)";
+    assert!(refused.contains(guess), "{refused}");
+    let refused = tool::run_as_the_unit(["attach", &vm.socket(), &stick.port]).exits(7).stderr;
+    assert!(refused.contains("something that this user may not see"), "{refused}");
+    vm.loses_all();
+    must("umount", &[&namespace]);
+    attach(&vm, &stick).succeeds();
+    must("umount", &[directory]);
+}
+
 fn a_mount_in_another_namespace_is_named() {
     let (_hardware, vm, stick, disk) = stick_with_filesystem();
     let script = "mount \"$0\" /mnt && echo mounted && exec cat";
@@ -110,6 +200,8 @@ fn a_mount_in_another_namespace_is_named() {
     let refused = attach(&vm, &stick).exits(7).stderr;
     let place =
         format!("sda is mounted on /mnt in the mount namespace of process {}", elsewhere.id());
+    assert!(refused.contains(&place), "{refused}");
+    let refused = tool::run_as_the_unit(["attach", &vm.socket(), &stick.port]).exits(7).stderr;
     assert!(refused.contains(&place), "{refused}");
     drop(elsewhere.stdin.take());
     elsewhere.wait().unwrap();

@@ -44,6 +44,14 @@ where
     outcome(Command::new(PROGRAM).args(["--timeout", SECONDS]).args(arguments).envs(environment))
 }
 
+/// As root with the rights of the service's unit and no more.
+pub fn run_as_the_unit<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+    let capabilities = crate::daemon::capabilities();
+    let wrapper =
+        ["setpriv", "--inh-caps", "-all", "--no-new-privs", "--bounding-set", &capabilities];
+    run_in(&wrapper, PROGRAM, arguments)
+}
+
 /// The program at this path, below another one.
 pub fn run_in<'a>(
     wrapper: &[&str],

@@ -149,7 +149,13 @@ fn the_service_refuses_a_disk_that_the_host_uses() {
     service.start();
     service.wait_for_log(&["mounted on /run/stick"]);
     assert!(vm.ids().is_empty());
+    // A program that has it open, and no lock on it. The service may not look into that.
+    let open = fs::File::open(disk).unwrap();
     must("umount", &["/run/stick"]);
+    service.reload();
+    service.wait_for_log(&["sda is in use by something that this user may not see"]);
+    assert!(vm.ids().is_empty());
+    drop(open);
     vm.gets(&[&stick]);
 }
 

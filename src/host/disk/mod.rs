@@ -2,6 +2,7 @@
 //! to the same disk, its filesystem is destroyed.
 
 mod mounts;
+mod opens;
 mod programs;
 mod stack;
 mod unmount;
@@ -14,10 +15,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
+use tracing::warn;
 
 pub(super) use programs::number_of;
 pub use uses::{Kind, Told, Use, UsedBy};
 
+use self::opens::Opens;
 use self::stack::Tables;
 use super::{Error, Host};
 use crate::usb::Port;
@@ -58,6 +61,17 @@ impl Storage {
     }
 }
 
+/// How the disks of a device are used.
+#[derive(Debug, Default)]
+struct Found {
+    uses: Vec<Use>,
+    /// Whether they are open. It is checked if this process may not look into
+    /// all others.
+    opens: Opens,
+    /// Whether this process could look into all others.
+    sees_all: bool,
+}
+
 impl Host {
     /// Claims the disks of the device at a port while it is attached to a VM.
     ///
@@ -67,8 +81,13 @@ impl Host {
     pub fn claim_disks(&self, port: &Port) -> Result<Claims, Error> {
         let storage = self.storage(port);
         // Read all tables for all disks before anything else is tried.
-        if let Some(used) = self.uses_of(port, &storage).into_iter().next() {
+        let Found { uses, opens, sees_all } = self.uses_of(port, &storage);
+        if let Some(used) = uses.into_iter().next() {
             return Err(Error::InUse(Box::new(used)));
+        }
+        if opens == Opens::Perhaps {
+            warn!(%port, "a program that this user may not see has a disk open: one of the device \
+                          at {port}, or another with the same driver");
         }
         let mut claims = Vec::new();
         for disk in &storage.disks {
@@ -83,8 +102,10 @@ impl Host {
             match fs::OpenOptions::new().read(true).custom_flags(flags).open(node) {
                 Ok(file) => claims.push(file.into()),
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                    let used = self.unseen_use(port, disk, &storage);
-                    return Err(Error::InUse(Box::new(used)));
+                    let (disk, by) = self
+                        .mounted_somewhere(&storage)
+                        .unwrap_or_else(|| (name(disk), UsedBy::Unknown { sees_all }));
+                    return Err(Error::InUse(Box::new(Use { port: port.clone(), disk, by })));
                 }
                 // There is no medium, no permission or no node. Then the tables
                 // above are the only answer.
@@ -97,7 +118,7 @@ impl Host {
     /// How the disks of the device at a port are used, as far as the kernel's
     /// tables and the other processes show. No disk is opened.
     pub fn uses(&self, port: &Port) -> Vec<Use> {
-        self.uses_of(port, &self.storage(port))
+        self.uses_of(port, &self.storage(port)).uses
     }
 
     /// The nodes of the disks of the device at a port, and of their partitions.
@@ -112,34 +133,39 @@ impl Host {
         !self.storage(port).is_empty()
     }
 
-    fn uses_of(&self, port: &Port, storage: &Storage) -> Vec<Use> {
+    fn uses_of(&self, port: &Port, storage: &Storage) -> Found {
         if storage.is_empty() {
-            return Vec::new();
+            return Found::default();
         }
         let tables = Tables::read(self);
         let found = |part: &PathBuf| Some((name(part), self.used_by(part, &tables, 0)?));
         let mut found: Vec<(String, UsedBy)> = storage.blocks().filter_map(found).collect();
         // A program that uses the disk through a mount is covered by the mount.
-        for (part, program) in self.programs(storage) {
+        let (programs, sees_all) = self.programs(storage);
+        for (part, program) in programs {
             let is_told = |(told, _): &(String, UsedBy)| *told == part;
             if !found.iter().any(is_told) {
                 found.push((part, UsedBy::Program(program)));
             }
         }
+        let mut opens = Opens::None;
+        if found.is_empty() && !sees_all {
+            opens = self.opens(port, storage, &tables);
+            if opens == Opens::Some {
+                let first = storage.disks.first().or_else(|| storage.characters.first());
+                let unseen = || Some((name(first?), UsedBy::Unknown { sees_all }));
+                found.extend(self.mounted_somewhere(storage).or_else(unseen));
+            }
+        }
         found.sort_by(|(a, _), (b, _)| a.cmp(b));
-        found.into_iter().map(|(disk, by)| Use { port: port.clone(), disk, by }).collect()
+        let used = |(disk, by)| Use { port: port.clone(), disk, by };
+        Found { uses: found.into_iter().map(used).collect(), opens, sees_all }
     }
 
-    /// The use of a disk that is busy although no table shows why. It may be
-    /// mounted in another mount namespace.
-    fn unseen_use(&self, port: &Port, disk: &Path, storage: &Storage) -> Use {
-        let used = |part: &Path, by| Use { port: port.clone(), disk: name(part), by };
-        let elsewhere =
-            storage.blocks().find_map(|part| Some((part, self.mounted_elsewhere(part)?)));
-        match elsewhere {
-            Some((part, by)) => used(part, by),
-            None => used(disk, UsedBy::Unknown),
-        }
+    /// The part of a storage that is mounted in another mount namespace, and
+    /// where.
+    fn mounted_somewhere(&self, storage: &Storage) -> Option<(String, UsedBy)> {
+        storage.blocks().find_map(|part| Some((name(part), self.mounted_elsewhere(part)?)))
     }
 
     /// The storage of the device at a port.

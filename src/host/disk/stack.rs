@@ -1,6 +1,7 @@
 //! What is built on a block device: a mount, swap space, or another block
 //! device that is used in turn.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +21,9 @@ pub(super) struct Tables {
     loops: Vec<Loop>,
     /// The names of the members of each btrfs that is mounted.
     btrfs: Vec<Vec<String>>,
+    /// How many parts of device-mapper's devices and of arrays are not there
+    /// any more.
+    lost: usize,
 }
 
 #[derive(Debug)]
@@ -39,8 +43,9 @@ impl Tables {
         let swaps = text(&host.path("/proc/swaps"));
         let swaps = swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next());
         // Linux, drivers/block/loop.c, `loop_attribute_group`.
-        let blocks = fs::read_dir(host.path("/sys/block")).into_iter().flatten().flatten();
-        let loops = blocks.filter(|entry| entry.file_name().to_string_lossy().starts_with("loop"));
+        let blocks = || fs::read_dir(host.path("/sys/block")).into_iter().flatten().flatten();
+        let loops =
+            blocks().filter(|entry| entry.file_name().to_string_lossy().starts_with("loop"));
         let a_loop = |entry: fs::DirEntry| {
             let directory = entry.path();
             let file = read_if_there(&directory.join("loop/backing_file")).ok()??;
@@ -59,6 +64,7 @@ impl Tables {
             swaps: swaps.map(str::to_owned).collect(),
             loops: loops.filter_map(a_loop).collect(),
             btrfs: filesystems.map(members).collect(),
+            lost: blocks().map(|entry| lost_parts(&entry.path())).sum(),
         }
     }
 
@@ -66,6 +72,20 @@ impl Tables {
     fn places<'a>(&'a self, number: &'a str, node: &'a str) -> impl Iterator<Item = &'a str> {
         let mounts = self.mounts.iter().rev().filter(move |mount| mount.is_of(number, node));
         mounts.map(|mount| mount.place.as_str())
+    }
+
+    /// How many block devices are in use and not there any more. The kernel
+    /// keeps a disk that was pulled for as long as something uses it.
+    pub fn pulled(&self, host: &Host) -> usize {
+        let is_there = |number: &str| host.path(format!("/sys/dev/block/{number}")).exists();
+        // A filesystem with a number of its own has 0 before the colon (Linux,
+        // include/linux/kdev_t.h, `UNNAMED_MAJOR`).
+        let numbers = self.mounts.iter().map(|mount| mount.number.as_str());
+        let mounted = numbers.filter(|number| !number.starts_with("0:") && !is_there(number));
+        let swaps = self.swaps.iter().filter(|node| !host.path(node).exists());
+        // Linux, fs/d_path.c, `path_with_deleted`
+        let loops = self.loops.iter().filter(|found| found.file.ends_with(" (deleted)"));
+        mounted.collect::<BTreeSet<_>>().len() + swaps.count() + loops.count() + self.lost
     }
 
     /// The nodes of all members of the btrfs that a block device belongs to.
@@ -76,11 +96,23 @@ impl Tables {
     }
 }
 
+/// How many parts of a device of device-mapper or of an array are not there any
+/// more (Linux, block/holder.c).
+fn lost_parts(device: &Path) -> usize {
+    let its_name = name(device);
+    if !its_name.starts_with("dm-") && !its_name.starts_with("md") {
+        return 0;
+    }
+    let parts = fs::read_dir(device.join("slaves")).into_iter().flatten().flatten();
+    let parts: Vec<bool> = parts.map(|part| part.path().exists()).collect();
+    if parts.is_empty() { 1 } else { parts.iter().filter(|is_there| !**is_there).count() }
+}
+
 impl Host {
     /// How a block device is used, found by its directory in sysfs.
     pub(super) fn used_by(&self, part: &Path, tables: &Tables, layer: usize) -> Option<UsedBy> {
         if layer > MAX_LAYERS {
-            return Some(UsedBy::Unknown);
+            return None;
         }
         let node = node_of(part);
         let mut holders = fs::read_dir(part.join("holders")).into_iter().flatten().flatten();
@@ -116,9 +148,11 @@ impl Host {
         if tables.swaps.contains(&node) {
             return Some(UsedBy::Swap);
         }
-        // bcache has registered the device (Linux, drivers/md/bcache/sysfs.c).
-        if part.join("bcache").exists() {
-            return Some(UsedBy::Bcache);
+        // bcache has registered the device. What it makes of it has a link of
+        // that name (Linux, drivers/md/bcache/super.c, `bch_cached_dev_run`).
+        let registered = part.join("bcache");
+        if fs::symlink_metadata(&registered).is_ok_and(|its| its.is_dir()) {
+            return Some(UsedBy::Bcache { is_cache: registered.join("set").exists() });
         }
         self.zfs_pool(part).map(UsedBy::Zfs)
     }

@@ -2,6 +2,7 @@
 //! partition.
 
 use super::*;
+use std::os::unix::fs::MetadataExt;
 
 pub(super) const MOUNTS: &str = "\
 21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
@@ -32,6 +33,20 @@ impl Tree {
         let path = self.0.path().join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
+    }
+
+    fn link(&self, path: &str, target: &str) {
+        let path = self.0.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(target, path).unwrap();
+    }
+
+    /// Has the driver drive a device.
+    fn drives(&self, port: &str) {
+        let interface = format!("sys/bus/usb/devices/{port}/{port}:1.0");
+        self.link(&format!("{interface}/driver"), "../../../drivers/usb-storage");
+        let driver = format!("sys/bus/usb/drivers/usb-storage/{port}:1.0");
+        self.link(&driver, &format!("../../devices/{port}/{port}:1.0"));
     }
 
     fn uses(&self) -> Vec<String> {
@@ -109,6 +124,8 @@ fn members_of_a_btrfs_a_bcache_and_an_array_are_seen() {
     let tree = Tree::new();
     tree.directory(&format!("{DISK}/bcache"));
     assert!(tree.uses()[0].starts_with("sdb is part of a bcache: stop the bcache"));
+    tree.directory(&format!("{DISK}/bcache/set"));
+    assert!(tree.uses()[0].starts_with("sdb is part of a bcache: unregister the cache"));
 
     let tree = Tree::new();
     tree.directory(&format!("{DISK}/sdb1/holders/md127"));
@@ -122,8 +139,67 @@ fn a_mount_of_another_process_is_found() {
     tree.file("proc/4711/comm", "podman\n");
     let host = Host::at(tree.0.path());
     let port = "1-1".parse().unwrap();
-    let used = host.unseen_use(&port, Path::new("sdb"), &host.storage(&port));
+    let (disk, by) = host.mounted_somewhere(&host.storage(&port)).expect("it is mounted");
+    let used = Use { port, disk, by };
     let shown = "1-1: the host uses its disk: sdb1 is mounted on /media/my stick in the mount \
                  namespace of process 4711 (podman)";
     assert_eq!(used.to_string(), shown);
+}
+
+/// What the kernel counts for the driver of the stick.
+fn counted(count: u32) -> Tree {
+    let tree = Tree::new();
+    tree.file("sys/module/usb_storage/refcnt", &format!("{count}\n"));
+    tree.link("sys/bus/usb/drivers/usb-storage/module", "../../../../module/usb_storage");
+    tree.drives("1-1");
+    tree.directory("sys/dev/block/8:17");
+    tree
+}
+
+#[test]
+fn a_disk_that_somebody_has_open_is_seen_by_the_kernels_count() {
+    let open = "sdb is in use by something that this user may not see: stop what uses it (as root, \
+                `usb-qmp-hotplug list` shows what)";
+    assert_eq!(counted(0).uses(), [""; 0]);
+    let tree = counted(1);
+    assert_eq!(tree.uses(), [open]);
+    // Other modules count, too.
+    tree.directory("sys/module/usb_storage/holders/uas");
+    assert_eq!(tree.uses(), [""; 0]);
+    // udev has the disk open for a moment.
+    let tree = counted(2);
+    tree.file("dev/sdb", "");
+    let node = fs::metadata(tree.0.path().join("dev/sdb")).unwrap();
+    let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
+    let lock = format!("FLOCK  ADVISORY  READ 9 {major:02x}:{minor:02x}:{} 0 EOF", node.ino());
+    tree.file("proc/locks", &format!("1: {lock}\n"));
+    assert_eq!(tree.uses(), [""; 0]);
+}
+
+#[test]
+fn what_explains_the_count_is_no_reason_to_refuse() {
+    let refused = |tree: &Tree| {
+        Host::at(tree.0.path()).claim_disks(&"1-1".parse().unwrap()).map(|_| ()).is_err()
+    };
+    // A stick that was pulled while it was mounted.
+    let tree = counted(1);
+    tree.file("proc/self/mountinfo", "40 21 8:33 / /media/x rw - vfat /dev/sdc1 rw\n");
+    assert!(!refused(&tree));
+    // One that was pulled while it was a part of something.
+    let tree = counted(1);
+    tree.link("sys/block/dm-0/slaves/sdc", "../../../gone");
+    assert!(!refused(&tree));
+    let tree = counted(1);
+    tree.file("sys/block/loop0/loop/backing_file", "/dev/sdc (deleted)\n");
+    assert!(!refused(&tree));
+    // Another one that is mounted. Beside it, nothing is known for sure.
+    let tree = counted(1);
+    tree.drives("1-2");
+    let other = "sys/bus/usb/devices/1-2/1-2:1.0/host3/target3:0:0/3:0:0:0/block/sdc";
+    tree.file(&format!("{other}/dev"), "8:32\n");
+    assert!(!refused(&tree), "it may be either of them");
+    tree.file("proc/self/mountinfo", "40 21 8:32 / /media/x rw - vfat /dev/sdc rw\n");
+    tree.directory("sys/dev/block/8:32");
+    assert!(!refused(&tree));
+    assert!(refused(&counted(1)));
 }

@@ -44,13 +44,19 @@ pub enum UsedBy {
     },
     /// It is the cache of a bcache, or the device that a bcache stores a cache
     /// of.
-    Bcache,
+    Bcache {
+        /// Whether it is the cache.
+        is_cache: bool,
+    },
     /// It is a part of the ZFS pool of this name.
     Zfs(String),
     /// This program has it open, if the program can be seen.
     Program(Option<Holder>),
-    /// Something uses it that cannot be found.
-    Unknown,
+    /// Something has it open or has claimed it that cannot be found.
+    Unknown {
+        /// Whether this process could look into all others.
+        sees_all: bool,
+    },
 }
 
 /// Whether the kernel reports when a disk is not used any more.
@@ -107,7 +113,7 @@ impl fmt::Display for Use {
         let Use { port, disk, by } = self;
         let disk = escape(disk);
         match by {
-            UsedBy::Program(_) | UsedBy::Unknown => {
+            UsedBy::Program(_) | UsedBy::Unknown { .. } => {
                 write!(f, "{port}: its disk is in use: {disk} is {by}")
             }
             _ => write!(f, "{port}: the host uses its disk: {disk} is {by}"),
@@ -139,14 +145,16 @@ impl fmt::Display for UsedBy {
                     None => Ok(()),
                 }
             }
-            UsedBy::Bcache => write!(f, "part of a bcache"),
+            UsedBy::Bcache { .. } => write!(f, "part of a bcache"),
             UsedBy::Zfs(pool) => write!(f, "part of the ZFS pool {}", escape(pool)),
             UsedBy::Program(Some(program)) => write!(f, "open in {program}"),
             UsedBy::Program(None) => write!(f, "open in a program that this user may not see"),
-            UsedBy::Unknown => write!(
-                f,
-                "claimed, and nothing that this user may see tells by what (perhaps a mount in a container)"
-            ),
+            UsedBy::Unknown { sees_all: true } => {
+                write!(f, "claimed, and nothing tells by what (perhaps by a mount in a container)")
+            }
+            UsedBy::Unknown { sees_all: false } => {
+                write!(f, "in use by something that this user may not see")
+            }
         }
     }
 }
@@ -178,18 +186,29 @@ impl UsedBy {
                     )),
                     Kind::Mapper => Some(format!("`dmsetup remove {label}`")),
                     Kind::Array => Some(format!("stop the array (`mdadm --stop /dev/{of}`)")),
-                    Kind::Bcache => Some(format!("stop the bcache (/sys/block/{of}/bcache/stop)")),
+                    Kind::Bcache => {
+                        Some(format!("stop the bcache (write 1 to /sys/block/{of}/bcache/stop)"))
+                    }
                     Kind::Other => Some(format!("stop what uses {of}")),
                 };
                 let first = by.as_ref().and_then(|by| by.advice(&of));
                 let steps: Vec<String> = first.into_iter().chain(end).collect();
                 return (!steps.is_empty()).then(|| steps.join(", then "));
             }
-            UsedBy::Bcache => "stop the bcache, or unregister its cache".to_owned(),
+            // Linux, Documentation/admin-guide/bcache.rst
+            UsedBy::Bcache { is_cache: true } => format!(
+                "unregister the cache (write 1 to /sys/class/block/{disk}/bcache/set/unregister)"
+            ),
+            UsedBy::Bcache { is_cache: false } => {
+                format!("stop the bcache (write 1 to /sys/class/block/{disk}/bcache/stop)")
+            }
             UsedBy::Zfs(pool) => format!("`zpool export {}`", escape(pool)),
             UsedBy::Program(Some(program)) => format!("have {program} close it"),
             UsedBy::Program(None) => "close it there".to_owned(),
-            UsedBy::Unknown => return None,
+            UsedBy::Unknown { sees_all: true } => return None,
+            UsedBy::Unknown { sees_all: false } => {
+                "stop what uses it (as root, `usb-qmp-hotplug list` shows what)".to_owned()
+            }
         })
     }
 
@@ -201,7 +220,7 @@ impl UsedBy {
     pub fn told(&self) -> Told {
         match self {
             UsedBy::Mount(_) | UsedBy::Btrfs(Some(_)) | UsedBy::Swap => Told::Always,
-            UsedBy::Program(_) => Told::Mostly,
+            UsedBy::Program(_) | UsedBy::Unknown { sees_all: false } => Told::Mostly,
             UsedBy::Part { kind: Kind::Loop { .. }, by, .. } => {
                 by.as_ref().map_or(Told::Mostly, |by| by.told())
             }
@@ -217,10 +236,10 @@ impl UsedBy {
             UsedBy::Swap => "swap",
             UsedBy::Part { kind: Kind::Loop { .. }, .. } => "loop",
             UsedBy::Part { .. } => "holder",
-            UsedBy::Bcache => "bcache",
+            UsedBy::Bcache { .. } => "bcache",
             UsedBy::Zfs(_) => "zfs",
             UsedBy::Program(_) => "program",
-            UsedBy::Unknown => "unknown",
+            UsedBy::Unknown { .. } => "unknown",
         }
     }
 
@@ -234,7 +253,7 @@ impl UsedBy {
             UsedBy::Part { of, .. } => Some(of.clone()),
             UsedBy::Zfs(pool) => Some(pool.clone()),
             UsedBy::Program(program) => program.as_ref().map(ToString::to_string),
-            UsedBy::Swap | UsedBy::Bcache | UsedBy::Unknown => None,
+            UsedBy::Swap | UsedBy::Bcache { .. } | UsedBy::Unknown { .. } => None,
         }
     }
 

@@ -1,0 +1,90 @@
+//! Whether somebody has a disk open, for a process that may not look into the
+//! others. The kernel counts the users of a driver's module, and each open disk
+//! of any of its devices is one (Linux, drivers/scsi/scsi.c, `scsi_device_get`;
+//! Documentation/ABI/testing/sysfs-module). It does not tell which disk that
+//! is.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use super::stack::Tables;
+use super::{Host, Storage};
+use crate::host::read_if_there;
+use crate::usb::Port;
+
+/// Whether somebody has a disk open that nothing else explains.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Opens {
+    /// Nobody has, or it cannot be known.
+    #[default]
+    None,
+    /// Somebody has one of this device, or of another with the same driver.
+    Perhaps,
+    /// Somebody has one of this device.
+    Some,
+}
+
+impl Host {
+    /// Whether a disk of the device at a port is open, as far as the counts of
+    /// its drivers show. Call it if the tables show no use of these disks.
+    pub(super) fn opens(&self, port: &Port, storage: &Storage, tables: &Tables) -> Opens {
+        let disks = || storage.disks.iter().chain(&storage.characters);
+        let has_disk = |interface: &PathBuf| disks().any(|disk| disk.starts_with(interface));
+        let interface = self.interfaces(port).into_iter().find(has_disk);
+        let driver = interface.and_then(|interface| interface.join("driver").canonicalize().ok());
+        let Some(driver) = driver else { return Opens::None };
+        // udev opens a disk more than once, and keeps a lock on it meanwhile.
+        let is_udevs = storage.disks.iter().any(|disk| self.is_locked_at_all(disk));
+        let count = users(&driver.join("module"));
+        if is_udevs || count.is_none_or(|count| count == 0) {
+            return Opens::None;
+        }
+        let others = others(&driver, port);
+        let uses = |other: &Port| self.count_uses(&self.storage(other), tables);
+        let of_others: usize = others.iter().map(uses).sum();
+        // The disks that this process has claimed count, too, and so do those
+        // that were pulled while they were mounted.
+        let explained = of_others + self.own_disks() + tables.pulled(self);
+        match count.unwrap_or_default() > explained {
+            false => Opens::None,
+            true if others.is_empty() => Opens::Some,
+            true => Opens::Perhaps,
+        }
+    }
+
+    /// How many of these disks and partitions are in use. The kernel opens each
+    /// once.
+    fn count_uses(&self, storage: &Storage, tables: &Tables) -> usize {
+        let is_used = |part: &&PathBuf| {
+            self.used_by(part, tables, 0).is_some() || self.lock_on(part).is_some()
+        };
+        storage.blocks().filter(is_used).count()
+    }
+
+    /// How many disks this process has open itself.
+    fn own_disks(&self) -> usize {
+        let descriptors = fs::read_dir(self.path("/proc/self/fd")).into_iter().flatten().flatten();
+        let is_disk = |descriptor: &fs::DirEntry| {
+            fs::metadata(descriptor.path()).is_ok_and(|file| file.file_type().is_block_device())
+        };
+        descriptors.filter(is_disk).count()
+    }
+}
+
+/// How many users a module has besides other modules. `None` if the driver is
+/// no module.
+fn users(module: &Path) -> Option<usize> {
+    let count = read_if_there(&module.join("refcnt")).ok()??;
+    let modules = fs::read_dir(module.join("holders")).into_iter().flatten().count();
+    Some(count.trim_end().parse::<usize>().ok()?.saturating_sub(modules))
+}
+
+/// The ports of the other devices that a driver drives.
+fn others(driver: &Path, port: &Port) -> BTreeSet<Port> {
+    let entries = fs::read_dir(driver).into_iter().flatten().flatten();
+    let of_interface =
+        |entry: fs::DirEntry| entry.file_name().to_str()?.split_once(':')?.0.parse::<Port>().ok();
+    entries.filter_map(of_interface).filter(|other| other != port).collect()
+}
