@@ -3,15 +3,17 @@
 use crate::gadget::{Gadget, Gadgets};
 use crate::hardware::Plugged;
 use crate::host::{load, must};
-use crate::tool::run;
+use crate::tool::{run, run_as_the_unit};
 use crate::vm::Vm;
-use crate::wait::wait_until;
-use std::fs;
+use crate::wait::{wait_for, wait_until};
+use std::fs::{self, File};
 use std::path::Path;
+use std::process::Command;
 
 crate::tests![
     a_disk_in_use_keeps_the_whole_device: any_qemu,
     parts_of_arrays_and_volumes_are_refused: any_qemu,
+    a_disc_that_a_program_reads_is_refused: any_qemu,
 ];
 
 const MOUNT_POINT: &str = "/run/composite";
@@ -56,10 +58,30 @@ fn parts_of_arrays_and_volumes_are_refused() {
     must("dmsetup", &["remove", "--noudevsync", "--retry", "group-data"]);
 
     let array = Array::assemble(&device.lun(1));
-    is_refused(&vm, &device, &second, "md7");
+    is_refused(&vm, &device, &second, "stop the array (`mdadm --stop /dev/md7`)");
     array.stop();
 
     run(["attach", &vm.socket(), &device.port]).succeeds();
+    vm.gets(&[&device]);
+}
+
+fn a_disc_that_a_program_reads_is_refused() {
+    let mut gadgets = Gadgets::load(1);
+    let vm = Vm::new("a").start();
+    let device = gadgets.plug(Gadget::new(0x1d6b, 0x0104).cdrom(4), 0);
+    load("sr_mod", &[]);
+    let disc = wait_for("the disc", || File::open("/dev/sr0").ok());
+    let mut program = Command::new("sleep").arg("1000").stdin(disc).spawn().unwrap();
+    let attach = ["attach", &vm.socket(), &device.port];
+    let refused = run(attach).exits(7).stderr;
+    let user = format!("sr0 is open in process {} (sleep)", program.id());
+    assert!(refused.contains(&user), "{refused}");
+    let refused = run_as_the_unit(attach).exits(7).stderr;
+    assert!(refused.contains("sr0 is in use by something"), "{refused}");
+    vm.loses_all();
+    program.kill().unwrap();
+    program.wait().unwrap();
+    run_as_the_unit(attach).succeeds();
     vm.gets(&[&device]);
 }
 

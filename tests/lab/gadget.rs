@@ -75,6 +75,12 @@ impl Gadget {
         self.add(Function { luns: luns.to_vec(), ..Function::new("mass_storage", &[]) })
     }
 
+    /// A CD-ROM drive with a disc of so many MiB, `/dev/sr0` on the host.
+    pub fn cdrom(self, size: u64) -> Gadget {
+        let drive = Function::new("mass_storage", &[("lun.0/cdrom", b"1")]);
+        self.add(Function { luns: vec![size], ..drive })
+    }
+
     pub fn keyboard(self) -> Gadget {
         // Device Class Definition for HID 1.11, appendix B.1, without the LEDs.
         const REPORT: [u8; 43] = [

@@ -76,6 +76,7 @@ mod rule;
 mod service;
 mod sockets;
 mod starting;
+mod storage;
 mod strings;
 mod sync;
 mod tool;
@@ -165,6 +166,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         recipes::TESTS,
         owners::TESTS,
         disks::TESTS,
+        storage::TESTS,
         by_hand::TESTS,
         claims::TESTS,
         completions::TESTS,
