@@ -79,6 +79,7 @@ mod starting;
 mod storage;
 mod strings;
 mod sync;
+mod take;
 mod tool;
 mod truth;
 mod udev;
@@ -165,6 +166,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         refused::TESTS,
         recipes::TESTS,
         owners::TESTS,
+        take::TESTS,
         disks::TESTS,
         storage::TESTS,
         by_hand::TESTS,

@@ -15,6 +15,9 @@ crate::tests![
     names_that_forge_lines_and_ids_deceive_nobody: any_qemu,
 ];
 
+/// Blanks that look like others, and letters between them.
+const BLANKS: &str = "\u{a0}x\u{3000}y\u{a0}z\u{2003}";
+
 /// Up to 15: so many ports there are.
 fn ugly() -> Vec<Vec<u16>> {
     let texts = [
@@ -27,7 +30,7 @@ fn ugly() -> Vec<Vec<u16>> {
         "\", RUN+=\"/bin/false\", ENV{x}=\"",
         "%s%n$HOME$(reboot)\\x0a\\u{1b}",
         "   ",
-        "\u{a0}\u{3000}\u{2003}",
+        BLANKS,
         "e\u{301}\u{301}\u{301}\u{1f468}\u{200d}\u{1f469}\u{ffff}",
     ];
     let mut all: Vec<Vec<u16>> = texts.iter().map(|text| text.encode_utf16().collect()).collect();
@@ -80,6 +83,13 @@ fn strings_of_every_kind_do_nothing_to_a_terminal() {
             }
         }
     }
+
+    // As it is shown, it can be typed.
+    let blanks = ugly().iter().position(|units| *units == Vec::from_iter(BLANKS.encode_utf16()));
+    let line = |port: &str| flat.lines().find(|line| line.starts_with(&format!("{port}\t")));
+    let shown = line(&devices[blanks.unwrap()].port).unwrap().split('\t').nth(6).unwrap();
+    assert_eq!(shown, r"x\u{3000}y\u{a0}z");
+    run(["attach", "--dry-run", &vm.socket(), &format!("serial={shown}")]).succeeds();
 
     for device in &devices {
         let attached = run(["attach", &vm.socket(), &device.port]).succeeds();
@@ -179,7 +189,8 @@ fn must_be_plain(text: &str) {
     let is_hidden = |c: char| {
         let separates_or_reorders = matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}'
             | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-        c != '\n' && (c.is_control() || separates_or_reorders)
+        let is_blank = c.is_whitespace() && c != ' ';
+        c != '\n' && (c.is_control() || is_blank || separates_or_reorders)
     };
     assert!(!text.contains(is_hidden), "{text:?}");
 }

@@ -4,6 +4,7 @@ use crate::daemon::{Daemon, configure, rule};
 use crate::gadget::{Gadget, Gadgets};
 use crate::hardware::{Device, Hardware, Plugged, xhci};
 use crate::host::must;
+use crate::journal::Journal;
 use crate::tool::run;
 use crate::udev;
 use crate::vm::Vm;
@@ -13,7 +14,9 @@ use std::os::unix::fs::OpenOptionsExt;
 
 crate::tests![
     an_adapter_with_the_default_route_is_refused_by_hand_and_told_in_the_log: any_qemu,
+    an_adapter_with_the_default_route_is_told_where_a_udev_rule_takes_it: any_qemu,
     a_serial_port_that_a_program_has_open_is_told: any_qemu,
+    a_sound_device_and_a_printer_that_a_program_has_open_are_told: any_qemu,
     the_only_keyboard_is_told: any_qemu,
     what_is_not_authorized_is_shown: any_qemu,
 ];
@@ -76,6 +79,52 @@ fn an_adapter_with_the_default_route_is_refused_by_hand_and_told_in_the_log() {
     gadgets.pull(&device);
 }
 
+fn an_adapter_with_the_default_route_is_told_where_a_udev_rule_takes_it() {
+    let mut gadgets = Gadgets::load(1);
+    let journal = Journal::journald();
+    let vm = Vm::new("a").start();
+    let device = gadgets.plug(Gadget::new(0x1d6b, 0x0104).network(), 0);
+    let name = adapter(&device);
+    must("ip", &["address", "add", "10.9.9.2/24", "dev", &name]);
+    must("ip", &["link", "set", &name, "up"]);
+    must("ip", &["route", "add", "default", "via", "10.9.9.1", "dev", &name, "metric", "7"]);
+    udev::rules(&crate::tool::rule(&format!("KERNEL==\"{}\"", device.port), &vm));
+    udev::trigger("add", &device.sysfs);
+    vm.gets(&[&device]);
+    let entry = journal.wait_for("was in use on this host when");
+    assert!(entry["MESSAGE"].contains(&format!("{name} has the default route")), "{entry:?}");
+    assert_eq!(entry["PRIORITY"], "4", "a warning");
+    gadgets.pull(&device);
+}
+
+fn a_sound_device_and_a_printer_that_a_program_has_open_are_told() {
+    let mut gadgets = Gadgets::load(1);
+    let vm = Vm::new("a").start();
+    let device = gadgets.plug(Gadget::new(0x1d6b, 0x0105).midi().printer(), 0);
+    // The gadget has a sound card of its own.
+    let card = device.sysfs.join(format!("{}:1.0/sound", device.port));
+    let name = |path: &std::path::Path, start: &str| {
+        let names = fs::read_dir(path).ok()?.flatten();
+        let mut names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        names.find(|name| name.starts_with(start))
+    };
+    let midi = wait_for("the sound device", || name(&card.join(name(&card, "card")?), "midiC"));
+    let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let open = |path: &str| {
+        let mut options = fs::OpenOptions::new();
+        options.write(true).custom_flags(nonblocking);
+        wait_for(path, || options.open(path).ok())
+    };
+    let _open = (open(&format!("/dev/snd/{midi}")), open("/dev/usb/lp0"));
+    let told = run(["attach", &vm.socket(), &device.port]).succeeds().stderr;
+    let this = std::process::id();
+    for node in [&midi, "lp0"] {
+        assert!(told.contains(&format!("{node} is open in process {this} (")), "{told}");
+    }
+    assert_eq!(told.lines().count(), 1, "{told}");
+    gadgets.pull(&device);
+}
+
 fn a_serial_port_that_a_program_has_open_is_told() {
     let mut gadgets = Gadgets::load(1);
     let vm = Vm::new("a").start();
@@ -121,6 +170,12 @@ fn the_only_keyboard_is_told() {
     }
     let attached = run(["attach", &vm.socket(), &keyboard.port]).succeeds().stderr;
     assert!(attached.contains("it is the only keyboard"), "{attached}");
+    run(["detach", &vm.socket(), &keyboard.port]).succeeds();
+    wait_for("the only keyboard", || is_told().then_some(()));
+    configure(&["a"], &rule("a", &format!("port = \"{}\"", keyboard.port)));
+    let daemon = Daemon::start();
+    daemon.wait_for_log(&["was in use on this host when a got it", "it is the only keyboard"]);
+    drop(daemon);
     run(["detach", &vm.socket(), &keyboard.port]).succeeds();
 
     let other = hardware.plug(Device::Keyboard, xhci(5));
