@@ -54,6 +54,7 @@
 //! missing. [`crate::reconcile::decide`] says what to do in each state.
 
 mod devices;
+mod give_back;
 mod qemu;
 mod queue;
 mod reconcile;

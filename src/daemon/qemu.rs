@@ -7,10 +7,8 @@ use std::task::{Context, Poll, ready};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::unix::AsyncFd;
-use tracing::warn;
 
 use crate::host::readable::readable;
-use crate::host::{Host, Node, blocking};
 use crate::qemu::Layout;
 use crate::reconcile::Handled;
 use crate::usb::{Address, Port};
@@ -68,26 +66,6 @@ impl Qemu {
             Ok(_) => Poll::Ready(()),
             // An error does not mean that the process ended.
             Err(_) => Poll::Pending,
-        }
-    }
-
-    /// Returns its devices to the host's drivers. A device that another process
-    /// has now, or still has, is left alone. This may wait for the hardware.
-    pub async fn give_back(self, host: &Host) {
-        if self.given.is_empty() {
-            return;
-        }
-        let host = host.clone();
-        let give_back = move || {
-            for (port, address) in self.given {
-                let is_there = matches!(host.device(&port), Ok(Some(d)) if d.address == address);
-                if is_there && matches!(host.open(address), Ok(Node::Ours(_))) {
-                    host.probe_drivers(&port);
-                }
-            }
-        };
-        if let Err(error) = blocking(give_back).await {
-            warn!("cannot give devices back to the host's drivers: {error}; plug them in again");
         }
     }
 }

@@ -13,6 +13,7 @@ use tokio::time::sleep;
 use tracing::field::display;
 use tracing::{debug, info, warn};
 
+use super::give_back::give_back;
 use super::qemu::Qemu;
 use super::queue::{Queue, Work};
 use super::shared::Shared;
@@ -277,7 +278,7 @@ impl Worker {
                 qemu.given.insert(port.clone(), seen.device.address);
             }
         }
-        qemu.give_back(&self.shared.host).await;
+        give_back(&self.shared, qemu.given).await;
     }
 
     /// Records that another QEMU than before answers.

@@ -4,7 +4,9 @@ use crate::hardware::Plugged;
 use crate::qmp::Qmp;
 use crate::wait::{wait_for, wait_until};
 use rustix::net::sockopt::socket_peercred;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open,
+};
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::fs;
@@ -190,6 +192,17 @@ impl Vm {
             .filter_map(|entry| fs::read_link(entry.path()).ok())
             .filter(|path| path.starts_with("/dev/bus/usb"))
             .collect()
+    }
+
+    /// QEMU's own open node of a device: open, and locked, as long as this is.
+    pub fn copy_of(&self, device: &Plugged) -> OwnedFd {
+        let process = pidfd_open(self.pid, PidfdFlags::empty()).expect("QEMU runs");
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("QEMU runs");
+        let is_node =
+            |entry: &fs::DirEntry| fs::read_link(entry.path()).ok() == Some(device.node());
+        let its = descriptors.flatten().find(is_node).expect("QEMU has it open");
+        let number = its.file_name().to_str().unwrap().parse().unwrap();
+        pidfd_getfd(process, number, PidfdGetfdFlags::empty()).expect("root may")
     }
 
     /// How many descriptors QEMU has open, of whatever kind.

@@ -18,6 +18,7 @@ use std::thread;
 
 crate::tests![
     a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts: every_qemu,
+    what_is_in_use_when_a_vm_ends_goes_back_when_it_is_let_go,
     what_a_killed_vm_was_not_given_by_the_daemon_is_left_alone,
     at_whose_socket_another_user_listens_gets_nothing_and_is_told: any_qemu,
     a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device: any_qemu,
@@ -179,6 +180,23 @@ fn a_killed_vm_gives_its_device_back_and_has_it_again_when_it_restarts() {
         vm = Vm::new("a").start();
     }
     vm.gets(&[&stick]);
+}
+
+fn what_is_in_use_when_a_vm_ends_goes_back_when_it_is_let_go() {
+    let mut hardware = Hardware::open();
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let daemon = Daemon::launch(&["--verbose", "--timeout", tool::SECONDS], &[]);
+    daemon.wait_until_it_says("READY=1");
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    let vm = Vm::new("a").start();
+    vm.gets(&[&stick]);
+    // As the kernel keeps it for a while where QEMU waits for it with io_uring.
+    let kept = vm.copy_of(&stick);
+    vm.kill();
+    daemon.wait_for_log(&["2-3 is in use still"]);
+    assert_eq!(stick.driver(), None);
+    drop(kept);
+    wait_until("the driver is back", || stick.driver().as_deref() == Some("usb-storage"));
 }
 
 fn a_stopped_vm_delays_no_other_and_gets_its_devices_later() {
