@@ -114,11 +114,16 @@ pub async fn attach_opened(
     vm: &mut Vm,
     device: &Device,
     options: &Options,
-    mut early: Option<Early>,
+    early: Option<Early>,
 ) -> Result<Attached, Error> {
     if device.is_hub() {
         return Err(Error::Hub(device.clone()));
     }
+    let mut early = match early {
+        // No time is left to ask the VM, and it is not the VM that was too slow.
+        Some(Early { opened: Err(silent @ Error::Silent(_)), .. }) => return Err(silent),
+        early => early,
+    };
     if !options.force && !host.is_authorized(&device.port) {
         return Err(host::Error::NotAuthorized(device.clone()).into());
     }

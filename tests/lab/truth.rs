@@ -294,7 +294,8 @@ fn attach_at_second_monitor(vm: &Vm, device: &Plugged) {
 
 pub fn open_locked(device: &Plugged) -> OwnedFd {
     let node = File::options().read(true).write(true).open(device.node()).unwrap();
-    flock(&node, FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
+    // The daemon claims a device while it connects, and lets go where the monitor is busy.
+    wait_until("nobody has it", || flock(&node, FlockOperation::NonBlockingLockExclusive).is_ok());
     node.into()
 }
 
