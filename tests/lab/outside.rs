@@ -78,10 +78,10 @@ fn runs_on(test: &Test, version: &str) -> bool {
     }
 }
 
-/// Runs the machines, three for every two processors: tests wait now and then.
+/// Runs the machines, two for each processor: tests wait now and then.
 fn run_machines(machines: Vec<Arc<Machine>>) -> Vec<thread::JoinHandle<()>> {
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    let at_a_time = machines.len().min(processors + processors.div_ceil(2));
+    let at_a_time = machines.len().min(2 * processors);
     // More processors than there are real ones make emulation slower.
     let cpus = if at_a_time > 0 && processors / at_a_time > 1 { "2" } else { "1" };
     let queue = Arc::new(Mutex::new(machines.into_iter()));
