@@ -267,8 +267,8 @@ fn table(results: &Value) -> String {
     let many = &results["resident"]["many"];
     table
         + &format!(
-            "\nThe kernel tells of the last of the twelve after {} ms. Whatever the machine, an attach takes `watch` {}, \
-             and a rule's whole process {}. With {} VMs and {} rules, `watch` needs {} MiB of its own, {} µs of processor \
+            "\nThe kernel tells of the last of the twelve after {} ms. An attach takes `watch` {} (all that \
+             it does meanwhile), and a rule's whole process {}. With {} VMs and {} rules, `watch` needs {} MiB of its own, {:.0} µs of processor \
              time an event, and {} ms to start where one VM takes {} ms (each VM thinks for {} ms before it answers).\n",
             median(&race["bursts"]["nobody"]["12"]["told"]),
             both("watch_add"),
@@ -276,7 +276,7 @@ fn table(results: &Value) -> String {
             many["vms"],
             many["rules"],
             (many["anonymous_kib"].as_f64().unwrap_or_default() / 102.4).round() / 10.0,
-            many["microseconds"],
+            many["microseconds"].as_f64().unwrap_or_default(),
             many["start_milliseconds"],
             many["start_of_one_milliseconds"],
             many["delay_milliseconds"],
