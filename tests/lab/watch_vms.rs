@@ -64,9 +64,7 @@ fn a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device()
         let stick = hardware.plug(Stick::new(&format!("SN{round}")), xhci(4));
         vm.gets(&[&stick]);
         let meanwhile = talks.load(Ordering::Relaxed) - before;
-        // What it says it has takes so many conversations that it never comes to an end.
         assert!(meanwhile < CLAIMS / 2, "{meanwhile} conversations came before");
-        wait_until("it goes on", || talks.load(Ordering::Relaxed) > before + meanwhile);
         hardware.pull_all(&[mouse, stick]);
         vm.loses_all();
     }
