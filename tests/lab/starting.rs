@@ -67,6 +67,17 @@ fn rules() -> String {
     rule("a", "port = \"1-3\"") + &rule("b", "serial = \"HANGS\"") + &rule("c", "class = \"03\"")
 }
 
+/// Another VM gets and loses its device, and systemd hears of the daemon.
+fn a_works(hardware: &mut Hardware, daemon: &Daemon, a: &Vm) {
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    meanwhile("a gets its mouse", || (a.ids() == [mouse.id_in_vm()]).then_some(()));
+    let told = || daemon.said().iter().filter(|line| *line == "WATCHDOG=1").count();
+    let before = told();
+    meanwhile("the watchdog is told", || (told() > before + 1).then_some(()));
+    hardware.pull(&mouse);
+    meanwhile("a loses its mouse", || a.ids().is_empty().then_some(()));
+}
+
 fn the_daemon_serves_the_other_vms_meanwhile() {
     let mut hardware = Hardware::open();
     let mut remotes = Remotes::load();
@@ -78,13 +89,7 @@ fn the_daemon_serves_the_other_vms_meanwhile() {
     daemon.wait_until_it_says("READY=1");
     let start = Instant::now();
     let (id, _) = hanging(&mut remotes);
-    let mouse = hardware.plug(Device::Mouse, xhci(3));
-    meanwhile("a gets its mouse", || (a.ids() == [mouse.id_in_vm()]).then_some(()));
-    let told = || daemon.said().iter().filter(|line| *line == "WATCHDOG=1").count();
-    let before = told();
-    meanwhile("the watchdog is told", || (told() > before + 1).then_some(()));
-    hardware.pull(&mouse);
-    meanwhile("a loses its mouse", || a.ids().is_empty().then_some(()));
+    a_works(&mut hardware, &daemon, &a);
     daemon.wait_for_log(&["is starting"]);
     daemon.wait_for_status("3 VMs, 3 running, 1 device attached, 1 waiting");
     daemon.reload();
@@ -146,33 +151,24 @@ fn a_device_that_falls_silent_delays_no_other_vm() {
     configure(&["a", "b", "c"], &(rule("a", "port = \"1-3\"") + &rule("b", "vendor = \"1209\"")));
     let mut daemon = Daemon::launch(&["--timeout", "5"], &[("WATCHDOG_USEC", "3000000")]);
     daemon.wait_until_it_says("READY=1");
-    let mut a_works = |daemon: &Daemon| {
-        let mouse = hardware.plug(Device::Mouse, xhci(3));
-        meanwhile("a gets its mouse", || (a.ids() == [mouse.id_in_vm()]).then_some(()));
-        let told = || daemon.said().iter().filter(|line| *line == "WATCHDOG=1").count();
-        let before = told();
-        meanwhile("the watchdog is told", || (told() > before + 1).then_some(()));
-        hardware.pull(&mouse);
-        meanwhile("a loses its mouse", || a.ids().is_empty().then_some(()));
-    };
     // QEMU asks it for its name, and waits.
     let silent = remotes.plug(remote::Device::falls_silent(), 2);
-    a_works(&daemon);
+    a_works(&mut hardware, &daemon, &a);
     wait_for("b has it", || (b.ids() == [silent.id_in_vm()]).then_some(()));
     daemon.reload();
-    a_works(&daemon);
+    a_works(&mut hardware, &daemon, &a);
     briefly(&["list"]).succeeds();
     // QEMU resets it, and the kernel waits for each answer.
     let detach = ["--timeout", "2", "detach", &b.socket(), &silent.port];
     let mut detach = Command::new(PROGRAM).args(detach).stderr(Stdio::null()).spawn().unwrap();
-    a_works(&daemon);
+    a_works(&mut hardware, &daemon, &a);
     briefly(&["list"]).succeeds();
     wait_for("the end of the detach", || detach.try_wait().unwrap());
     // A daemon that starts now serves the others, too.
     drop(daemon);
     daemon = Daemon::launch(&["--timeout", "5"], &[("WATCHDOG_USEC", "3000000")]);
     meanwhile("it is ready", || daemon.said().iter().any(|l| l == "READY=1").then_some(()));
-    a_works(&daemon);
+    a_works(&mut hardware, &daemon, &a);
     daemon.signal(Signal::TERM);
     let start = Instant::now();
     assert!(daemon.wait().success());
