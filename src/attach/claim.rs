@@ -55,11 +55,7 @@ pub(super) async fn open(
         if life == Some(Life::Alive) {
             return Ok(None);
         }
-        let node = match early.take() {
-            Some(early) => early.opened,
-            None => open_once(host, device, options, deadline).await,
-        };
-        let error = match node {
+        let error = match Early::open(&mut early, host, device, options, deadline).await {
             Ok((claims, node)) => {
                 // Only the attempt to lock it tells for sure.
                 let locked = match &node {

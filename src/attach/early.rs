@@ -22,7 +22,37 @@ const PATIENCE: Duration = Duration::from_millis(200);
 pub struct Early {
     pub(super) opened: Result<(Claims, Node), Error>,
     /// What the host uses it for.
-    pub uses: Vec<OtherUse>,
+    uses: Vec<OtherUse>,
+}
+
+impl Early {
+    /// The device as it was opened already, or as it is opened now.
+    pub(super) async fn open(
+        early: &mut Option<Early>,
+        host: &Host,
+        device: &Device,
+        options: &Options,
+        deadline: Instant,
+    ) -> Result<(Claims, Node), Error> {
+        match early.take() {
+            Some(early) => early.opened,
+            None => open_once(host, device, options, deadline).await,
+        }
+    }
+
+    /// What the host uses a device for, as it was read already, or as it is read
+    /// now. It is asked for once.
+    pub fn uses(
+        early: &mut Option<Early>,
+        host: &Host,
+        device: &Device,
+        options: &Options,
+    ) -> Vec<OtherUse> {
+        match early {
+            Some(early) => std::mem::take(&mut early.uses),
+            None => host.other_uses(&device.port, options.look),
+        }
+    }
 }
 
 /// Connects to a VM, and opens and claims a device meanwhile. The device is

@@ -8,7 +8,7 @@ mod early;
 use serde_json::{Map, Value};
 use tracing::{debug, info, warn};
 
-use self::claim::{Ready, held, open, open_once, refuse_owned};
+use self::claim::{Ready, held, open, refuse_owned};
 use crate::error::Error;
 use crate::host::uses::listed;
 use crate::host::{self, Claim, Host, Look, Node, OtherUse};
@@ -198,11 +198,7 @@ async fn attach_as_known(
         return Ok(None);
     };
     let deadline = vm.session().deadline();
-    let opened = match early.take() {
-        Some(early) => early.opened,
-        None => open_once(host, device, options, deadline).await,
-    };
-    let ready = match opened? {
+    let ready = match Early::open(early, host, device, options, deadline).await? {
         (_, Node::Held) => return Ok(None),
         (claims, Node::Ours(claim)) => Ready { claims, claim: Some(claim) },
         (claims, Node::NotPermitted) => Ready { claims, claim: None },

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 
 use super::{Context, options};
-use crate::attach::{self, Attached, Detached, Options};
+use crate::attach::{self, Attached, Detached, Early, Options};
 use crate::cli::Udev;
 use crate::error::Error;
 use crate::host::{self, Look};
@@ -119,10 +119,7 @@ async fn add(
     let connecting = Box::pin(connect(context, address));
     let (vm, mut early) = attach::while_connecting(host, device, options, limit, connecting).await;
     let mut vm = vm?;
-    let uses = match &mut early {
-        Some(early) => std::mem::take(&mut early.uses),
-        None => host.other_uses(&device.port, options.look),
-    };
+    let uses = Early::uses(&mut early, host, device, options);
     let attached = attach::attach_opened(host, &mut vm, device, options, early).await?;
     let (name, id, ms) = (vm.name(), DeviceId::for_port(&device.port), start.elapsed().as_millis());
     let vm = escape(&name);

@@ -25,10 +25,7 @@ impl Host {
         let host = self.clone();
         // A hub is locked while drivers start for a device behind it.
         let controllers = self.in_haste(numbers.to_vec(), move |number| {
-            let read = |name| {
-                let directory = host.path(format!("/sys/bus/usb/devices/usb{number}"));
-                Some(read_if_there(&directory.join(name)).ok()??.trim().to_owned())
-            };
+            let read = |name| host.of_root_hub(number, name);
             let words: Vec<String> = ["product", "serial"].into_iter().filter_map(read).collect();
             words.join(" ")
         });
@@ -40,11 +37,7 @@ impl Host {
     }
 
     fn bus(&self, number: u16, controller: String) -> Bus {
-        let directory = self.path(format!("/sys/bus/usb/devices/usb{number}"));
-        let read = |name| {
-            let text = read_if_there(&directory.join(name)).ok()??;
-            Some(text.trim().to_owned())
-        };
+        let read = |name| self.of_root_hub(number, name);
         Bus {
             number,
             path: self.bus_path(number),
@@ -52,5 +45,11 @@ impl Host {
             ports: read("maxchild").and_then(|count| count.parse().ok()),
             controller,
         }
+    }
+
+    /// An attribute of a bus's root hub.
+    fn of_root_hub(&self, number: u16, name: &str) -> Option<String> {
+        let attribute = self.path(format!("/sys/bus/usb/devices/usb{number}")).join(name);
+        Some(read_if_there(&attribute).ok()??.trim().to_owned())
     }
 }

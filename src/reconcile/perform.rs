@@ -158,10 +158,7 @@ async fn attach(
     mut early: Option<Early>,
 ) -> Result<Done, Error> {
     let options = options(vms, assignment);
-    let uses = match &mut early {
-        Some(early) => std::mem::take(&mut early.uses),
-        None => vms.host.other_uses(&device.port, options.look),
-    };
+    let uses = Early::uses(&mut early, vms.host, device, &options);
     let attached = attach::attach_opened(vms.host, vm, device, &options, early).await?;
     if matches!(attached, Attached::There(_)) && !options.dry_run {
         attach::tell_uses(&assignment.vm, device, &uses);
