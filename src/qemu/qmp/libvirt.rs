@@ -20,7 +20,7 @@ use super::domain::Domain;
 use super::error::{ErrorKind, LibvirtError};
 use super::frame::{self, Bounds, Reply};
 use super::rpc::{self, Call, Outcome, Program, Reader, Xdr};
-use super::{Version, connect_when_possible, send_bytes};
+use super::{Version, stream};
 
 /// Procedures of [`Program::Remote`] (libvirt, src/remote/remote_protocol.x).
 const CONNECT_OPEN: u32 = 1;
@@ -70,7 +70,7 @@ impl Libvirt {
         }
         let mut nobody = None;
         for socket in domain.sockets() {
-            match connect_when_possible(&socket).await {
+            match stream::connect(&socket).await {
                 Ok(stream) => return Libvirt::on_stream(stream, domain).await,
                 Err(source) => nobody = Some(not_reached(source, socket, domain)?),
             }
@@ -198,11 +198,11 @@ impl Libvirt {
     ) -> Result<Vec<u8>, ErrorKind> {
         self.is_idle = false;
         self.serial += 1;
-        self.write(&call.packet(self.serial, descriptor.is_some()), None).await?;
+        stream::send(&self.stream, &call.packet(self.serial, descriptor.is_some()), None).await?;
         if descriptor.is_some() {
             // The descriptor is sent with one extra byte that belongs to no
             // packet.
-            self.write(&[0], descriptor.as_ref()).await?;
+            stream::send(&self.stream, &[0], descriptor.as_ref()).await?;
         }
         let outcome = loop {
             let mut start = [0; 4];
@@ -225,17 +225,6 @@ impl Libvirt {
                 Err(LibvirtError::from_code(code, message, passes_descriptor, runs).into())
             }
         }
-    }
-
-    async fn write(&self, mut bytes: &[u8], descriptor: Option<&OwnedFd>) -> Result<(), ErrorKind> {
-        let stream = &self.stream;
-        while !bytes.is_empty() {
-            let write =
-                stream.async_io(Interest::WRITABLE, || send_bytes(stream, bytes, descriptor));
-            let written = write.await.map_err(|error| ErrorKind::Lost(Some(error)))?;
-            bytes = bytes.get(written..).unwrap_or_default();
-        }
-        Ok(())
     }
 
     async fn read(&self, mut bytes: &mut [u8]) -> Result<(), ErrorKind> {

@@ -15,33 +15,31 @@ mod frame;
 mod libvirt;
 mod libvirt_error;
 mod rpc;
+mod stream;
+mod wire;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, IoSlice};
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::time::Duration;
 
 use qapi::qmp::{QmpCommand, qmp_capabilities};
-use rustix::buffer::spare_capacity;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Error as _};
-use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::error::Elapsed;
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::text::words;
 pub use address::{Socket, VmAddress};
 use domain::users;
 pub use domain::{Domain, NotADomain, user_id};
 pub use error::{Error, ErrorKind, LibvirtError, Refusal};
-use frame::{Frames, Message, Reply};
-use libvirt::Libvirt;
+use frame::{Message, Reply};
+use wire::Wire;
 
 /// The most events that are kept of the kind that was asked for. Later ones are
 /// dropped, and so are all other events.
@@ -54,16 +52,12 @@ const MAX_BEFORE_GREETING: usize = 256;
 /// because the peer's answers decide how many questions follow.
 const MAX_SENT: usize = 2 << 20;
 
-/// How long to wait before connecting again while the socket's queue is full:
-/// the first time, and at most. The kernel reports no event for that.
-const RETRY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
-
 /// A time longer than any machine runs, but short enough to be added to the
 /// current time.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// QEMU's version, from its greeting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Deserialize)]
 pub struct Version {
     /// The major version: 10 in 10.0.2.
     pub major: u32,
@@ -87,16 +81,6 @@ pub struct Ticket<C> {
     command: PhantomData<fn() -> C>,
 }
 
-/// The connection to the monitor.
-#[derive(Debug)]
-enum Wire {
-    /// The monitor's socket.
-    Socket(UnixStream),
-    /// libvirt, and the commands that are queued for it: each with its id, its
-    /// text and its descriptor.
-    Libvirt(Libvirt, VecDeque<(u64, String, Option<OwnedFd>)>),
-}
-
 /// A connection to a monitor that has sent its greeting.
 #[derive(Debug)]
 pub struct Session {
@@ -105,9 +89,6 @@ pub struct Session {
     started: Instant,
     deadline: Instant,
     version: Version,
-    frames: Frames,
-    outbox: Vec<u8>,
-    descriptor: Option<OwnedFd>,
     /// The ids of this conversation. They matter because QEMU may still send
     /// replies for an earlier client.
     ids: Range<u64>,
@@ -131,29 +112,7 @@ impl Session {
     /// client at a time. While another client uses it, the connection succeeds
     /// but the greeting does not arrive ([`ErrorKind::NoGreeting`]).
     pub async fn connect(address: &VmAddress, time: Duration) -> Result<Session, Error> {
-        let started = Instant::now();
-        let deadline = started + time;
-        let fail = |kind| Error::new(address, kind);
-        match address {
-            VmAddress::Socket(socket) => {
-                let connected = timeout_at(deadline, connect_when_possible(socket)).await;
-                let stream = connected
-                    .map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?
-                    .map_err(|e| fail(ErrorKind::from_connect(e, socket)))?;
-                if let Some(wanted) = socket.user {
-                    // This is the user of the process at the time when it began
-                    // to listen (unix(7), `SO_PEERCRED`).
-                    let found = stream.peer_cred().map_err(|e| fail(ErrorKind::Connect(e)))?.uid();
-                    if found != wanted {
-                        return Err(fail(ErrorKind::OtherUser { wanted, found }));
-                    }
-                }
-                Session::greeted(stream, address, started, deadline).await
-            }
-            VmAddress::Libvirt(domain) => {
-                Session::through(Libvirt::connect(domain), address, started, deadline).await
-            }
-        }
+        Session::begin(pin!(Wire::connect(address)), address, time).await
     }
 
     /// Like [`Session::connect`], but waits for the greeting without a limit,
@@ -195,33 +154,30 @@ impl Session {
         address: &VmAddress,
         time: Duration,
     ) -> Result<Session, Error> {
-        let started = Instant::now();
-        let deadline = started + time;
-        match address {
-            VmAddress::Socket(_) => Session::greeted(stream, address, started, deadline).await,
-            VmAddress::Libvirt(domain) => {
-                let connecting = Libvirt::on_stream(stream, domain);
-                Session::through(connecting, address, started, deadline).await
-            }
-        }
+        Session::begin(pin!(Wire::on_stream(stream, address)), address, time).await
     }
 
-    fn new(
-        wire: Wire,
+    /// Creates a session as soon as there is a connection and QEMU's version is
+    /// known. A socket tells it in its greeting.
+    /// The caller pins `connecting`, so that a session's future has room for it
+    /// only once.
+    async fn begin(
+        connecting: impl Future<Output = Result<(Wire, Option<Version>), ErrorKind>>,
         address: &VmAddress,
-        version: Version,
-        started: Instant,
-        deadline: Instant,
-    ) -> Session {
-        Session {
+        time: Duration,
+    ) -> Result<Session, Error> {
+        let started = Instant::now();
+        let deadline = started + time;
+        let fail = |kind| Error::new(address, kind);
+        let connected = timeout_at(deadline, connecting).await;
+        let (wire, version) =
+            connected.map_err(|_| fail(ErrorKind::NoGreeting { waited: time }))?.map_err(fail)?;
+        let mut session = Session {
             address: address.clone(),
             wire,
             started,
             deadline,
-            version,
-            frames: Frames::default(),
-            outbox: Vec::new(),
-            descriptor: None,
+            version: version.unwrap_or_default(),
             ids: first_id(),
             negotiation: None,
             replies: BTreeMap::new(),
@@ -229,43 +185,16 @@ impl Session {
             events: VecDeque::new(),
             sent: 0,
             usable: true,
+        };
+        if version.is_none() {
+            session.version = match session.greeting().await {
+                Err(Error { kind: ErrorKind::NoReply { waited }, .. }) => {
+                    return Err(session.error(ErrorKind::NoGreeting { waited }));
+                }
+                version => version?,
+            };
+            session.negotiation = Some(session.send(&qmp_capabilities { enable: None })?);
         }
-    }
-
-    /// Creates a session through libvirt.
-    async fn through(
-        connecting: impl Future<Output = Result<(Libvirt, Version), ErrorKind>>,
-        address: &VmAddress,
-        started: Instant,
-        deadline: Instant,
-    ) -> Result<Session, Error> {
-        let kind = match timeout_at(deadline, connecting).await {
-            Ok(Ok((libvirt, version))) => {
-                let wire = Wire::Libvirt(libvirt, VecDeque::new());
-                return Ok(Session::new(wire, address, version, started, deadline));
-            }
-            Ok(Err(kind)) => kind,
-            Err(_) => ErrorKind::NoGreeting { waited: deadline - started },
-        };
-        Err(Error::new(address, kind))
-    }
-
-    /// Creates a session after the greeting on this stream.
-    async fn greeted(
-        stream: UnixStream,
-        address: &VmAddress,
-        started: Instant,
-        deadline: Instant,
-    ) -> Result<Session, Error> {
-        let unknown = Version { major: 0, minor: 0, micro: 0 };
-        let mut session = Session::new(Wire::Socket(stream), address, unknown, started, deadline);
-        session.version = match session.greeting().await {
-            Err(Error { kind: ErrorKind::NoReply { waited }, .. }) => {
-                return Err(session.error(ErrorKind::NoGreeting { waited }));
-            }
-            version => version?,
-        };
-        session.negotiation = Some(session.send(&qmp_capabilities { enable: None })?);
         Ok(session)
     }
 
@@ -305,10 +234,7 @@ impl Session {
     /// QEMU's process id, as this process sees it (unix(7), `SO_PEERCRED`).
     /// `None` if QEMU is outside this process's PID namespace.
     pub fn peer_pid(&self) -> Option<i32> {
-        match &self.wire {
-            Wire::Socket(stream) => stream.peer_cred().ok()?.pid().filter(|pid| *pid > 0),
-            Wire::Libvirt(libvirt, _) => libvirt.pid(),
-        }
+        self.wire.pid()
     }
 
     /// Keeps the events of this name from now on, for [`Session::event`]. All
@@ -328,23 +254,7 @@ impl Session {
         }
         let id = self.ids.end;
         self.ids.end += 1;
-        let queued = match &mut self.wire {
-            Wire::Socket(_) => {
-                let execute = qapi::Execute::with_id(command, id);
-                let before = self.outbox.len();
-                let written = serde_json::to_writer(&mut self.outbox, &execute);
-                self.outbox.extend_from_slice(b"\n");
-                written.map(|()| self.outbox.len() - before)
-            }
-            Wire::Libvirt(_, queue) => {
-                serde_json::to_string(&qapi::Execute::<_, u64>::new(command, None)).map(|text| {
-                    let bytes = text.len();
-                    queue.push_back((id, text, None));
-                    bytes
-                })
-            }
-        };
-        match queued {
+        match self.wire.queue(id, command) {
             Ok(bytes) => self.sent += bytes,
             Err(source) => {
                 let command = C::NAME;
@@ -371,14 +281,7 @@ impl Session {
         descriptor: OwnedFd,
     ) -> Result<Ticket<C>, Error> {
         let ticket = self.send(command)?;
-        match &mut self.wire {
-            Wire::Socket(_) => self.descriptor = Some(descriptor),
-            Wire::Libvirt(_, queue) => {
-                if let Some((.., its)) = queue.back_mut() {
-                    *its = Some(descriptor);
-                }
-            }
-        }
+        self.wire.add_descriptor(descriptor);
         Ok(ticket)
     }
 
@@ -444,8 +347,7 @@ impl Session {
         is_it: impl Fn(&T) -> bool,
         until: Instant,
     ) -> Result<bool, Error> {
-        if let Wire::Libvirt(..) = self.wire {
-            // libvirt does not pass QEMU's events on.
+        if !self.wire.has_events() {
             sleep_until(until).await;
             return Ok(true);
         }
@@ -488,73 +390,32 @@ impl Session {
         Ok(())
     }
 
-    /// Sends everything that is queued, and the descriptor with the first
-    /// bytes.
+    /// Sends everything that is queued.
     async fn flush(&mut self) -> Result<(), Error> {
-        if let Wire::Libvirt(libvirt, queue) = &mut self.wire {
-            while let Some((id, command, descriptor)) = queue.pop_front() {
-                let answer = libvirt.command(&command, descriptor);
-                match timeout_at(self.deadline, answer).await {
-                    Ok(Ok(reply)) => self.replies.insert(id, reply),
-                    Ok(Err(kind)) => return Err(self.broken(kind)),
-                    Err(_) => return Err(self.late()),
-                };
-            }
-            return Ok(());
-        }
-        let outbox = std::mem::take(&mut self.outbox);
-        let mut descriptor = self.descriptor.take();
-        let mut rest = outbox.as_slice();
-        while !rest.is_empty() {
-            let Wire::Socket(stream) = &self.wire else { break };
-            let write = stream
-                .async_io(Interest::WRITABLE, || send_bytes(stream, rest, descriptor.as_ref()));
-            match timeout_at(self.deadline, write).await {
-                Ok(Ok(written)) => {
-                    rest = rest.get(written..).unwrap_or_default();
-                    descriptor = None;
-                }
-                Ok(Err(error)) => return Err(self.broken(ErrorKind::Lost(Some(error)))),
-                Err(_) => return Err(self.late()),
-            }
-        }
-        Ok(())
+        let flushed = timeout_at(self.deadline, self.wire.flush(&mut self.replies)).await;
+        self.checked(flushed)
     }
 
-    /// Returns the next message. It reads as much as it needs.
+    /// Returns the next message.
     async fn message(&mut self) -> Result<Message, Error> {
         if !self.usable {
             return Err(self.error(ErrorKind::Unusable));
         }
-        loop {
-            match self.frames.next() {
-                Ok(Some(message)) => return Ok(message),
-                Ok(None) => {}
-                Err(kind) => return Err(self.broken(kind)),
-            }
-            // libvirt's answers are read when the command is sent.
-            let Wire::Socket(stream) = &self.wire else {
-                return Err(self.broken(ErrorKind::Unusable));
-            };
-            // The bytes are read directly into the buffer. A local array would
-            // be part of every task that talks to a VM, even while the task
-            // waits.
-            let frames = &mut self.frames;
-            let read = stream.async_io(Interest::READABLE, || {
-                Ok(rustix::io::read(stream, spare_capacity(frames.space()))?)
-            });
-            match timeout_at(self.deadline, read).await {
-                Ok(Ok(0)) => return Err(self.broken(ErrorKind::Lost(None))),
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => return Err(self.broken(ErrorKind::Lost(Some(error)))),
-                Err(_) => return Err(self.late()),
-            }
-        }
+        let message = timeout_at(self.deadline, self.wire.message()).await;
+        self.checked(message)
     }
 
-    fn late(&mut self) -> Error {
-        let waited = self.deadline - self.started;
-        self.broken(ErrorKind::NoReply { waited })
+    /// The result of the connection. If it failed, or took too long, the
+    /// session is unusable.
+    fn checked<T>(&mut self, result: Result<Result<T, ErrorKind>, Elapsed>) -> Result<T, Error> {
+        match result {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(kind)) => Err(self.broken(kind)),
+            Err(_) => {
+                let waited = self.deadline - self.started;
+                Err(self.broken(ErrorKind::NoReply { waited }))
+            }
+        }
     }
 
     fn broken(&mut self, kind: ErrorKind) -> Error {
@@ -576,38 +437,4 @@ fn first_id() -> Range<u64> {
     let random = RandomState::new().build_hasher().finish();
     let first = random >> 12;
     first..first
-}
-
-/// Connects, and tries again while the socket's queue is full. A non-blocking
-/// connect returns EAGAIN then (connect(2)).
-async fn connect_when_possible(socket: &Path) -> io::Result<UnixStream> {
-    let (mut pause, longest) = RETRY;
-    let started = Instant::now();
-    loop {
-        match UnixStream::connect(socket).await {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                sleep(pause).await;
-                // After a long wait, a longer pause makes no difference.
-                pause = longest.max(started.elapsed() / 64).min(pause * 2);
-            }
-            done => return done,
-        }
-    }
-}
-
-/// Sends bytes with one `sendmsg`, without SIGPIPE.
-fn send_bytes(
-    stream: &UnixStream,
-    bytes: &[u8],
-    descriptor: Option<&OwnedFd>,
-) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let rights = descriptor.map(|descriptor| [descriptor.as_fd()]);
-    if let Some(rights) = &rights {
-        control.push(SendAncillaryMessage::ScmRights(rights));
-    }
-    let sent =
-        rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(sent)
 }
