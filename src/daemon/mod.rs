@@ -54,43 +54,46 @@
 //! missing. [`crate::reconcile::decide`] says what to do in each state.
 
 mod devices;
+mod events;
 mod give_back;
 mod qemu;
 mod queue;
 mod reconcile;
+mod reload;
 mod shared;
 mod sockets;
 mod stop;
+mod systemd;
 mod waiting;
 mod worker;
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
 use std::path::PathBuf;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
-use tokio::time::{Interval, sleep, timeout};
-use tracing::{debug, error, info, warn};
+use tokio::time::sleep;
+use tracing::{error, info, warn};
 
 use crate::error::Error;
-use crate::host::events::{Batch, Events, Source};
-use crate::host::{Host, blocking};
-use crate::policy::config::{self, Config};
+use crate::host::Host;
+use crate::host::events::Events;
+use crate::policy::Policy;
+use crate::policy::config::Config;
 use crate::policy::rule::{Effect, Rule};
-use crate::policy::{self, HostDevice, Policy};
 use crate::qemu::VmAddress;
 use crate::text::{chain, escape};
-use crate::usb::{Action, HotplugEvent, Port};
+use events::{listen, source};
 use queue::Work;
-use shared::{Shared, Status};
+use reload::Reload;
+use shared::Shared;
 use sockets::Sockets;
+use systemd::Watchdog;
 use worker::Worker;
 
 /// When the daemon is ready at the latest. A VM that keeps it busy must not make
@@ -126,13 +129,8 @@ struct Watch<'a> {
     /// Whether the configuration that was read last was refused and is not in
     /// force.
     is_outdated: bool,
-    /// The configuration that a thread is reading now. A thread reads it,
-    /// because its disk may not answer.
-    reading: Option<Reading>,
+    reload: Reload,
 }
-
-/// A configuration that is being read.
-type Reading = Pin<Box<dyn Future<Output = Result<Config, Error>>>>;
 
 /// A worker at work.
 struct WorkerHandle {
@@ -149,7 +147,7 @@ impl Drop for WorkerHandle {
 
 /// Runs until it is told to end.
 pub async fn run(settings: &Settings) -> Result<(), Error> {
-    let mut reload = on(SignalKind::hangup())?;
+    let mut hangup = on(SignalKind::hangup())?;
     let mut terminate = on(SignalKind::terminate())?;
     let mut interrupt = on(SignalKind::interrupt())?;
     let policy = Policy::new(settings.config()?);
@@ -158,14 +156,13 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
     }
     let run = async {
         let mut watch = Watch::start(settings, policy)?;
-        let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
-        let mut watchdog = limit.map(|limit| tokio::time::interval(limit / 3));
+        let mut watchdog = Watchdog::new();
         let mut patience = pin!(sleep(READY_AT_LATEST));
         let (mut is_ready, mut is_late) = (false, false);
         loop {
             if !is_ready && (is_late || watch.shared.is_synced()) {
                 is_ready = true;
-                notify(&[NotifyState::Ready, NotifyState::Status(&watch.status())]);
+                systemd::ready(&watch.status());
                 info!("ready: {}", watch.status());
             }
             let shared = watch.shared.clone();
@@ -179,17 +176,20 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
                 () = shared.changed.notified() => {
                     watch.placed();
                     watch.look_for_orphans();
-                    notify(&[NotifyState::Status(&watch.status())]);
+                    systemd::status(&watch.status());
                 }
                 () = &mut patience, if !is_ready => is_late = true,
-                () = tick(watchdog.as_mut()) => notify(&[NotifyState::Watchdog]),
-                _ = reload.recv() => watch.reload(),
-                config = read(&mut watch.reading) => watch.reloaded(config),
+                () = watchdog.due() => watchdog.report(),
+                _ = hangup.recv() => {
+                    systemd::reloading();
+                    watch.reload.begin(settings);
+                }
+                config = watch.reload.end() => watch.reloaded(config),
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
             }
         }
-        notify(&[NotifyState::Stopping]);
+        systemd::stopping();
         if watch.shared.policy().config().detach_at_stop {
             let vms: Vec<(String, VmAddress)> = watch
                 .workers
@@ -212,30 +212,6 @@ fn failed(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Setup { what, source }
 }
 
-/// Chooses who reports the events. The kernel reports first, and that is enough
-/// if the daemon runs as root: the node exists, and root may open it (Linux,
-/// drivers/base/core.c, `device_add`). Properties come from udev. Other users
-/// may open the node only when udev's rules allow it, and udev reports that.
-fn source(policy: &Policy) -> Source {
-    match rustix::process::geteuid().is_root() {
-        true if policy.needs_udev() => Source::Database,
-        true => Source::Kernel,
-        false => Source::Udev,
-    }
-}
-
-fn listen(source: Source, host: &Host) -> Result<Events, Error> {
-    debug!("listening to {source:?}");
-    let events = match Events::listen(source, host) {
-        // It is made with the first device that udev writes about.
-        Err(error) if source == Source::Database && error.kind() == ErrorKind::NotFound => {
-            Events::listen(Source::Udev, host)
-        }
-        events => events,
-    };
-    events.map_err(failed("listen to the kernel's and udev's events"))
-}
-
 fn on(kind: SignalKind) -> Result<Signal, Error> {
     signal(kind).map_err(failed("handle signals"))
 }
@@ -254,41 +230,14 @@ fn warn_of_unmount(policy: &Policy, host: &Host) {
     }
 }
 
-/// Sends states to systemd, if systemd started this process (sd_notify(3)).
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        warn!("cannot tell systemd: {error}");
-    }
-}
-
-/// Waits until a configuration has been read. If none is being read, it waits
-/// for ever.
-async fn read(reading: &mut Option<Reading>) -> Result<Config, Error> {
-    match reading {
-        Some(reading) => reading.await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits until it is time to tell the watchdog. If there is none, it waits for
-/// ever.
-async fn tick(watchdog: Option<&mut Interval>) {
-    match watchdog {
-        Some(interval) => {
-            interval.tick().await;
-        }
-        None => std::future::pending().await,
-    }
-}
-
 impl<'a> Watch<'a> {
     fn start(settings: &'a Settings, policy: Policy) -> Result<Self, Error> {
         let shared = Rc::new(Shared::new(settings.host.clone(), settings.timeout));
         let sockets = Sockets::new().map_err(failed("watch for sockets"))?;
-        let workers = BTreeMap::new();
+        let (workers, reload) = (BTreeMap::new(), Reload::default());
         let events = listen(source(&policy), &settings.host)?;
         let mut watch =
-            Watch { settings, events, shared, workers, sockets, is_outdated: false, reading: None };
+            Watch { settings, events, shared, workers, sockets, is_outdated: false, reload };
         watch.apply(policy)?;
         Ok(watch)
     }
@@ -338,151 +287,9 @@ impl<'a> Watch<'a> {
         self.workers.keys().for_each(|vm| self.give(vm, work.clone()));
     }
 
-    fn heard(&self, batch: Batch) {
-        self.shared.usb_changed.send_replace(());
-        if batch.lost {
-            // The full look also covers the events that did arrive.
-            return self.look_again();
-        }
-        for event in batch.events {
-            if let Err(error) = self.event(&event) {
-                warn!("passed over an event of {}: {}", self.events.source, chain(&error));
-            }
-        }
-        for address in batch.known {
-            self.shared.ask_again(address);
-        }
-    }
-
-    /// Looks at the host and at every VM.
-    fn look_again(&self) {
-        warn!("events of {} got lost; looking at everything", self.events.source);
-        match self.shared.policy().table(&self.shared.host) {
-            Ok(table) => {
-                self.shared.replace_table(table);
-                self.give_all(&Work::Sync);
-            }
-            Err(error) => error!("{}", chain(&error)),
-        }
-    }
-
-    /// Records what happened to a device, and tells the workers that it
-    /// concerns.
-    fn event(&self, event: &HotplugEvent) -> Result<(), Error> {
-        let Some(port) = &event.port else { return Ok(()) };
-        let mut concerned = self.shared.vms(|status| status.attached.contains_key(port));
-        // A new plug counts as one even if the device has the same address as
-        // before.
-        let is_plug = event.action == Action::Add && !event.is_synthetic;
-        match event.action {
-            // The device is still there: somebody sent this event by hand
-            // (udevadm trigger).
-            Action::Remove if event.is_synthetic && self.is_there(port) => return Ok(()),
-            Action::Add => {
-                let device = self.shared.host.device_of(event)?;
-                let seen = self.shared.plugged(device);
-                concerned.extend(seen.assignment.map(|assignment| assignment.vm));
-            }
-            Action::Bind => {
-                self.look_behind(port);
-                return Ok(());
-            }
-            Action::Remove => {
-                let mut table = self.shared.table.borrow_mut();
-                let seen = table.get(port).map(|seen| &seen.device);
-                let is_hub = seen.is_some_and(|device| device.is_hub());
-                if event.address.is_none() || event.address == seen.map(|device| device.address) {
-                    table.remove(port);
-                }
-                let has_it = |status: &Status| {
-                    let known = status.attached.get(port);
-                    known.is_some_and(|known| event.address.is_none_or(|gone| gone == *known))
-                };
-                // A person may have attached the device to any VM, so all VMs
-                // are checked.
-                if self.shared.vms(has_it).is_empty() && !is_hub {
-                    concerned = self.shared.vms(|status| status.running);
-                }
-                concerned.extend(self.shared.vms(|status| status.waiting.contains(port)));
-            }
-        }
-        let work = if is_plug { Work::Plugged } else { Work::Port };
-        concerned.iter().for_each(|vm| self.give(vm, work(port.clone())));
-        Ok(())
-    }
-
-    /// Whether the device that is known to be at a port may be there still.
-    fn is_there(&self, port: &Port) -> bool {
-        let table = self.shared.table.borrow();
-        let known = table.get(port).map(|seen| seen.device.address);
-        match self.shared.host.device(port) {
-            Ok(now) => now.is_some_and(|now| known.is_none_or(|known| now.address == known)),
-            Err(_) => true,
-        }
-    }
-
-    /// Tells the workers which devices have been read: their VM is known now.
-    fn placed(&self) {
-        for port in self.shared.placed.take() {
-            if let Some(assignment) = self.shared.assignment(&port) {
-                self.give(&assignment.vm, Work::Port(port));
-            }
-        }
-    }
-
-    /// Checks the devices behind both halves of a hub again when the hub's
-    /// driver has started. Only then the kernel links the ports of the two
-    /// halves (Linux, drivers/usb/core/port.c, `find_and_link_peer`).
-    fn look_behind(&self, hub: &Port) {
-        let behind = policy::behind(&self.shared.host, hub, &self.shared.table.borrow());
-        for HostDevice { device, assignment, .. } in behind {
-            let port = device.port.clone();
-            let now = self.shared.plugged(device).assignment;
-            if now != assignment {
-                let vms = [assignment, now].into_iter().flatten().map(|assignment| assignment.vm);
-                vms.for_each(|vm| self.give(&vm, Work::Port(port.clone())));
-            }
-        }
-    }
-
-    /// Makes every VM check for devices that are unplugged. A person may have
-    /// moved such a device from the VM that it belongs to into another VM.
-    fn look_for_orphans(&self) {
-        for port in self.shared.orphans.take() {
-            for vm in self.shared.vms(|status| status.running) {
-                self.give(&vm, Work::Port(port.clone()));
-            }
-        }
-    }
-
-    /// Reads the configuration again.
-    fn reload(&mut self) {
-        let mut states = vec![NotifyState::Reloading];
-        states.extend(NotifyState::monotonic_usec_now().ok());
-        notify(&states);
-        let (path, limit) = (self.settings.config.clone(), self.settings.timeout);
-        self.reading = Some(Box::pin(async move {
-            let failed = |source| config::Error::Io { path: path.clone(), source };
-            let file = path.clone();
-            // A pipe was read at the start and has no content any more.
-            let read = move || match std::fs::metadata(&file) {
-                Ok(found) if !found.is_file() => {
-                    let source = std::io::Error::other("it is no regular file, as a reload needs");
-                    Err(config::Error::Io { path: file, source })
-                }
-                _ => Config::read(&file),
-            };
-            match timeout(limit, blocking(read)).await {
-                Ok(config) => Ok(config.map_err(failed)??),
-                Err(_) => Err(failed(std::io::ErrorKind::TimedOut.into()).into()),
-            }
-        }));
-    }
-
     /// Puts the configuration that was read in force. A bad one changes
     /// nothing.
     fn reloaded(&mut self, config: Result<Config, Error>) {
-        self.reading = None;
         let done = config.map(Policy::new).and_then(|rules| self.apply(rules));
         self.is_outdated = done.is_err();
         match done {
@@ -493,7 +300,7 @@ impl<'a> Watch<'a> {
                 error!("the old configuration stays in force");
             }
         }
-        notify(&[NotifyState::Ready, NotifyState::Status(&self.status())]);
+        systemd::ready(&self.status());
     }
 
     /// What `systemctl status` shows.
