@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::{Early, Options};
+use super::{Attach, Options};
 use crate::error::Error;
 use crate::host::{self, Claim, Claims, Holder, Host, Life, Node, Owner, UsedBy, blocking};
 use crate::presence::opened;
-use crate::qemu::{Given, Probe, Status, Vm};
-use crate::usb::{Device, DeviceId};
+use crate::qemu::{Given, Probe, Status};
+use crate::usb::Device;
 
 /// How long to wait for a lock or a claim that will end soon: one of an attach
 /// through another monitor, or of a device that returns to the host's drivers.
@@ -27,86 +27,134 @@ pub(super) struct Ready {
     pub claim: Option<Claim>,
 }
 
-/// Opens and claims a device. Returns `None` if the VM has it already. If
-/// another process has it, this is tried again as long as that may end soon. It
-/// may have been opened once already.
-pub(super) async fn open(
-    host: &Host,
-    vm: &mut Vm,
-    device: &Device,
-    id: &DeviceId,
-    probe: &Probe,
-    options: &Options,
-    mut early: Option<Early>,
-) -> Result<Option<Ready>, Error> {
-    let pid = vm.pid();
-    let same = |given: &Given| given.address == Some(device.address);
-    let mut present = probe.present.filter(same);
-    if present.is_some() {
-        // A descriptor of an interrupted attach may have the lock, without a
-        // device in the VM.
-        vm.drop_descriptors().await?;
-    }
-    let (start, deadline) = (Instant::now(), vm.session().deadline());
-    let half = deadline.saturating_duration_since(start) / 2;
-    let mut is_first = true;
-    loop {
-        let life = present.map(|given| host.life(device, pid, opened(Some(id), &given)));
-        if life == Some(Life::Alive) {
-            return Ok(None);
+impl Attach<'_> {
+    /// Opens and claims the device. Returns `None` if the VM has it already. If
+    /// another process has it, this is tried again as long as that may end
+    /// soon.
+    pub(super) async fn open(&mut self, probe: &Probe) -> Result<Option<Ready>, Error> {
+        let Attach { host, device, .. } = *self;
+        let pid = self.vm.pid();
+        let same = |given: &Given| given.address == Some(device.address);
+        let mut present = probe.present.filter(same);
+        if present.is_some() {
+            // A descriptor of an interrupted attach may have the lock, without
+            // a device in the VM.
+            self.vm.drop_descriptors().await?;
         }
-        let error = match Early::open(&mut early, host, device, options, deadline).await {
-            Ok((claims, node)) => {
-                // Only the attempt to lock it tells for sure.
-                let locked = match &node {
-                    // Other locks hide whether this one still exists.
-                    Node::Ours(claim) if !claim.strangers().is_empty() => None,
-                    Node::Ours(_) => Some(false),
-                    Node::Held => Some(true),
-                    Node::NotPermitted => None,
-                };
-                let life = match (life, present) {
-                    (Some(Life::Unknown), Some(given)) => {
-                        Some(host.life_if(device, pid, opened(Some(id), &given), locked))
+        let (start, deadline) = (Instant::now(), self.vm.session().deadline());
+        let half = deadline.saturating_duration_since(start) / 2;
+        let mut is_first = true;
+        loop {
+            let life = present.map(|given| host.life(device, pid, opened(Some(&self.id), &given)));
+            if life == Some(Life::Alive) {
+                return Ok(None);
+            }
+            let error = match self.claimed().await {
+                Ok((claims, node)) => {
+                    // Only the attempt to lock it tells for sure.
+                    let locked = match &node {
+                        // Other locks hide whether this one still exists.
+                        Node::Ours(claim) if !claim.strangers().is_empty() => None,
+                        Node::Ours(_) => Some(false),
+                        Node::Held => Some(true),
+                        Node::NotPermitted => None,
+                    };
+                    let life = match (life, present) {
+                        (Some(Life::Unknown), Some(given)) => {
+                            Some(host.life_if(device, pid, opened(Some(&self.id), &given), locked))
+                        }
+                        (life, _) => life,
+                    };
+                    match (life, node) {
+                        (Some(Life::Alive | Life::Unknown), _) => return Ok(None),
+                        (_, Node::Ours(claim)) => {
+                            return Ok(Some(Ready { claims, claim: Some(claim) }));
+                        }
+                        (_, Node::NotPermitted) => return Ok(Some(Ready { claims, claim: None })),
+                        (_, Node::Held) => None,
                     }
-                    (life, _) => life,
-                };
-                match (life, node) {
-                    (Some(Life::Alive | Life::Unknown), _) => return Ok(None),
-                    (_, Node::Ours(claim)) => {
-                        return Ok(Some(Ready { claims, claim: Some(claim) }));
-                    }
-                    (_, Node::NotPermitted) => return Ok(Some(Ready { claims, claim: None })),
-                    (_, Node::Held) => None,
                 }
+                Err(Error::Host(host::Error::InUse(used))) if may_pass(&used.by) => {
+                    Some(host::Error::InUse(used).into())
+                }
+                Err(error) => return Err(error),
+            };
+            if error.is_none() && is_first {
+                // The VM may have an earlier device, and descriptors of an
+                // interrupted attach.
+                self.vm.drop_descriptors().await?;
+            } else {
+                let holders = host.holders(device.address);
+                let is_claimed_by_us = matches!(&error, Some(Error::Host(host::Error::InUse(used)))
+                    if !matches!(used.by, UsedBy::Unknown { .. }));
+                let is_ours = is_claimed_by_us || holders.iter().any(is_us);
+                let patience = if is_ours { half } else { half.min(PASSING) };
+                let is_final =
+                    holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
+                if is_final || start.elapsed() >= patience {
+                    return match error {
+                        Some(error) => Err(error),
+                        None => Err(self.refused(probe.status).await?),
+                    };
+                }
+                sleep(PAUSE).await;
             }
-            Err(Error::Host(host::Error::InUse(used))) if may_pass(&used.by) => {
-                Some(host::Error::InUse(used).into())
-            }
-            Err(error) => return Err(error),
-        };
-        if error.is_none() && is_first {
-            // The VM may have an earlier device, and descriptors of an
-            // interrupted attach.
-            vm.drop_descriptors().await?;
-        } else {
-            let holders = host.holders(device.address);
-            let is_claimed_by_us = matches!(&error, Some(Error::Host(host::Error::InUse(used)))
-                if !matches!(used.by, UsedBy::Unknown { .. }));
-            let is_ours = is_claimed_by_us || holders.iter().any(is_us);
-            let patience = if is_ours { half } else { half.min(PASSING) };
-            let is_final = holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
-            if is_final || start.elapsed() >= patience {
-                return match error {
-                    Some(error) => Err(error),
-                    None => Err(refused(host, vm, device, probe.status).await?),
-                };
-            }
-            sleep(PAUSE).await;
+            // Another process of this tool may just have attached it to this
+            // VM.
+            present = self.vm.given(&self.id).await?.filter(same);
+            is_first = false;
         }
-        // Another process of this tool may just have attached it to this VM.
-        present = vm.given(id).await?.filter(same);
-        is_first = false;
+    }
+
+    /// The device as it was opened already, or as it is opened now.
+    pub(super) async fn claimed(&mut self) -> Result<(Claims, Node), Error> {
+        match self.early.take() {
+            Some(early) => early.opened,
+            None => {
+                let deadline = self.vm.session().deadline();
+                open_once(self.host, self.device, self.options, deadline).await
+            }
+        }
+    }
+
+    /// Finds out who holds the device that stayed locked.
+    async fn refused(&mut self, status: Status) -> Result<Error, Error> {
+        let Attach { host, device, .. } = *self;
+        let holds = match self.vm.pid().and_then(|pid| host.holds(pid, device.address)) {
+            Some(holds) => holds,
+            // If this user may not read /proc of that process, its monitor can
+            // still tell.
+            None => self.vm.keeps_descriptors().await?,
+        };
+        if holds {
+            let is_paused = status == Status::Stopped;
+            return Ok(Error::StillHeld { vm: self.vm.name(), device: device.clone(), is_paused });
+        }
+        Ok(self.held())
+    }
+
+    /// Refuses the device if somebody uses it without our lock. Call it only
+    /// while nobody else has the lock. What the QEMU process `own` has open is
+    /// its own leftover, so it is no reason to refuse.
+    pub(super) fn refuse_owned(&self, own: Option<i32>) -> Result<(), Error> {
+        match self.host.owner(self.device, self.options.look) {
+            Some(Owner::Vm(holder)) if Some(holder.pid) == own => Ok(()),
+            Some(owner) if !self.options.force => {
+                let (device, owner) = (self.device.clone(), Box::new(owner));
+                Err(host::Error::Claimed { device, owner }.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The error that names who holds the device.
+    pub(super) fn held(&self) -> Error {
+        let Attach { host, device, .. } = *self;
+        let mut holders = host.holders(device.address);
+        if holders.is_empty() {
+            holders = host.lockers(device.address);
+        }
+        host::Error::Held { device: device.clone(), holders }.into()
     }
 }
 
@@ -122,54 +170,6 @@ fn may_pass(by: &UsedBy) -> bool {
 /// Whether a process is this tool. This tool gives a device back soon.
 fn is_us(holder: &Holder) -> bool {
     holder.program == env!("CARGO_PKG_NAME")
-}
-
-/// Finds out who holds a device that stayed locked.
-async fn refused(
-    host: &Host,
-    vm: &mut Vm,
-    device: &Device,
-    status: Status,
-) -> Result<Error, Error> {
-    let holds = match vm.pid().and_then(|pid| host.holds(pid, device.address)) {
-        Some(holds) => holds,
-        // If this user may not read /proc of that process, its monitor can
-        // still tell.
-        None => vm.keeps_descriptors().await?,
-    };
-    if holds {
-        let is_paused = status == Status::Stopped;
-        return Ok(Error::StillHeld { vm: vm.name(), device: device.clone(), is_paused });
-    }
-    Ok(held(host, device))
-}
-
-/// Refuses a device that somebody uses without our lock. Call it only while
-/// nobody else has the lock. What the QEMU process `own` has open is its own
-/// leftover, so it is no reason to refuse.
-pub(super) fn refuse_owned(
-    host: &Host,
-    device: &Device,
-    options: &Options,
-    own: Option<i32>,
-) -> Result<(), Error> {
-    match host.owner(device, options.look) {
-        Some(Owner::Vm(holder)) if Some(holder.pid) == own => Ok(()),
-        Some(owner) if !options.force => {
-            let (device, owner) = (device.clone(), Box::new(owner));
-            Err(host::Error::Claimed { device, owner }.into())
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The error that names who holds a device.
-pub(super) fn held(host: &Host, device: &Device) -> Error {
-    let mut holders = host.holders(device.address);
-    if holders.is_empty() {
-        holders = host.lockers(device.address);
-    }
-    host::Error::Held { device: device.clone(), holders }.into()
 }
 
 /// Claims a device's disks and opens its node. If a disk does not answer, the

@@ -26,20 +26,6 @@ pub struct Early {
 }
 
 impl Early {
-    /// The device as it was opened already, or as it is opened now.
-    pub(super) async fn open(
-        early: &mut Option<Early>,
-        host: &Host,
-        device: &Device,
-        options: &Options,
-        deadline: Instant,
-    ) -> Result<(Claims, Node), Error> {
-        match early.take() {
-            Some(early) => early.opened,
-            None => open_once(host, device, options, deadline).await,
-        }
-    }
-
     /// What the host uses a device for, as it was read already, or as it is read
     /// now. It is asked for once.
     pub fn uses(

@@ -8,7 +8,7 @@ mod early;
 use serde_json::{Map, Value};
 use tracing::{debug, info, warn};
 
-use self::claim::{Ready, held, open, refuse_owned};
+use self::claim::Ready;
 use crate::error::Error;
 use crate::host::uses::listed;
 use crate::host::{self, Claim, Host, Look, Node, OtherUse};
@@ -119,8 +119,9 @@ pub async fn attach_opened(
     if device.is_hub() {
         return Err(Error::Hub(device.clone()));
     }
-    let mut early = match early {
-        // No time is left to ask the VM, and it is not the VM that was too slow.
+    let early = match early {
+        // No time is left to ask the VM, and it is not the VM that was too
+        // slow.
         Some(Early { opened: Err(silent @ Error::Silent(_)), .. }) => return Err(silent),
         early => early,
     };
@@ -128,202 +129,203 @@ pub async fn attach_opened(
         return Err(host::Error::NotAuthorized(device.clone()).into());
     }
     let id = DeviceId::for_port(&device.port);
-    let speed = host.speed(&device.port);
-    if !options.dry_run {
-        if let Some(guest_port) =
-            attach_as_known(host, vm, device, &id, options, &mut early).await?
-        {
-            return Ok(Attached::There(guest_port));
-        }
-    }
-    let mut probe = vm.probe(&id, speed, &options.placement).await?;
-    if probe.status == Status::Incoming {
-        return Err(Error::Incoming { vm: vm.name(), device: device.clone() });
-    }
-    if probe.present.is_none_or(|given| given.address != Some(device.address)) {
-        let others = std::mem::take(&mut probe.others);
-        if let Some(name) = passed::name_of(host, vm.pid(), others, device)? {
-            return Ok(Attached::Otherwise(name));
-        }
-    }
-    if let (None, Err(lacks), false) = (&probe.present, &probe.guest_ports, may_add(options)) {
-        let vm = vm.session().address().clone();
-        return Err(Error::NoGuestPort { vm, why: lacks.clone() });
-    }
-    if options.dry_run {
-        return rehearse(host, vm, device, &id, probe, options).await;
-    }
-    let found = open(host, vm, device, &id, &probe, options, early).await?;
-    let Some(ready) = found else { return Ok(Attached::Already) };
-    let is_its = probe.present.is_some_and(|given| given.address == Some(device.address));
-    let own = vm.pid().filter(|_| is_its);
-    refuse_owned(host, device, options, own)?;
-    if probe.present.is_some() {
-        // The caller may have read the device's address some time ago.
-        let now = host.device(&device.port)?;
-        if now.is_none_or(|now| now.address != device.address) {
-            return Err(host::Error::Gone(device.address).into());
-        }
-        debug!(%id, "detaching what an earlier device left behind");
-        vm.detach(&id).await?;
-    }
-    let address = vm.session().address().clone();
-    let no_guest_port = |why| Error::NoGuestPort { vm: address.clone(), why };
-    let guest_ports = match probe.guest_ports {
-        Err(lacks) if may_add(options) => {
-            vm.add_controller(lacks, speed, &options.placement, false).await?
-        }
-        guest_ports => guest_ports,
-    };
-    let guest_ports = guest_ports.map_err(no_guest_port)?;
-    let guest_port = plug_in(host, vm, device, &id, options, ready, &guest_ports).await?;
-    let guest_port = guest_port.ok_or_else(|| no_guest_port(NoGuestPort::Full(Vec::new())))?;
-    Ok(Attached::There(guest_port))
+    Attach { host, vm, device, id, options, early }.run().await
 }
 
-/// Attaches a device at the port that should be free according to the known
-/// layout. Returns `None` if the layout is wrong, or if somebody has the
-/// device.
-async fn attach_as_known(
-    host: &Host,
-    vm: &mut Vm,
-    device: &Device,
-    id: &DeviceId,
-    options: &Options,
-    early: &mut Option<Early>,
-) -> Result<Option<GuestPort>, Error> {
-    let Some(layout) = &vm.layout else { return Ok(None) };
-    let guest_ports = layout.guest_ports(host.speed(&device.port), &options.placement);
-    let Some(best) = guest_ports.ok().and_then(|ports| ports.into_iter().next()) else {
-        return Ok(None);
-    };
-    let deadline = vm.session().deadline();
-    let ready = match Early::open(early, host, device, options, deadline).await? {
-        (_, Node::Held) => return Ok(None),
-        (claims, Node::Ours(claim)) => Ready { claims, claim: Some(claim) },
-        (claims, Node::NotPermitted) => Ready { claims, claim: None },
-    };
-    // This VM may have the device under another id. The full probe finds that
-    // out.
-    if refuse_owned(host, device, options, None).is_err() {
-        return Ok(None);
-    }
-    match plug_in(host, vm, device, id, options, ready, &[best]).await {
-        Err(Error::Qmp(error)) if is_misplaced(&error) => {
-            debug!("the VM is not as it was known, asking it: {error}");
-            Ok(None)
-        }
-        done => done,
-    }
+/// An attach of one device.
+struct Attach<'a> {
+    host: &'a Host,
+    vm: &'a mut Vm,
+    device: &'a Device,
+    id: DeviceId,
+    options: &'a Options,
+    /// The device, if it is open already.
+    early: Option<Early>,
 }
 
-/// Makes QEMU take a device that is open and claimed, at the first free port of
-/// these. Returns `None` if there was no port to try.
-async fn plug_in(
-    host: &Host,
-    vm: &mut Vm,
-    device: &Device,
-    id: &DeviceId,
-    options: &Options,
-    Ready { claims, claim }: Ready,
-    guest_ports: &[GuestPort],
-) -> Result<Option<GuestPort>, Error> {
-    let by_address = options.open == Open::Address || vm.session().version() < HOSTDEVICE_SINCE;
-    let access = match &claim {
-        // QEMU looks for the device by itself.
-        _ if by_address => Access::Address,
-        Some(claim) => {
-            // If the device is gone, QEMU would keep its node open for ever
-            // (QEMU, hw/usb/host-libusb.c, `usb_host_realize`).
-            if claim.is_gone() {
+impl Attach<'_> {
+    async fn run(&mut self) -> Result<Attached, Error> {
+        let Attach { host, device, options, .. } = *self;
+        let speed = host.speed(&device.port);
+        if !options.dry_run {
+            if let Some(guest_port) = self.as_known().await? {
+                return Ok(Attached::There(guest_port));
+            }
+        }
+        let mut probe = self.vm.probe(&self.id, speed, &options.placement).await?;
+        if probe.status == Status::Incoming {
+            return Err(Error::Incoming { vm: self.vm.name(), device: device.clone() });
+        }
+        if probe.present.is_none_or(|given| given.address != Some(device.address)) {
+            let others = std::mem::take(&mut probe.others);
+            if let Some(name) = passed::name_of(host, self.vm.pid(), others, device)? {
+                return Ok(Attached::Otherwise(name));
+            }
+        }
+        if let (None, Err(lacks), false) = (&probe.present, &probe.guest_ports, self.may_add()) {
+            return Err(self.no_guest_port(lacks.clone()));
+        }
+        if options.dry_run {
+            return self.rehearse(probe).await;
+        }
+        let Some(ready) = self.open(&probe).await? else { return Ok(Attached::Already) };
+        let is_its = probe.present.is_some_and(|given| given.address == Some(device.address));
+        let own = self.vm.pid().filter(|_| is_its);
+        self.refuse_owned(own)?;
+        if probe.present.is_some() {
+            // The caller may have read the device's address some time ago.
+            let now = host.device(&device.port)?;
+            if now.is_none_or(|now| now.address != device.address) {
                 return Err(host::Error::Gone(device.address).into());
             }
-            if let Some(stranger) = claim.strangers().first() {
-                warn!(%device, "{stranger} has locked the node of {device} and may only read it, which \
-                       keeps nobody from the device; README, Security, says how to keep it from the \
-                       node");
+            debug!(id = %self.id, "detaching what an earlier device left behind");
+            self.vm.detach(&self.id).await?;
+        }
+        let guest_ports = match probe.guest_ports {
+            Err(lacks) if self.may_add() => {
+                self.vm.add_controller(lacks, speed, &options.placement, false).await?
             }
-            Access::Descriptor(claim.node())
-        }
-        None => {
-            debug!(%device, "this user may not open the node, QEMU is to open it itself");
-            Access::Node(device.address.node())
-        }
-    };
-    let properties = &options.properties;
-    let attachment = Attachment { id, address: device.address, options: properties };
-    // Until QEMU has said yes, any early end of this function releases the
-    // lock. QEMU may keep a copy of the descriptor that it could not use or has
-    // not used yet, and that copy must claim nothing. If QEMU attaches the
-    // device later all the same, the next attach replaces it, because it is not
-    // locked.
-    let attached = vm.attach(&attachment, &access, guest_ports).await;
-    drop(claims);
-    let Some(guest_port) = attached? else { return Ok(None) };
-    if has_left(host, device, claim.as_ref()) {
-        // The event of its removal may have been handled before it was in the
-        // VM.
-        vm.detach(id).await?;
-        return Err(host::Error::Gone(device.address).into());
+            guest_ports => guest_ports,
+        };
+        let guest_ports = guest_ports.map_err(|why| self.no_guest_port(why))?;
+        let guest_port = self.plug_in(ready, &guest_ports).await?;
+        let full = || self.no_guest_port(NoGuestPort::Full(Vec::new()));
+        let guest_port = guest_port.ok_or_else(full)?;
+        Ok(Attached::There(guest_port))
     }
-    match claim {
-        Some(claim) if !by_address => claim.hand_over(),
-        _ => {}
-    }
-    Ok(Some(guest_port))
-}
 
-/// Whether a device has left its port.
-fn has_left(host: &Host, device: &Device, claim: Option<&Claim>) -> bool {
-    let is_there = || match host.device(&device.port) {
-        Ok(now) => now.is_some_and(|now| now.address == device.address),
-        // If this process cannot read the device, it does not know whether the
-        // device has left.
-        Err(_) => true,
-    };
-    claim.map_or_else(|| !is_there(), Claim::is_gone)
-}
-
-/// Finds out the result of an attach. It claims, locks and changes nothing.
-async fn rehearse(
-    host: &Host,
-    vm: &mut Vm,
-    device: &Device,
-    id: &DeviceId,
-    probe: Probe,
-    options: &Options,
-) -> Result<Attached, Error> {
-    let is_same = |given: &Given| given.address == Some(device.address);
-    let present = probe.present.filter(is_same);
-    let presence = present.map(|given| presence(host, vm.pid(), Some(id), &given).0);
-    if presence.is_some_and(|presence| presence.leftover().is_none()) {
-        return Ok(Attached::Already);
-    }
-    if let (false, Some(used)) = (options.force, host.uses(&device.port).into_iter().next()) {
-        return Err(host::Error::InUse(Box::new(used)).into());
-    }
-    let is_locked = host.is_locked(device.address) == Some(true);
-    if is_locked && host.strangers(device.address).is_none() {
-        return Err(held(host, device));
-    }
-    let own = vm.pid().filter(|_| present.is_some());
-    refuse_owned(host, device, options, own)?;
-    let address = vm.session().address().clone();
-    let no_guest_port = |why| Error::NoGuestPort { vm: address.clone(), why };
-    let guest_ports = match probe.guest_ports {
-        Err(lacks) if may_add(options) => {
-            let speed = host.speed(&device.port);
-            vm.add_controller(lacks, speed, &options.placement, true).await?
+    /// Attaches the device at the port that should be free according to the
+    /// known layout. Returns `None` if the layout is wrong, or if somebody has
+    /// the device.
+    async fn as_known(&mut self) -> Result<Option<GuestPort>, Error> {
+        let Attach { host, device, options, .. } = *self;
+        let Some(layout) = &self.vm.layout else { return Ok(None) };
+        let guest_ports = layout.guest_ports(host.speed(&device.port), &options.placement);
+        let Some(best) = guest_ports.ok().and_then(|ports| ports.into_iter().next()) else {
+            return Ok(None);
+        };
+        let ready = match self.claimed().await? {
+            (_, Node::Held) => return Ok(None),
+            (claims, Node::Ours(claim)) => Ready { claims, claim: Some(claim) },
+            (claims, Node::NotPermitted) => Ready { claims, claim: None },
+        };
+        // This VM may have the device under another id. The full probe finds
+        // that out.
+        if self.refuse_owned(None).is_err() {
+            return Ok(None);
         }
-        guest_ports => guest_ports,
-    };
-    let guest_port = guest_ports.map_err(no_guest_port)?.into_iter().next();
-    let guest_port = guest_port.ok_or_else(|| no_guest_port(NoGuestPort::Full(Vec::new())))?;
-    Ok(Attached::There(guest_port))
-}
+        match self.plug_in(ready, &[best]).await {
+            Err(Error::Qmp(error)) if is_misplaced(&error) => {
+                debug!("the VM is not as it was known, asking it: {error}");
+                Ok(None)
+            }
+            done => done,
+        }
+    }
 
-/// Whether a controller may be added to the VM. If the user named a bus, the
-/// user has to create that bus.
-fn may_add(options: &Options) -> bool {
-    options.add_controller && options.placement.bus.is_none()
+    /// Makes QEMU take the device, which is open and claimed, at the first free
+    /// port of these. Returns `None` if there was no port to try.
+    async fn plug_in(
+        &mut self,
+        Ready { claims, claim }: Ready,
+        guest_ports: &[GuestPort],
+    ) -> Result<Option<GuestPort>, Error> {
+        let Attach { device, options, .. } = *self;
+        let by_address =
+            options.open == Open::Address || self.vm.session().version() < HOSTDEVICE_SINCE;
+        let access = match &claim {
+            // QEMU looks for the device by itself.
+            _ if by_address => Access::Address,
+            Some(claim) => {
+                // If the device is gone, QEMU would keep its node open for ever
+                // (QEMU, hw/usb/host-libusb.c, `usb_host_realize`).
+                if claim.is_gone() {
+                    return Err(host::Error::Gone(device.address).into());
+                }
+                if let Some(stranger) = claim.strangers().first() {
+                    warn!(%device, "{stranger} has locked the node of {device} and may only read it, which \
+                           keeps nobody from the device; README, Security, says how to keep it from the \
+                           node");
+                }
+                Access::Descriptor(claim.node())
+            }
+            None => {
+                debug!(%device, "this user may not open the node, QEMU is to open it itself");
+                Access::Node(device.address.node())
+            }
+        };
+        let (id, properties) = (&self.id, &options.properties);
+        let attachment = Attachment { id, address: device.address, options: properties };
+        // Until QEMU has said yes, any early end of this function releases the
+        // lock. QEMU may keep a copy of the descriptor that it could not use or
+        // has not used yet, and that copy must claim nothing. If QEMU attaches
+        // the device later all the same, the next attach replaces it, because
+        // it is not locked.
+        let attached = self.vm.attach(&attachment, &access, guest_ports).await;
+        drop(claims);
+        let Some(guest_port) = attached? else { return Ok(None) };
+        if self.has_left(claim.as_ref()) {
+            // The event of its removal may have been handled before it was in
+            // the VM.
+            self.vm.detach(&self.id).await?;
+            return Err(host::Error::Gone(device.address).into());
+        }
+        match claim {
+            Some(claim) if !by_address => claim.hand_over(),
+            _ => {}
+        }
+        Ok(Some(guest_port))
+    }
+
+    /// Whether the device has left its port.
+    fn has_left(&self, claim: Option<&Claim>) -> bool {
+        let is_there = || match self.host.device(&self.device.port) {
+            Ok(now) => now.is_some_and(|now| now.address == self.device.address),
+            // If this process cannot read the device, it does not know whether
+            // the device has left.
+            Err(_) => true,
+        };
+        claim.map_or_else(|| !is_there(), Claim::is_gone)
+    }
+
+    /// Finds out the result of an attach. It claims, locks and changes nothing.
+    async fn rehearse(&mut self, probe: Probe) -> Result<Attached, Error> {
+        let Attach { host, device, options, .. } = *self;
+        let is_same = |given: &Given| given.address == Some(device.address);
+        let present = probe.present.filter(is_same);
+        let presence = present.map(|given| presence(host, self.vm.pid(), Some(&self.id), &given).0);
+        if presence.is_some_and(|presence| presence.leftover().is_none()) {
+            return Ok(Attached::Already);
+        }
+        if let (false, Some(used)) = (options.force, host.uses(&device.port).into_iter().next()) {
+            return Err(host::Error::InUse(Box::new(used)).into());
+        }
+        let is_locked = host.is_locked(device.address) == Some(true);
+        if is_locked && host.strangers(device.address).is_none() {
+            return Err(self.held());
+        }
+        let own = self.vm.pid().filter(|_| present.is_some());
+        self.refuse_owned(own)?;
+        let guest_ports = match probe.guest_ports {
+            Err(lacks) if self.may_add() => {
+                let speed = host.speed(&device.port);
+                self.vm.add_controller(lacks, speed, &options.placement, true).await?
+            }
+            guest_ports => guest_ports,
+        };
+        let guest_ports = guest_ports.map_err(|why| self.no_guest_port(why))?;
+        let full = || self.no_guest_port(NoGuestPort::Full(Vec::new()));
+        let guest_port = guest_ports.into_iter().next().ok_or_else(full)?;
+        Ok(Attached::There(guest_port))
+    }
+
+    /// Whether a controller may be added to the VM. If the user named a bus,
+    /// the user has to create that bus.
+    fn may_add(&self) -> bool {
+        self.options.add_controller && self.options.placement.bus.is_none()
+    }
+
+    fn no_guest_port(&mut self, why: NoGuestPort) -> Error {
+        Error::NoGuestPort { vm: self.vm.session().address().clone(), why }
+    }
 }

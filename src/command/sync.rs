@@ -192,7 +192,8 @@ impl Job {
         let seen = self.table.get(port);
         let once = async || {
             let mut vm = Vm::connect(address, self.timeout).await?;
-            reconcile::port(self.vms(), &mut vm, name, port, seen, Known::default()).await
+            let known = Known { seen, ..Known::default() };
+            reconcile::port(self.vms(), &mut vm, name, port, known).await
         };
         match once().await {
             Err(error) if reconcile::unmount(self.vms(), seen, &error).await? => once().await,

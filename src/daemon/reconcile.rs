@@ -154,8 +154,8 @@ impl Worker {
         }
         vm.layout = self.qemu.as_mut().and_then(|qemu| qemu.layout.take());
         let is_given = self.qemu.as_ref().is_some_and(|qemu| qemu.given.contains_key(port));
-        let known = Known { is_handled, is_given, early };
-        let done = reconcile::port(vms, &mut vm, &name, port, seen.as_ref(), known).await;
+        let known = Known { seen: seen.as_ref(), is_handled, is_given, early };
+        let done = reconcile::port(vms, &mut vm, &name, port, known).await;
         if let Some(qemu) = &mut self.qemu {
             qemu.layout = vm.layout.take();
         }

@@ -66,7 +66,9 @@ fn in_vm(host: &Host, vm: &Vm, id: &DeviceId, given: &Given) -> InVm {
 
 /// What is known of a port before the VM is asked.
 #[derive(Debug, Default)]
-pub struct Known {
+pub struct Known<'a> {
+    /// The device at the port.
+    pub seen: Option<&'a HostDevice>,
     /// The device at the port was handled before.
     pub is_handled: bool,
     /// The device that was at the port last was attached to this QEMU by this
@@ -107,10 +109,9 @@ pub async fn port(
     vm: &mut Vm,
     name: &str,
     port: &Port,
-    seen: Option<&HostDevice>,
-    known: Known,
+    known: Known<'_>,
 ) -> Result<Done, Error> {
-    let Known { is_handled, is_given, early } = known;
+    let Known { seen, is_handled, is_given, early } = known;
     let at_port = AtPort::of(seen, name);
     let assigned = seen.and_then(|seen| Some((&seen.device, seen.assignment.as_ref()?)));
     // An attach checks for itself which object has the id, and does nothing if
