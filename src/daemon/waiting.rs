@@ -103,7 +103,7 @@ struct Wait {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
     /// The kernel reported a change.
-    Told,
+    Reported,
     /// Nothing was reported, and it was time to check.
     Time,
 }
@@ -111,7 +111,7 @@ enum End {
 impl End {
     fn as_text(self) -> &'static str {
         match self {
-            End::Told => "the kernel reported a change",
+            End::Reported => "the kernel reported a change",
             End::Time => "it is time to check",
         }
     }
@@ -130,7 +130,7 @@ impl Wait {
             Until::Untold => {
                 // A device that left the VM may have freed a port.
                 let end = match timeout(self.pause(), changes.changed()).await {
-                    Ok(_) => End::Told,
+                    Ok(_) => End::Reported,
                     Err(_) => End::Time,
                 };
                 sleep(MOMENT).await;
@@ -149,11 +149,11 @@ impl Wait {
             _ => Duration::MAX,
         };
         // The change may have happened before the first check.
-        let mut end = End::Told;
+        let mut end = End::Reported;
         while self.is_seen().await {
             end = tokio::select! {
-                () = signs.next() => End::Told,
-                Ok(()) = changes.changed() => End::Told,
+                () = signs.next() => End::Reported,
+                Ok(()) = changes.changed() => End::Reported,
                 () = sleep(at_most) => End::Time,
             };
             sleep(MOMENT).await;
@@ -169,7 +169,7 @@ impl Wait {
             sleep(self.pause()).await;
         }
         match blocking(move || host.wait_for_drivers(&port)).await {
-            Ok(()) => End::Told,
+            Ok(()) => End::Reported,
             Err(_) => self.a_while().await,
         }
     }
