@@ -78,6 +78,20 @@ impl Host {
         };
         Ok(running.into_iter().map(result).collect())
     }
+
+    /// Like [`Host::in_haste`], but the result is the default if it takes
+    /// longer, or if a thread cannot be started.
+    pub fn in_haste_or_default<T: Send + 'static, R: Default + Send + 'static>(
+        &self,
+        things: Vec<T>,
+        work: impl Fn(T) -> R + Clone + Send + 'static,
+    ) -> Vec<R> {
+        let count = things.len();
+        let results = self.in_haste(things, work).unwrap_or_default();
+        let mut results: Vec<R> = results.into_iter().map(Option::unwrap_or_default).collect();
+        results.resize_with(count, R::default);
+        results
+    }
 }
 
 fn start<T: Send + 'static>(

@@ -24,14 +24,11 @@ impl Host {
     pub fn described(&self, numbers: &[u16]) -> Vec<Bus> {
         let host = self.clone();
         // A hub is locked while drivers start for a device behind it.
-        let controllers = self.in_haste(numbers.to_vec(), move |number| {
+        let controllers = self.in_haste_or_default(numbers.to_vec(), move |number| {
             let read = |name| host.of_root_hub(number, name);
             let words: Vec<String> = ["product", "serial"].into_iter().filter_map(read).collect();
             words.join(" ")
         });
-        let controllers =
-            controllers.unwrap_or_default().into_iter().map(Option::unwrap_or_default);
-        let controllers = controllers.chain(std::iter::repeat(String::new()));
         let bus = |(number, controller): (&u16, String)| self.bus(*number, controller);
         numbers.iter().zip(controllers).map(bus).collect()
     }

@@ -117,9 +117,7 @@ pub async fn in_vm(context: &Context, vm: &str, typed: &str) -> Vec<Candidate> {
 fn strings(context: &Context, devices: &[Device]) -> Vec<Strings> {
     let host = context.host.clone();
     let ports: Vec<Port> = devices.iter().map(|device| device.port.clone()).collect();
-    let read = context.host.in_haste(ports, move |port| host.strings(&port)).unwrap_or_default();
-    let strings = read.into_iter().map(Option::unwrap_or_default);
-    strings.chain(std::iter::repeat(Strings::default())).take(devices.len()).collect()
+    context.host.in_haste_or_default(ports, move |port| host.strings(&port))
 }
 
 /// The name of a device, from its strings, and its ids.

@@ -51,8 +51,9 @@ pub async fn plugged(context: &Context, wait: Duration) -> Result<Device, Error>
     drop(prompt);
     let device = came.map_err(|_| Error::NothingCame(wait.as_secs()))??;
     let host = context.host.clone();
-    let strings = context.host.in_haste([device.port.clone()], move |port| host.strings(&port));
-    let strings = strings.unwrap_or_default().into_iter().flatten().next().unwrap_or_default();
+    let ports = vec![device.port.clone()];
+    let strings = context.host.in_haste_or_default(ports, move |port| host.strings(&port));
+    let strings = strings.into_iter().next().unwrap_or_default();
     let mut names = vec![device.to_string()];
     names.extend(strings.name());
     names.extend(strings.serial.map(|serial| format!("serial {serial}")));
