@@ -1,6 +1,7 @@
 //! `udev VM`: handles one event. The event comes from the environment that udev
 //! gives to a program (udev(7), `RUN`), or a person typed it.
 
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, info, warn};
@@ -116,7 +117,7 @@ async fn add(
     let (host, limit) = (&context.host, context.timeout);
     // A thread costs more than a look at what is there.
     let options = &Options { blocking: host.may_be_starting(&device.port), ..options.clone() };
-    let connecting = Box::pin(connect(context, address));
+    let connecting = pin!(connect(context, address));
     let (vm, mut early) = attach::while_connecting(host, device, options, limit, connecting).await;
     let mut vm = vm?;
     let uses = Early::uses(&mut early, host, device, options);
