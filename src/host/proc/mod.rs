@@ -3,6 +3,7 @@
 
 pub mod cmdline;
 mod holders;
+mod options;
 mod qemus;
 mod sockets;
 
