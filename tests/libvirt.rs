@@ -9,23 +9,20 @@
 
 #[path = "peer/libvirtd.rs"]
 mod libvirtd;
+#[path = "peer/session.rs"]
+mod session;
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use libvirtd::{Libvirtd, domain, framed, packet, string, words};
 use qapi::qmp::{add_fd, query_name, query_status, remove_fd};
 use serde_json::json;
-use usb_qmp_hotplug::Error as ToolError;
+use session::{ENOUGH, outcome, with_peer};
 use usb_qmp_hotplug::qemu::VmAddress;
 use usb_qmp_hotplug::qemu::qmp::{Error, Session, Version};
-use usb_qmp_hotplug::text::chain;
-
-/// Time enough for everything that does happen.
-const ENOUGH: Duration = Duration::from_secs(10);
 
 /// A domain of this user's.
 const DOMAIN: &str = "libvirt:session/test";
@@ -35,12 +32,8 @@ async fn session<T: Send + 'static>(
     time: Duration,
     script: impl FnOnce(Libvirtd) -> T + Send + 'static,
 ) -> (Result<Session, Error>, JoinHandle<T>) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    let ours = tokio::net::UnixStream::from_std(ours).unwrap();
-    let peer = std::thread::spawn(move || script(Libvirtd::new(theirs)));
     let address = VmAddress::read(DOMAIN).unwrap().unwrap();
-    (Session::on_stream(ours, &address, time).await, peer)
+    with_peer(&address, time, |stream| script(Libvirtd::new(stream))).await
 }
 
 /// What a user and a script get of a session that does not come about.
@@ -49,11 +42,6 @@ async fn refused(script: impl FnOnce(Libvirtd) + Send + 'static) -> (String, u8)
     let outcome = outcome(session.unwrap_err());
     peer.join().unwrap();
     outcome
-}
-
-fn outcome(error: Error) -> (String, u8) {
-    let error = ToolError::from(error);
-    (chain(&error), error.exit_code())
 }
 
 #[tokio::test]
@@ -144,11 +132,8 @@ async fn polkit_is_asked_where_libvirt_wants_it() {
         peer.give(&list, &words(&[2, 1, 2]));
         let polkit = peer.next(70);
         peer.give(&polkit, &words(&[1]));
-        let open = peer.next(1);
-        peer.give(&open, &[]);
-        let lookup = peer.next(23);
-        peer.give(&lookup, &domain("test"));
-        peer.version();
+        peer.open();
+        peer.look_up();
     })
     .await;
     session.unwrap();
@@ -305,11 +290,8 @@ async fn what_is_not_for_this_call_is_passed_over() {
             libvirtd::Call { serial: list.serial + 9, descriptor: None, arguments: vec![], ..list };
         peer.give(&late, &words(&[1, 1]));
         peer.give(&libvirtd::Call { serial: list.serial, ..late }, &words(&[1, 0]));
-        let open = peer.next(1);
-        peer.give(&open, &[]);
-        let lookup = peer.next(23);
-        peer.give(&lookup, &domain("test"));
-        peer.version();
+        peer.open();
+        peer.look_up();
     })
     .await;
     session.unwrap();

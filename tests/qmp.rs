@@ -8,10 +8,11 @@
 )]
 
 mod peer;
+#[path = "peer/session.rs"]
+mod session;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,12 +21,8 @@ use peer::{Peer, reply};
 use qapi::qmp::{add_fd, qom_get, query_name, query_status, remove_fd};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
-use usb_qmp_hotplug::Error as ToolError;
+use session::{ENOUGH, outcome, with_peer};
 use usb_qmp_hotplug::qemu::qmp::{Error, ErrorKind, Session};
-use usb_qmp_hotplug::text::chain;
-
-/// Time enough for everything that does happen.
-const ENOUGH: Duration = Duration::from_secs(10);
 
 /// The path that errors name.
 const SOCKET: &str = "/run/vm.qmp";
@@ -35,11 +32,7 @@ async fn session<T: Send + 'static>(
     time: Duration,
     script: impl FnOnce(Peer) -> T + Send + 'static,
 ) -> (Result<Session, Error>, JoinHandle<T>) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    let ours = tokio::net::UnixStream::from_std(ours).unwrap();
-    let peer = std::thread::spawn(move || script(Peer::new(theirs)));
-    (Session::on_stream(ours, &Path::new(SOCKET).into(), time).await, peer)
+    with_peer(&Path::new(SOCKET).into(), time, |stream| script(Peer::new(stream))).await
 }
 
 /// Greets, and answers the negotiation when it comes.
@@ -47,12 +40,6 @@ fn begin(peer: &mut Peer) {
     peer.greet([10, 0, 2]);
     let negotiation = peer.next("qmp_capabilities");
     peer.answer(&negotiation, json!({}));
-}
-
-/// What a user and a script get of an error: the message, and the exit code.
-fn outcome(error: Error) -> (String, u8) {
-    let error = ToolError::from(error);
-    (chain(&error), error.exit_code())
 }
 
 fn name() -> query_name {

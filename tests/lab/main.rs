@@ -62,6 +62,7 @@ mod linux_guest;
 mod list;
 mod machine;
 mod man;
+mod meanwhile;
 mod outside;
 mod owners;
 mod port_names;
@@ -184,6 +185,7 @@ fn all_tests() -> impl Iterator<Item = Test> {
         man::TESTS,
         leftovers::TESTS,
         truth::TESTS,
+        meanwhile::TESTS,
         cut_off::TESTS,
         usbip::TESTS,
         libvirt::TESTS,

@@ -42,7 +42,7 @@ pub fn serve(mut stream: UnixStream, mut answer: impl FnMut(&Setup) -> Answer) -
         if command == UNLINK {
             const RESET: u32 = 104_u32.wrapping_neg(); // it waited; else it had been answered
             let status = if unanswered.remove(&word(5)) { RESET } else { 0 };
-            reply(&mut stream, command, number, status, &[], 0)?;
+            reply(&mut stream, (command, number), status, &[], 0)?;
             continue;
         }
         assert_eq!(command, SUBMIT);
@@ -62,10 +62,10 @@ pub fn serve(mut stream: UnixStream, mut answer: impl FnMut(&Setup) -> Answer) -
         match answer(&setup) {
             Answer::Data(mut data) if is_in => {
                 data.truncate(length as usize);
-                reply(&mut stream, command, number, 0, &data, data.len() as u32)?;
+                reply(&mut stream, (command, number), 0, &data, data.len() as u32)?;
             }
-            Answer::Data(_) => reply(&mut stream, command, number, 0, &[], length)?,
-            Answer::Stall => reply(&mut stream, command, number, PIPE, &[], 0)?,
+            Answer::Data(_) => reply(&mut stream, (command, number), 0, &[], length)?,
+            Answer::Stall => reply(&mut stream, (command, number), PIPE, &[], 0)?,
             Answer::Never => drop(unanswered.insert(number)),
             Answer::Disconnect => {
                 stream.write_all(&[0, 0, 0, 3, 0])?;
@@ -77,8 +77,7 @@ pub fn serve(mut stream: UnixStream, mut answer: impl FnMut(&Setup) -> Answer) -
 
 fn reply(
     stream: &mut UnixStream,
-    command: u32,
-    number: u32,
+    (command, number): (u32, u32),
     status: u32,
     data: &[u8],
     length: u32,

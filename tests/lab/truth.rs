@@ -2,7 +2,6 @@
 
 use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Plugged, Stick, xhci};
-use crate::proxy::{self, Moment};
 use crate::sockets::rebind_xhci;
 use crate::tool::{self, run};
 use crate::udev;
@@ -15,8 +14,6 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::{Arc, Mutex};
 
 crate::tests![
     a_device_whose_controller_was_bound_again_is_dead_until_it_is_attached_again,
@@ -26,10 +23,6 @@ crate::tests![
     what_qemu_opened_itself_is_dead_when_the_host_drives_it_again,
     a_removal_that_somebody_made_up_detaches_nothing,
     the_daemon_says_of_its_own_vms_device_that_it_is_there,
-    a_device_that_leaves_during_its_attach_is_not_called_attached,
-    a_node_without_its_device_is_not_passed_on: any_qemu,
-    a_lock_that_passes_is_waited_for: any_qemu,
-    a_claim_that_passes_is_waited_for: any_qemu,
     a_dry_run_claims_nothing: any_qemu,
     an_id_is_free_again_where_qemu_takes_its_time: every_qemu,
 ];
@@ -297,96 +290,6 @@ pub fn open_locked(device: &Plugged) -> OwnedFd {
     // The daemon claims a device while it connects, and lets go where the monitor is busy.
     wait_until("nobody has it", || flock(&node, FlockOperation::NonBlockingLockExclusive).is_ok());
     node.into()
-}
-
-fn a_device_that_leaves_during_its_attach_is_not_called_attached() {
-    let mut hardware = Hardware::open();
-    let vm = Vm::new("a").start();
-    let mouse = hardware.plug(Device::Mouse, xhci(3));
-    let port = mouse.port.clone();
-    proxy::listen(vm.socket(), move |moment| {
-        // QEMU has attached it, and has yet to say so.
-        if matches!(moment, Moment::Answered(text) if text.contains("device_add")) {
-            hardware.pull(&mouse);
-        }
-        true
-    });
-    let left = run(["attach", proxy::SOCKET, &port]).exits(3);
-    assert!(left.stdout.is_empty() && left.stderr.contains("is gone"), "{left:?}");
-    vm.loses_all();
-}
-
-fn a_node_without_its_device_is_not_passed_on() {
-    let mut hardware = Hardware::open();
-    let vm = Vm::new("a").start();
-    let old = hardware.plug(Device::Mouse, xhci(3));
-    run(["attach", &vm.socket(), &old.port]).succeeds();
-    hardware.pull(&old);
-    let mouse = hardware.plug(Device::Mouse, xhci(3));
-    let before = vm.descriptors();
-    let port = mouse.port.clone();
-    let seen = Arc::new(Mutex::new(String::new()));
-    let log = seen.clone();
-    proxy::listen(vm.socket(), move |moment| {
-        if let Moment::Asked(text) = moment {
-            *log.lock().unwrap() += text;
-        }
-        // The node is open by now.
-        if matches!(moment, Moment::Answered(text) if text.contains("device_del")) {
-            hardware.pull(&mouse);
-        }
-        true
-    });
-    run(["attach", proxy::SOCKET, &port]).exits(3);
-    let seen = seen.lock().unwrap();
-    assert!(seen.contains("device_del") && !seen.contains("add-fd"), "{seen}");
-    vm.loses_all();
-    assert!(vm.descriptors() <= before);
-}
-
-fn a_lock_that_passes_is_waited_for() {
-    let mut hardware = Hardware::open();
-    let vm = Vm::new("a").start();
-    let mouse = hardware.plug(Device::Mouse, xhci(3));
-    let locked = Arc::new(Mutex::new(Some(open_locked(&mouse))));
-    let until = locked.clone();
-    // Held until the tool has met it and asks the VM again.
-    proxy::listen(vm.socket(), move |moment| {
-        if matches!(moment, Moment::Asked(text) if text.contains("remove-fd")) {
-            until.lock().unwrap().take();
-        }
-        true
-    });
-    run(["attach", proxy::SOCKET, &mouse.port]).succeeds();
-    assert!(locked.lock().unwrap().is_none());
-    assert!(is_connected_to(&vm, &[&mouse]));
-}
-
-fn a_claim_that_passes_is_waited_for() {
-    let mut hardware = Hardware::open();
-    let vm = Vm::new("a").start();
-    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
-    udev::settle();
-    // As another of these programs does it, for as long as its attach takes.
-    let other = format!("/run/{}", Path::new(tool::PROGRAM).file_name().unwrap().to_str().unwrap());
-    fs::copy("/bin/sleep", &other).unwrap();
-    let disk = File::open(stick.disk()).unwrap();
-    let other = Command::new(other).arg("1000").stdin(disk).spawn().unwrap();
-    let other = Arc::new(Mutex::new(Some(other)));
-    let until = other.clone();
-    let mut asked = 0;
-    proxy::listen(vm.socket(), move |moment| {
-        // The first question is before the claim, and each later one after it was refused.
-        asked += u32::from(matches!(moment, Moment::Asked(text) if text.contains("hostaddr")));
-        if let Some(mut other) = until.lock().unwrap().take_if(|_| asked > 1) {
-            other.kill().unwrap();
-            other.wait().unwrap();
-        }
-        true
-    });
-    run(["attach", proxy::SOCKET, &stick.port]).succeeds();
-    assert!(other.lock().unwrap().is_none());
-    assert!(is_connected_to(&vm, &[&stick]));
 }
 
 fn a_dry_run_claims_nothing() {

@@ -2,7 +2,7 @@
 
 use crate::daemon::{configuration, rule};
 use crate::gadget::{Gadget, Gadgets};
-use crate::hardware::{Device, Hardware, Stick, xhci};
+use crate::hardware::{Device, Hardware, Plugged, Stick, xhci};
 use crate::host::must;
 use crate::service::{Service, in_the_sandbox, other_unit};
 use crate::tool::{PROGRAM, SECONDS};
@@ -135,22 +135,28 @@ fn the_service_waits_for_a_busy_monitor() {
     vm.gets(&[&stick]);
 }
 
-fn the_service_refuses_a_disk_that_the_host_uses() {
-    let mut hardware = Hardware::open();
-    let vm = Vm::new("a").start();
+/// A stick with a filesystem that is mounted there.
+fn mounted(hardware: &mut Hardware, directory: &str) -> Plugged {
     let stick = hardware.plug(Stick::new("SN1").mebibytes(4), xhci(3));
     let disk = stick.disk();
     let disk = disk.to_str().unwrap();
     must("mkfs.ext4", &["-q", disk]);
-    fs::create_dir_all("/run/stick").unwrap();
-    must("mount", &[disk, "/run/stick"]);
+    fs::create_dir_all(directory).unwrap();
+    must("mount", &[disk, directory]);
+    stick
+}
+
+fn the_service_refuses_a_disk_that_the_host_uses() {
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = mounted(&mut hardware, "/run/stick");
     let service = Service::of_the_machine();
     service.configure(&["a"], &rule("a", "port = \"2-3\""));
     service.start();
     service.wait_for_log(&["mounted on /run/stick"]);
     assert!(vm.ids().is_empty());
     // A program that has it open, and no lock on it. The service may not look into that.
-    let open = fs::File::open(disk).unwrap();
+    let open = fs::File::open(stick.disk()).unwrap();
     must("umount", &["/run/stick"]);
     service.reload();
     service.wait_for_log(&["sda is in use by something that this user may not see"]);
@@ -162,12 +168,7 @@ fn the_service_refuses_a_disk_that_the_host_uses() {
 fn the_service_has_systemd_unmount_what_its_rule_wants_unmounted() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    let stick = hardware.plug(Stick::new("SN1").mebibytes(4), xhci(3));
-    let disk = stick.disk();
-    let disk = disk.to_str().unwrap();
-    must("mkfs.ext4", &["-q", disk]);
-    fs::create_dir_all("/run/a stick").unwrap();
-    must("mount", &[disk, "/run/a stick"]);
+    let stick = mounted(&mut hardware, "/run/a stick");
     let busy = fs::File::create("/run/a stick/open").unwrap();
     let service = Service::of_the_machine();
     service.configure(&["a"], &rule("a", "port = \"2-3\"\nunmount = true"));

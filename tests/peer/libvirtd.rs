@@ -98,18 +98,27 @@ impl Libvirtd {
     /// All that comes before the first command of a session: for the domain `test`, which runs.
     pub fn begin(&mut self) {
         self.log_in();
-        let lookup = self.next(23);
-        assert_eq!(lookup.arguments, string("test"));
-        self.give(&lookup, &domain("test"));
-        self.version();
+        self.look_up();
     }
 
     pub fn log_in(&mut self) {
         let list = self.next(66);
         self.give(&list, &words(&[1, 0]));
+        self.open();
+    }
+
+    pub fn open(&mut self) {
         let open = self.next(1);
         assert_eq!((open.program, &open.arguments[8..23]), (REMOTE, &b"qemu:///session"[..]));
         self.give(&open, &[]);
+    }
+
+    /// Finds the domain, and its QEMU's version.
+    pub fn look_up(&mut self) {
+        let lookup = self.next(23);
+        assert_eq!(lookup.arguments, string("test"));
+        self.give(&lookup, &domain("test"));
+        self.version();
     }
 
     pub fn version(&mut self) {
