@@ -7,7 +7,7 @@ use crate::udev;
 use crate::vm::Vm;
 
 crate::tests![
-    bus_and_device_numbers_are_enough,
+    bus_and_device_numbers_are_enough: any_qemu,
     a_vm_that_does_not_run_is_no_failure: any_qemu,
     a_late_remove_leaves_the_new_device_alone,
     an_event_starts_neither_thread_nor_process: any_qemu,

@@ -52,6 +52,9 @@ pub fn run(names: &[String]) -> ExitCode {
 fn run_apart(test: &Test) -> Result<(), String> {
     const OUTPUT: &str = "/run/output";
     let output = File::create(OUTPUT).expect("a file below /run");
+    // The kernel's log goes on from here; to read all of it takes long.
+    let begins = format!("{} begins", test.name);
+    fs::write("/dev/kmsg", &begins).expect("the kernel's log");
     let mut child = Command::new(std::env::current_exe().expect("this program"))
         .args([RUN_ONE, test.name])
         .stdin(Stdio::null())
@@ -59,7 +62,6 @@ fn run_apart(test: &Test) -> Result<(), String> {
         .stderr(output)
         .spawn()
         .expect("this program starts");
-    let kernel_before = kernel_log();
     let ended = ends_within(test.deadline(), &mut child);
     if ended.is_some_and(|status| status.success()) {
         return Ok(());
@@ -71,9 +73,8 @@ fn run_apart(test: &Test) -> Result<(), String> {
         None => format!("It was killed after {:?}.\n", test.deadline()),
     };
     let output = fs::read(OUTPUT).unwrap_or_default();
-    // The kernel keeps only the last lines.
     let kernel = kernel_log();
-    let known = kernel_before.last().and_then(|last| kernel.iter().rposition(|line| line == last));
+    let known = kernel.iter().rposition(|line| line.ends_with(&begins));
     let kernel = kernel[known.map_or(0, |known| known + 1)..].join("\n");
     Err(format!("{}{ending}--- the kernel's log\n{kernel}", String::from_utf8_lossy(&output)))
 }

@@ -21,7 +21,7 @@ crate::tests![
     a_rule_and_the_daemon_attach_what_is_authorized_later: any_qemu,
     what_the_vm_has_under_another_id_is_there_already: every_qemu,
     what_the_vm_has_found_by_itself_is_there_already: every_qemu,
-    every_name_finds_what_the_vm_has_whatever_its_id,
+    every_name_finds_what_the_vm_has_whatever_its_id: any_qemu,
 ];
 
 const UNSEEN: &str = "a program or a VM that cannot be seen from here";

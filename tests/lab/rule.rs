@@ -12,7 +12,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 
 crate::tests![
-    a_port_rule_attaches_and_detaches_both_halves_of_the_socket,
+    a_port_rule_attaches_and_detaches_both_halves_of_the_socket: any_qemu,
     a_product_rule_attaches_and_detaches_at_any_port: any_qemu,
     a_serial_rule_attaches_one_of_two_alike_and_detaches_it: any_qemu,
     a_hub_rule_attaches_and_detaches_what_is_behind_it: any_qemu,

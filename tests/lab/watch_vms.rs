@@ -23,11 +23,11 @@ crate::tests![
     at_whose_socket_another_user_listens_gets_nothing_and_is_told: any_qemu,
     a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device: any_qemu,
     a_stopped_vm_delays_no_other_and_gets_its_devices_later,
-    a_monitor_that_another_client_held_for_long_is_used_when_it_is_free,
+    a_monitor_that_another_client_held_for_long_is_used_when_it_is_free: any_qemu,
     a_socket_that_is_replaced_is_a_new_vm: any_qemu,
     a_vm_is_noticed_where_something_was_mounted_over_its_directory: any_qemu,
     all_vms_are_noticed_where_their_directory_is_mounted: any_qemu,
-    a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready,
+    a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready: any_qemu,
     a_vm_whose_process_cannot_be_seen_gets_its_device_after_a_restart_too: any_qemu,
     sixty_four_vms_cost_an_event_no_more_than_one: any_qemu,
 ];
