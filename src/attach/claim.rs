@@ -159,8 +159,9 @@ impl Attach<'_> {
 }
 
 /// Whether a disk may be free again soon. This tool claims disks for an attach,
-/// and a claim that cannot be explained may be one of those.
-fn may_pass(by: &UsedBy) -> bool {
+/// udev looks at new ones, and a use that cannot be explained may be one of
+/// those.
+pub(super) fn may_pass(by: &UsedBy) -> bool {
     match by {
         UsedBy::Program(Some(program)) => is_us(program),
         by => matches!(by, UsedBy::Unknown { .. }),

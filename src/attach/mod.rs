@@ -8,7 +8,7 @@ mod early;
 use serde_json::{Map, Value};
 use tracing::{debug, info, warn};
 
-use self::claim::Ready;
+use self::claim::{Ready, may_pass};
 use crate::error::Error;
 use crate::host::uses::listed;
 use crate::host::{self, Claim, Host, Look, Node, OtherUse};
@@ -204,10 +204,13 @@ impl Attach<'_> {
         let Some(best) = guest_ports.ok().and_then(|ports| ports.into_iter().next()) else {
             return Ok(None);
         };
-        let ready = match self.claimed().await? {
-            (_, Node::Held) => return Ok(None),
-            (claims, Node::Ours(claim)) => Ready { claims, claim: Some(claim) },
-            (claims, Node::NotPermitted) => Ready { claims, claim: None },
+        let ready = match self.claimed().await {
+            Ok((_, Node::Held)) => return Ok(None),
+            Ok((claims, Node::Ours(claim))) => Ready { claims, claim: Some(claim) },
+            Ok((claims, Node::NotPermitted)) => Ready { claims, claim: None },
+            // The full way tries again.
+            Err(Error::Host(host::Error::InUse(used))) if may_pass(&used.by) => return Ok(None),
+            Err(error) => return Err(error),
         };
         // This VM may have the device under another id. The full probe finds
         // that out.

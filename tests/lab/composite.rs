@@ -6,6 +6,7 @@ use crate::host::{load, must};
 use crate::tool::{run, run_as_the_unit};
 use crate::vm::Vm;
 use crate::wait::{wait_for, wait_until};
+use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
@@ -76,6 +77,12 @@ fn a_disc_that_a_program_reads_is_refused() {
     let refused = run(attach).exits(7).stderr;
     let user = format!("sr0 is open in process {} (sleep)", program.id());
     assert!(refused.contains(&user), "{refused}");
+    // udev's look at the disc, which is locked meanwhile, hides nobody.
+    let udevs = File::open("/dev/sr0").unwrap();
+    flock(&udevs, FlockOperation::LockShared).unwrap();
+    let refused = run_as_the_unit(attach).exits(7).stderr;
+    assert!(refused.contains("sr0 is in use by something"), "{refused}");
+    drop(udevs);
     let refused = run_as_the_unit(attach).exits(7).stderr;
     assert!(refused.contains("sr0 is in use by something"), "{refused}");
     vm.loses_all();

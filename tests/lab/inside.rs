@@ -3,10 +3,11 @@
 use crate::hardware::Hardware;
 use crate::{Kind, Test, all_tests, daemon, gadget, journal, libvirtd, remote, service, udev, vm};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -60,13 +61,15 @@ fn run_apart(test: &Test) -> Result<(), String> {
         .stdin(Stdio::null())
         .stdout(output.try_clone().expect("a descriptor"))
         .stderr(output)
+        .process_group(0)
         .spawn()
         .expect("this program starts");
     let ended = ends_within(test.deadline(), &mut child);
     if ended.is_some_and(|status| status.success()) {
         return Ok(());
     }
-    let _ = child.kill();
+    // With every program that it has started, or those would be in the way of the next.
+    let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let _ = child.wait();
     let ending = match ended {
         Some(_) => String::new(),

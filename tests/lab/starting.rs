@@ -186,7 +186,7 @@ fn an_event_keeps_its_time_whoever_starts_the_driver() {
         let devpath = real.to_str().unwrap().trim_start_matches("/sys").to_owned();
         let number = |name| fs::read_to_string(real.join(name)).unwrap().trim().to_owned();
         let numbers = [("BUSNUM", number("busnum")), ("DEVNUM", number("devnum"))];
-        let mut command = program();
+        let mut command = program("2");
         command.args(["udev", &a.socket()]).envs(variables).envs(numbers);
         let refused = within_meanwhile(command.env("DEVPATH", devpath)).exits(1).stderr;
         assert!(refused.contains("drivers are still starting"), "{refused}");
@@ -206,15 +206,21 @@ fn an_event_keeps_its_time_whoever_starts_the_driver() {
     remotes.remove(&id);
 }
 
-fn program() -> Command {
+/// The program with so many seconds for each conversation.
+fn program(seconds: &str) -> Command {
     let mut program = Command::new(PROGRAM);
-    program.args(["--timeout", "2", "--config", CONFIG]);
+    program.args(["--timeout", seconds, "--config", CONFIG]);
     program
 }
 
-/// Runs the program with two seconds for each conversation.
+/// Runs the program with two seconds for what it does on the host.
 fn briefly(arguments: &[&str]) -> Outcome {
-    within_meanwhile(program().args(arguments))
+    within_meanwhile(program("2").args(arguments))
+}
+
+/// Runs the program with more time: what QEMU does takes longer.
+fn patiently(arguments: &[&str]) -> Outcome {
+    within_meanwhile(program("8").args(arguments))
 }
 
 fn within_meanwhile(command: &mut Command) -> Outcome {
@@ -247,17 +253,14 @@ fn commands_show_what_is_known_and_keep_their_time() {
     let line = list.lines().find(|line| line.contains("1209:0020")).unwrap();
     assert!(line.contains("(starting)"), "{list}");
     assert!(list.contains("QEMU USB Mouse"), "{list}");
-    let refused = briefly(&["attach", "a", &port]).exits(1).stderr;
+    let refused = patiently(&["attach", "a", &port]).exits(1).stderr;
     assert!(refused.contains("drivers are still starting"), "{refused}");
     let refused = briefly(&["attach", "a", "serial=HANGS"]).exits(1).stderr;
     assert!(refused.contains(&port), "{refused}");
-    let synced = briefly(&["sync"]).exits(1);
+    let synced = patiently(&["sync"]).exits(1);
     assert!(synced.stderr.contains(&port), "{}", synced.stderr);
     vm.gets(&[&mouse]);
-    // What QEMU does takes its time.
-    let mut detach = Command::new(PROGRAM);
-    detach.args(["--timeout", "8", "--config", CONFIG, "detach", "a", "1-3"]);
-    let detached = within_meanwhile(&mut detach).succeeds();
+    let detached = patiently(&["detach", "a", "1-3"]).succeeds();
     assert!(detached.stdout.contains("usb-host-1-3"), "{}", detached.stdout);
     briefly(&["rule", "--vm", "a", &port]).succeeds();
     briefly(&["rule", "--vm", "a", "--by", "serial", &port]).exits(1);
@@ -272,7 +275,7 @@ fn commands_show_what_is_known_and_keep_their_time() {
         "hostbus": number("busnum"), "hostaddr": number("devnum"), "hostdevice": "/dev/fdset/77",
     });
     vm.qmp("device_add", object);
-    let shown = briefly(&["inspect", "a"]).succeeds().stdout;
+    let shown = patiently(&["inspect", "a"]).succeeds().stdout;
     assert!(shown.contains(&format!("usb-host-{port}")), "{shown}");
     assert!(start.elapsed() < HANGS, "{:?}: it hangs no more", start.elapsed());
     remotes.remove(&id);

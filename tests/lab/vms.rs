@@ -155,9 +155,9 @@ fn monitors_of_every_kind_are_found() {
             "m,mode=control",
         ],
     );
-    wait_until("their sockets", || {
-        fs::exists("/run/vm/rel.qmp").unwrap() && fs::exists("/run/vm/x.qmp").unwrap()
-    });
+    for socket in ["/run/vm/rel.qmp", "/run/vm/x.qmp"] {
+        wait_until("it listens", || UnixStream::connect(socket).is_ok());
+    }
     fs::remove_file("/run/vm/x.qmp").unwrap();
     wait_until("it is renamed", || {
         fs::read_to_string(format!("/proc/{}/comm", none.pid())).unwrap() == "renamed\n"

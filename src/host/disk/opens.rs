@@ -28,26 +28,24 @@ pub(super) enum Opens {
 
 impl Host {
     /// Whether a disk of the device at a port is open, as far as the counts of
-    /// its drivers show. Call it if the tables show no use of these disks.
+    /// its drivers show. Call it if the tables show no use of these disks. udev
+    /// counts, too, while it looks at a disk.
     pub(super) fn opens(&self, port: &Port, storage: &Storage, tables: &Tables) -> Opens {
         let disks = || storage.disks.iter().chain(&storage.characters);
         let has_disk = |interface: &PathBuf| disks().any(|disk| disk.starts_with(interface));
         let interface = self.interfaces(port).into_iter().find(has_disk);
         let driver = interface.and_then(|interface| interface.join("driver").canonicalize().ok());
         let Some(driver) = driver else { return Opens::None };
-        // udev opens a disk more than once, and keeps a lock on it meanwhile.
-        let is_udevs = storage.disks.iter().any(|disk| self.is_locked_at_all(disk));
-        let count = users(&driver.join("module"));
-        if is_udevs || count.is_none_or(|count| count == 0) {
+        let Some(count) = users(&driver.join("module")).filter(|count| *count > 0) else {
             return Opens::None;
-        }
+        };
         let others = others(&driver, port);
         let uses = |other: &Port| self.count_uses(&self.storage(other), tables);
         let of_others: usize = others.iter().map(uses).sum();
         // The disks that this process has claimed count, too, and so do those
         // that were pulled while they were mounted.
         let explained = of_others + self.own_disks() + tables.pulled(self);
-        match count.unwrap_or_default() > explained {
+        match count > explained {
             false => Opens::None,
             true if others.is_empty() => Opens::Some,
             true => Opens::Perhaps,
