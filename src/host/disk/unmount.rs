@@ -123,7 +123,7 @@ impl Host {
 fn has_capability(status: &str, number: u32) -> bool {
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
-    effective.is_some_and(|set| set >> number & 1 == 1)
+    effective.is_some_and(|set| (set >> number) & 1 == 1)
 }
 
 #[cfg(test)]
