@@ -30,11 +30,11 @@ pub fn run() -> ExitCode {
         let mut machine = Machine { version, systemd, ..Machine::default() };
         let mut tests = Vec::new();
         let mut turns = if here.is_empty() { &QEMU_VERSIONS[..] } else { &here }.iter().cycle();
-        let mut is_here = |test: &Test| {
+        let is_here = |test: &Test| {
             let has_turn = test.kind == Kind::AnyQemu && turns.next() == Some(&version);
             (test.kind == Kind::Systemd) == systemd && (has_turn || runs_on(test, version))
         };
-        for test in all_tests().filter(|test| is_here(test)) {
+        for test in all_tests().filter(is_here) {
             let name = format!("qemu_{}::{}", version.replace('.', "_"), test.name);
             if missing.is_none() && is_selected(&arguments, &name) {
                 machine.tests.push(test);
