@@ -85,10 +85,11 @@ impl Attach<'_> {
                 self.vm.drop_descriptors().await?;
             } else {
                 let holders = host.holders(device.address);
-                let is_claimed_by_us = matches!(&error, Some(Error::Host(host::Error::InUse(used)))
+                // This tool or udev has the disk.
+                let is_known = matches!(&error, Some(Error::Host(host::Error::InUse(used)))
                     if !matches!(used.by, UsedBy::Unknown { .. }));
-                let is_ours = is_claimed_by_us || holders.iter().any(is_us);
-                let patience = if is_ours { half } else { half.min(PASSING) };
+                let is_short = is_known || holders.iter().any(is_us);
+                let patience = if is_short { half } else { half.min(PASSING) };
                 let is_final =
                     holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
                 if is_final || start.elapsed() >= patience {
@@ -159,12 +160,12 @@ impl Attach<'_> {
 }
 
 /// Whether a disk may be free again soon. This tool claims disks for an attach,
-/// udev looks at new ones, and a use that cannot be explained may be one of
-/// those.
+/// and a claim that cannot be explained may be one of those. udev looks at new
+/// disks.
 pub(super) fn may_pass(by: &UsedBy) -> bool {
     match by {
         UsedBy::Program(Some(program)) => is_us(program),
-        by => matches!(by, UsedBy::Unknown { .. }),
+        by => matches!(by, UsedBy::Examined | UsedBy::Unknown { .. }),
     }
 }
 

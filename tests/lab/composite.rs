@@ -3,7 +3,7 @@
 use crate::gadget::{Gadget, Gadgets};
 use crate::hardware::Plugged;
 use crate::host::{load, must};
-use crate::tool::{run, run_as_the_unit};
+use crate::tool::{run, run_as_the_unit, run_as_the_unit_within};
 use crate::vm::Vm;
 use crate::wait::{wait_for, wait_until};
 use rustix::fs::{FlockOperation, flock};
@@ -80,8 +80,8 @@ fn a_disc_that_a_program_reads_is_refused() {
     // udev's look at the disc, which is locked meanwhile, hides nobody.
     let udevs = File::open("/dev/sr0").unwrap();
     flock(&udevs, FlockOperation::LockShared).unwrap();
-    let refused = run_as_the_unit(attach).exits(7).stderr;
-    assert!(refused.contains("sr0 is in use by something"), "{refused}");
+    let refused = run_as_the_unit_within("20", attach).exits(7).stderr;
+    assert!(refused.contains("sr0 is locked by udev, or by another program"), "{refused}");
     drop(udevs);
     let refused = run_as_the_unit(attach).exits(7).stderr;
     assert!(refused.contains("sr0 is in use by something"), "{refused}");

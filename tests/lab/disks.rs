@@ -159,6 +159,7 @@ fn what_explains_that_a_disk_is_open_is_no_reason_to_refuse() {
     must("modprobe", &["dm-mod"]);
     let table = format!("0 2048 linear {} 0", other.disk().display());
     must("dmsetup", &["create", "pulled", "--noudevsync", "--table", &table]);
+    udev::settle();
     assert_eq!(attach(), "");
     hardware.pull(&other);
     assert_eq!(attach(), "");

@@ -228,6 +228,9 @@ fn zfs_label(pool: &str) -> Vec<u8> {
         word(0),
         word(1),
         pair("version", uint64, 5000_u64.to_be_bytes().to_vec()),
+        pair("state", uint64, 0_u64.to_be_bytes().to_vec()),
+        pair("txg", uint64, 4_u64.to_be_bytes().to_vec()),
+        pair("guid", uint64, 4712_u64.to_be_bytes().to_vec()),
         pair("name", string, text(pool)),
         pair("pool_guid", uint64, 4711_u64.to_be_bytes().to_vec()),
     ];

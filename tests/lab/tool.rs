@@ -46,10 +46,18 @@ where
 
 /// As root with the rights of the service's unit and no more.
 pub fn run_as_the_unit<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+    run_as_the_unit_within(SECONDS, arguments)
+}
+
+/// With this many seconds.
+pub fn run_as_the_unit_within<'a>(
+    seconds: &str,
+    arguments: impl IntoIterator<Item = &'a str>,
+) -> Outcome {
     let capabilities = crate::daemon::capabilities();
     let wrapper =
         ["setpriv", "--inh-caps", "-all", "--no-new-privs", "--bounding-set", &capabilities];
-    run_in(&wrapper, PROGRAM, arguments)
+    run_in_within(seconds, &wrapper, PROGRAM, arguments)
 }
 
 /// The program at this path, below another one.
@@ -58,8 +66,17 @@ pub fn run_in<'a>(
     program: &str,
     arguments: impl IntoIterator<Item = &'a str>,
 ) -> Outcome {
+    run_in_within(SECONDS, wrapper, program, arguments)
+}
+
+fn run_in_within<'a>(
+    seconds: &str,
+    wrapper: &[&str],
+    program: &str,
+    arguments: impl IntoIterator<Item = &'a str>,
+) -> Outcome {
     let mut command = Command::new(wrapper[0]);
-    outcome(command.args(&wrapper[1..]).arg(program).args(["--timeout", SECONDS]).args(arguments))
+    outcome(command.args(&wrapper[1..]).arg(program).args(["--timeout", seconds]).args(arguments))
 }
 
 /// With this many seconds.

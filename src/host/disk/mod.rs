@@ -151,9 +151,14 @@ impl Host {
         let mut opens = Opens::None;
         if found.is_empty() && !sees_all {
             opens = self.opens(port, storage, &tables);
-            if opens == Opens::Some {
+            let by = match opens {
+                Opens::Some => Some(UsedBy::Unknown { sees_all }),
+                Opens::Examined => Some(UsedBy::Examined),
+                Opens::None | Opens::Perhaps => None,
+            };
+            if let Some(by) = by {
                 let first = storage.disks.first().or_else(|| storage.characters.first());
-                let unseen = || Some((name(first?), UsedBy::Unknown { sees_all }));
+                let unseen = || Some((name(first?), by));
                 found.extend(self.mounted_somewhere(storage).or_else(unseen));
             }
         }

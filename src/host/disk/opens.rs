@@ -24,12 +24,14 @@ pub(super) enum Opens {
     Perhaps,
     /// Somebody has one of this device.
     Some,
+    /// Somebody who looks at one of this device has it. Whether others have it,
+    /// too, is not known until then.
+    Examined,
 }
 
 impl Host {
     /// Whether a disk of the device at a port is open, as far as the counts of
-    /// its drivers show. Call it if the tables show no use of these disks. udev
-    /// counts, too, while it looks at a disk.
+    /// its drivers show. Call it if the tables show no use of these disks.
     pub(super) fn opens(&self, port: &Port, storage: &Storage, tables: &Tables) -> Opens {
         let disks = || storage.disks.iter().chain(&storage.characters);
         let has_disk = |interface: &PathBuf| disks().any(|disk| disk.starts_with(interface));
@@ -45,8 +47,11 @@ impl Host {
         // The disks that this process has claimed count, too, and so do those
         // that were pulled while they were mounted.
         let explained = of_others + self.own_disks() + tables.pulled(self);
+        // udev opens a disk more than once, and keeps a lock on it meanwhile.
+        let is_locked = || storage.disks.iter().any(|disk| self.is_locked_at_all(disk));
         match count > explained {
             false => Opens::None,
+            true if is_locked() => Opens::Examined,
             true if others.is_empty() => Opens::Some,
             true => Opens::Perhaps,
         }

@@ -87,17 +87,30 @@ impl Host {
     /// process if the kernel tells it (proc(5), `/proc/locks`). A shared lock,
     /// as udev's workers take it, does not count.
     pub(super) fn lock_on(&self, part: &Path) -> Option<Option<i32>> {
-        let node = fs::metadata(self.path(node_of(part))).ok()?;
+        let counts = |(kind, access, _): &(String, String, Option<i32>)| {
+            matches!((kind.as_str(), access.as_str()), ("POSIX" | "OFDLCK", _) | ("FLOCK", "WRITE"))
+        };
+        self.locks_on(part).into_iter().find(counts).map(|(_, _, pid)| pid)
+    }
+
+    /// Whether a disk's node is locked in any way.
+    pub(super) fn is_locked_at_all(&self, part: &Path) -> bool {
+        !self.locks_on(part).is_empty()
+    }
+
+    /// The locks on a disk's node: their kinds, their modes and the processes.
+    fn locks_on(&self, part: &Path) -> Vec<(String, String, Option<i32>)> {
+        let Ok(node) = fs::metadata(self.path(node_of(part))) else { return Vec::new() };
         let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
         let file = format!("{major:02x}:{minor:02x}:{}", node.ino());
-        let locks = read_if_there(&self.path("/proc/locks")).ok()??;
+        let locks = read_if_there(&self.path("/proc/locks")).ok().flatten().unwrap_or_default();
         let lock = |line: &str| {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let [_, kind, _, access, pid, place, ..] = fields.as_slice() else { return None };
-            let counts = matches!((*kind, *access), ("POSIX" | "OFDLCK", _) | ("FLOCK", "WRITE"));
-            (counts && *place == file).then(|| pid.parse().ok().filter(|pid| *pid > 0))
+            let pid = pid.parse().ok().filter(|pid| *pid > 0);
+            (*place == file).then(|| ((*kind).to_owned(), (*access).to_owned(), pid))
         };
-        locks.lines().find_map(lock)
+        locks.lines().filter_map(lock).collect()
     }
 }
 

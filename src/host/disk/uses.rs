@@ -52,6 +52,9 @@ pub enum UsedBy {
     Zfs(String),
     /// This program has it open, if the program can be seen.
     Program(Option<Holder>),
+    /// udev, or another program that has it locked for a moment, looks at it.
+    /// Whether others have it open, too, is known only after that.
+    Examined,
     /// Something has it open or has claimed it that cannot be found.
     Unknown {
         /// Whether this process could look into all others.
@@ -113,7 +116,7 @@ impl fmt::Display for Use {
         let Use { port, disk, by } = self;
         let disk = escape(disk);
         match by {
-            UsedBy::Program(_) | UsedBy::Unknown { .. } => {
+            UsedBy::Program(_) | UsedBy::Examined | UsedBy::Unknown { .. } => {
                 write!(f, "{port}: its disk is in use: {disk} is {by}")
             }
             _ => write!(f, "{port}: the host uses its disk: {disk} is {by}"),
@@ -149,6 +152,9 @@ impl fmt::Display for UsedBy {
             UsedBy::Zfs(pool) => write!(f, "part of the ZFS pool {}", escape(pool)),
             UsedBy::Program(Some(program)) => write!(f, "open in {program}"),
             UsedBy::Program(None) => write!(f, "open in a program that this user may not see"),
+            UsedBy::Examined => {
+                write!(f, "locked by udev, or by another program that looks at it")
+            }
             UsedBy::Unknown { sees_all: true } => {
                 write!(f, "claimed, and nothing tells by what (perhaps by a mount in a container)")
             }
@@ -205,6 +211,7 @@ impl UsedBy {
             UsedBy::Zfs(pool) => format!("`zpool export {}`", escape(pool)),
             UsedBy::Program(Some(program)) => format!("have {program} close it"),
             UsedBy::Program(None) => "close it there".to_owned(),
+            UsedBy::Examined => "wait until that is over".to_owned(),
             UsedBy::Unknown { sees_all: true } => return None,
             UsedBy::Unknown { sees_all: false } => {
                 "stop what uses it (as root, `usb-qmp-hotplug list` shows what)".to_owned()
@@ -239,6 +246,7 @@ impl UsedBy {
             UsedBy::Bcache { .. } => "bcache",
             UsedBy::Zfs(_) => "zfs",
             UsedBy::Program(_) => "program",
+            UsedBy::Examined => "examined",
             UsedBy::Unknown { .. } => "unknown",
         }
     }
@@ -253,7 +261,9 @@ impl UsedBy {
             UsedBy::Part { of, .. } => Some(of.clone()),
             UsedBy::Zfs(pool) => Some(pool.clone()),
             UsedBy::Program(program) => program.as_ref().map(ToString::to_string),
-            UsedBy::Swap | UsedBy::Bcache { .. } | UsedBy::Unknown { .. } => None,
+            UsedBy::Swap | UsedBy::Bcache { .. } | UsedBy::Examined | UsedBy::Unknown { .. } => {
+                None
+            }
         }
     }
 
