@@ -8,6 +8,7 @@ use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -16,6 +17,7 @@ crate::tests![
     a_disk_that_a_program_has_open_is_refused: any_qemu,
     a_disk_that_is_another_vms_drive_is_refused: any_qemu,
     a_character_device_of_a_disk_that_is_open_is_refused: any_qemu,
+    what_udev_starts_to_look_at_a_disk_is_no_reason_to_refuse: any_qemu,
     a_disk_that_is_open_where_the_service_may_not_look_is_refused: any_qemu,
     what_explains_that_a_disk_is_open_is_no_reason_to_refuse: any_qemu,
     a_mount_in_another_namespace_is_named: any_qemu,
@@ -98,6 +100,24 @@ fn a_character_device_of_a_disk_that_is_open_is_refused() {
     cat.kill().unwrap();
     cat.wait().unwrap();
     attach(&vm, &stick).succeeds();
+}
+
+fn what_udev_starts_to_look_at_a_disk_is_no_reason_to_refuse() {
+    let (_hardware, vm, stick, disk) = stick_with_filesystem();
+    let udevd = "/run/udevd";
+    fs::copy("/bin/sh", udevd).unwrap();
+    let script = "sleep 1000 <\"$0\" & echo $!; wait";
+    let mut its =
+        Command::new(udevd).args(["-c", script, &disk]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut looks = String::new();
+    BufReader::new(its.stdout.as_mut().unwrap()).read_line(&mut looks).unwrap();
+    let looks = looks.trim().to_owned();
+    let file = format!("/proc/{looks}/fd/0");
+    wait_until("it has the disk open", || fs::read_link(&file).is_ok_and(|open| open == *disk));
+    attach(&vm, &stick).succeeds();
+    vm.gets(&[&stick]);
+    must("kill", &[&looks]);
+    its.wait().unwrap();
 }
 
 fn a_disk_that_is_open_where_the_service_may_not_look_is_refused() {

@@ -11,8 +11,9 @@ use crate::host::life::is_first_pid_namespace;
 use crate::host::{Holder, read_if_there};
 
 /// udev opens every new disk for a moment, and locks one whose partitions it has
-/// the kernel read again. That does not count as a use. These are the names of
-/// its program and its processes (systemd, src/udev/).
+/// the kernel read again. The programs that it starts do so, too, as ata_id
+/// does. That does not count as a use. These are the names of its program and
+/// its processes (systemd, src/udev/).
 const UDEV: [&str; 3] = ["systemd-udevd", "(udev-worker)", "udevd"];
 
 impl Host {
@@ -33,8 +34,7 @@ impl Host {
         let lives = |(_, holder): &(String, Holder)| !holder.program.is_empty();
         let holders = holders.filter(lives).map(|(name, holder)| (name, Some(holder)));
         let is_use = |(_, holder): &(String, Option<Holder>)| {
-            let program = holder.as_ref().map(|holder| holder.program.as_str());
-            program.is_none_or(|program| !UDEV.contains(&program))
+            holder.as_ref().is_none_or(|holder| !self.is_udevs(holder))
         };
         let mut programs: Vec<_> = holders.filter(is_use).collect();
         for part in storage.blocks() {
@@ -45,6 +45,16 @@ impl Host {
             }
         }
         (programs, sees_all)
+    }
+
+    /// Whether a process is udev's, or was started by udev.
+    fn is_udevs(&self, holder: &Holder) -> bool {
+        let is_udev = |holder: &Holder| UDEV.contains(&holder.program.as_str());
+        let status = read_if_there(&self.path(format!("/proc/{}/status", holder.pid)));
+        let status = status.ok().flatten().unwrap_or_default();
+        let parent =
+            status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
+        is_udev(holder) || parent.is_some_and(|pid| is_udev(&self.holder(pid)))
     }
 
     /// The processes that have one of these nodes open, by the node's name. For
