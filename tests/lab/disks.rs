@@ -113,7 +113,9 @@ fn what_udev_starts_to_look_at_a_disk_is_no_reason_to_refuse() {
     BufReader::new(its.stdout.as_mut().unwrap()).read_line(&mut looks).unwrap();
     let looks = looks.trim().to_owned();
     let file = format!("/proc/{looks}/fd/0");
-    wait_until("it has the disk open", || fs::read_link(&file).is_ok_and(|open| open == *disk));
+    wait_until("it has the disk open", || {
+        fs::read_link(&file).is_ok_and(|open| open == Path::new(&disk))
+    });
     attach(&vm, &stick).succeeds();
     vm.gets(&[&stick]);
     must("kill", &[&looks]);
