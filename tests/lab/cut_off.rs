@@ -1,11 +1,11 @@
 //! Attaches that are cut off in the middle. Whatever cuts them off, QEMU's copy of the descriptor keeps the device
 //! from nobody for longer than until somebody says the next word to this VM.
 
-use crate::daemon::{configure, rule};
+use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Plugged, xhci};
 use crate::proxy::{self, Moment, Pass};
 use crate::tool::{self, PROGRAM, run};
-use crate::truth::{daemon, hold, is_connected_to, is_locked, open_locked};
+use crate::truth::{hold, is_connected_to, is_locked, open_locked};
 use crate::vm::Vm;
 use crate::wait::{wait_for, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
@@ -222,7 +222,7 @@ fn what_an_attach_left_that_was_killed_goes_with_the_next_word() {
     // And a daemon, which may not look at QEMU's descriptors.
     a.pass_descriptor(set_of(&a), &open_locked(&second));
     configure(&["a"], &rule("a", "port = \"1-*\""));
-    let daemon = daemon();
+    let daemon = Daemon::start();
     wait_until("both are in the VM", || is_connected_to(&a, &[&mouse, &second]));
     hardware.pull(&second);
     let held = hold(&a.socket());

@@ -109,11 +109,7 @@ fn a_rule_and_the_daemon_refuse_what_is_claimed() {
     assert!(entry["MESSAGE"].contains(&format!("process {} (perl)", program.0.id())), "{entry:?}");
     udev::rules("");
     configure(&["a"], &rule("a", "port = \"1-3\""));
-    // It keeps the capability to give up the others, as the daemon's own wrapper does.
-    let wrapper =
-        "setpriv --bounding-set -all,+dac_override,+setpcap --inh-caps -all --no-new-privs";
-    let wrapper: Vec<&str> = wrapper.split(' ').collect();
-    let daemon = Daemon::launch_in(&wrapper, &["--timeout", tool::SECONDS], &[]);
+    let daemon = Daemon::launch(&["--timeout", tool::SECONDS], &[]);
     daemon.wait_for_log(&["1-3", "is in use by", UNSEEN]);
     vm.loses_all();
     assert_eq!(mouse.driver().as_deref(), Some("usbfs"));

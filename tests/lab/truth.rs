@@ -27,14 +27,6 @@ crate::tests![
     an_id_is_free_again_where_qemu_takes_its_time: every_qemu,
 ];
 
-/// The daemon with the rights that its unit gives it: it can list other processes' descriptors, not look at them.
-pub fn daemon() -> Daemon {
-    let wrapper = ["setpriv", "--bounding-set", "-all,+dac_override", "--inh-caps", "-all"];
-    let daemon = Daemon::launch_in(&wrapper, &["--timeout", tool::SECONDS], &[]);
-    daemon.wait_until_it_says("READY=1");
-    daemon
-}
-
 fn state(vm: &Vm) -> String {
     let report = run(["inspect", "--json", &vm.socket()]).succeeds().stdout;
     let report: Value = serde_json::from_str(&report).unwrap();
@@ -105,7 +97,7 @@ fn the_daemon_replaces_what_its_controller_lost_while_the_monitor_was_held() {
     rebind_xhci();
     let mice = hardware.plug_all((3..=5).map(|port| (Device::Mouse, xhci(port))).collect());
     configure(&["a"], &rule("a", "port = \"1-*\""));
-    let daemon = daemon();
+    let daemon = Daemon::start();
     vm.gets(&mice.iter().collect::<Vec<_>>());
     for _ in 0..2 {
         let held = hold(&vm.socket());
@@ -137,7 +129,7 @@ fn a_device_that_a_snapshot_took_is_dead_until_it_is_attached_again() {
     let vm = Vm::new("a").argument("-drive", &drive).start();
     let mouse = hardware.plug(Device::Mouse, xhci(3));
     configure(&["a"], &rule("a", "port = \"1-3\""));
-    let daemon = daemon();
+    let daemon = Daemon::start();
     vm.gets(&[&mouse]);
     let hmp = |line: &str| {
         let said = vm.qmp("human-monitor-command", json!({"command-line": line}));
@@ -194,7 +186,7 @@ fn a_vm_that_waits_for_its_state_gets_its_device_when_it_runs() {
         assert!(refused.contains("saved or migrated state"), "{refused}");
     }
     configure(&["a"], &rule("a", "port = \"1-3\""));
-    let daemon = daemon();
+    let daemon = Daemon::start();
     daemon.wait_for_log(&["saved or migrated state"]);
     daemon.wait_for_status("1 VM, 1 running, 0 devices attached, 1 waiting");
     assert_eq!(vm.ids(), [""; 0]);
@@ -229,7 +221,7 @@ fn a_removal_that_somebody_made_up_detaches_nothing() {
     let mouse = hardware.plug(Device::Mouse, xhci(3));
     let stick = hardware.plug(Stick::new("SN1"), xhci(4));
     configure(&["a"], &rule("a", "port = \"1-3\""));
-    let daemon = daemon();
+    let daemon = Daemon::start();
     udev::rules(&tool::rule(r#"DEVPATH=="*/2-4""#, &b));
     udev::trigger("add", &stick.sysfs);
     a.gets(&[&mouse]);
@@ -254,7 +246,7 @@ fn the_daemon_says_of_its_own_vms_device_that_it_is_there() {
     let vm = Vm::new("a").start();
     configure(&["a"], &rule("a", "port = \"1-3\""));
     // udev's program is the first, through a monitor of its own.
-    let mut daemon = daemon();
+    let mut daemon = Daemon::start();
     for round in 0..3 {
         let held = hold(&vm.socket());
         let mouse = hardware.plug(Device::Mouse, xhci(3));
@@ -264,7 +256,7 @@ fn the_daemon_says_of_its_own_vms_device_that_it_is_there() {
         if round == 2 {
             // So is who starts later.
             drop(daemon);
-            daemon = self::daemon();
+            daemon = Daemon::start();
         }
         daemon.wait_for_status("1 VM, 1 running, 1 device attached");
         hardware.pull(&mouse);
