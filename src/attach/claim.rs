@@ -74,9 +74,7 @@ impl Attach<'_> {
                         (_, Node::Held) => None,
                     }
                 }
-                Err(Error::Host(host::Error::InUse(used))) if may_pass(&used.by) => {
-                    Some(host::Error::InUse(used).into())
-                }
+                Err(error) if may_pass(&error) => Some(error),
                 Err(error) => return Err(error),
             };
             if error.is_none() && is_first {
@@ -88,10 +86,10 @@ impl Attach<'_> {
                 // This tool or udev has the disk.
                 let is_known = matches!(&error, Some(Error::Host(host::Error::InUse(used)))
                     if !matches!(used.by, UsedBy::Unknown { .. }));
-                let is_short = is_known || holders.iter().any(is_us);
+                let is_short = is_known || holders.iter().any(Holder::is_this_tool);
                 let patience = if is_short { half } else { half.min(PASSING) };
                 let is_final =
-                    holders.iter().any(|holder| Some(holder.pid) != pid && !is_us(holder));
+                    holders.iter().any(|holder| Some(holder.pid) != pid && !holder.is_this_tool());
                 if is_final || start.elapsed() >= patience {
                     return match error {
                         Some(error) => Err(error),
@@ -159,19 +157,15 @@ impl Attach<'_> {
     }
 }
 
-/// Whether a disk may be free again soon. This tool claims disks for an attach,
-/// and a claim that cannot be explained may be one of those. udev looks at new
-/// disks.
-pub(super) fn may_pass(by: &UsedBy) -> bool {
-    match by {
-        UsedBy::Program(Some(program)) => is_us(program),
+/// Whether an attempt failed because of a disk that may be free again soon.
+/// This tool claims disks for an attach, and a claim that cannot be explained
+/// may be one of those. udev looks at new disks.
+pub(super) fn may_pass(error: &Error) -> bool {
+    let Error::Host(host::Error::InUse(used)) = error else { return false };
+    match &used.by {
+        UsedBy::Program(Some(program)) => program.is_this_tool(),
         by => matches!(by, UsedBy::Examined | UsedBy::Unknown { .. }),
     }
-}
-
-/// Whether a process is this tool. This tool gives a device back soon.
-fn is_us(holder: &Holder) -> bool {
-    holder.program == env!("CARGO_PKG_NAME")
 }
 
 /// Claims a device's disks and opens its node. If a disk does not answer, the

@@ -209,7 +209,7 @@ impl Attach<'_> {
             Ok((claims, Node::Ours(claim))) => Ready { claims, claim: Some(claim) },
             Ok((claims, Node::NotPermitted)) => Ready { claims, claim: None },
             // The full way tries again.
-            Err(Error::Host(host::Error::InUse(used))) if may_pass(&used.by) => return Ok(None),
+            Err(error) if may_pass(&error) => return Ok(None),
             Err(error) => return Err(error),
         };
         // This VM may have the device under another id. The full probe finds

@@ -104,22 +104,44 @@ fn a_character_device_of_a_disk_that_is_open_is_refused() {
 
 fn what_udev_starts_to_look_at_a_disk_is_no_reason_to_refuse() {
     let (_hardware, vm, stick, disk) = stick_with_filesystem();
-    let udevd = "/run/udevd";
-    fs::copy("/bin/sh", udevd).unwrap();
-    let script = "sleep 1000 <\"$0\" & echo $!; wait";
-    let mut its =
-        Command::new(udevd).args(["-c", script, &disk]).stdout(Stdio::piped()).spawn().unwrap();
-    let mut looks = String::new();
-    BufReader::new(its.stdout.as_mut().unwrap()).read_line(&mut looks).unwrap();
-    let looks = looks.trim().to_owned();
-    let file = format!("/proc/{looks}/fd/0");
-    wait_until("it has the disk open", || {
-        fs::read_link(&file).is_ok_and(|open| open == Path::new(&disk))
-    });
+    // A rule starts this tool, and that is a reason to wait.
+    let tool = "/run/udev-starts/usb-qmp-hotplug";
+    fs::create_dir_all("/run/udev-starts").unwrap();
+    fs::copy("/bin/sleep", tool).unwrap();
+    let (mut udev, pid) = started_by_udev(tool, &disk);
+    let refused = tool::run_within("20", ["attach", &vm.socket(), &stick.port]).exits(7).stderr;
+    assert!(refused.contains(&format!("process {pid} (usb-qmp-hotplug)")), "{refused}");
+    vm.loses_all();
+    must("kill", &[&pid]);
+    udev.wait().unwrap();
+
+    let (mut udev, pid) = started_by_udev("sleep", &disk);
     attach(&vm, &stick).succeeds();
     vm.gets(&[&stick]);
-    must("kill", &[&looks]);
-    its.wait().unwrap();
+    must("kill", &[&pid]);
+    udev.wait().unwrap();
+}
+
+/// A program that has a disk open and whose parent is called udevd, and its process id.
+fn started_by_udev(program: &str, disk: &str) -> (Child, String) {
+    let udevd = "/run/udevd";
+    fs::copy("/bin/sh", udevd).unwrap();
+    let script = "\"$0\" 1000 <\"$1\" & echo $!; wait";
+    let mut udev = Command::new(udevd)
+        .args(["-c", script, program, disk])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut pid = String::new();
+    BufReader::new(udev.stdout.as_mut().unwrap()).read_line(&mut pid).unwrap();
+    let pid = pid.trim().to_owned();
+    let (file, comm) = (format!("/proc/{pid}/fd/0"), format!("/proc/{pid}/comm"));
+    let name = Path::new(program).file_name().unwrap().to_str().unwrap();
+    wait_until("it has the disk open", || {
+        fs::read_link(&file).is_ok_and(|open| open == Path::new(disk))
+            && fs::read_to_string(&comm).is_ok_and(|comm| comm.trim() == name)
+    });
+    (udev, pid)
 }
 
 fn a_disk_that_is_open_where_the_service_may_not_look_is_refused() {

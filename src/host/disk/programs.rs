@@ -47,14 +47,17 @@ impl Host {
         (programs, sees_all)
     }
 
-    /// Whether a process is udev's, or was started by udev.
+    /// Whether a process is udev's, or was started by udev to look at a disk. A
+    /// rule starts this tool, too, which claims the disk.
     fn is_udevs(&self, holder: &Holder) -> bool {
         let is_udev = |holder: &Holder| UDEV.contains(&holder.program.as_str());
-        let status = read_if_there(&self.path(format!("/proc/{}/status", holder.pid)));
-        let status = status.ok().flatten().unwrap_or_default();
-        let parent =
-            status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
-        is_udev(holder) || parent.is_some_and(|pid| is_udev(&self.holder(pid)))
+        let parent = || {
+            let status =
+                read_if_there(&self.path(format!("/proc/{}/status", holder.pid))).ok()??;
+            status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
+        };
+        is_udev(holder)
+            || !holder.is_this_tool() && parent().is_some_and(|pid| is_udev(&self.holder(pid)))
     }
 
     /// The processes that have one of these nodes open, by the node's name. For

@@ -22,6 +22,13 @@ pub struct Holder {
     pub program: String,
 }
 
+impl Holder {
+    /// Whether the process is this tool. This tool gives a device back soon.
+    pub fn is_this_tool(&self) -> bool {
+        self.program == env!("CARGO_PKG_NAME")
+    }
+}
+
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(vm) = &self.vm {
