@@ -144,7 +144,7 @@ fn as_many_controllers_as_there_may_be_are_looked_at() {
     is_borne(|command| {
         let result = match command.name.as_str() {
             "qom-list" if is_about(command, "/machine/unattached") => {
-                let name = |n| format!("{n}{}", "x".repeat(200));
+                let name = |n| format!("device[{n}]{}", "x".repeat(200));
                 let children: Vec<String> =
                     (0..255).map(|n| child(&name(n), "qemu-xhci")).collect();
                 format!("[{}]", children.join(","))

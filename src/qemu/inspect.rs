@@ -71,7 +71,9 @@ struct QomDevice {
 }
 
 impl Vm {
-    /// Reads every USB device in the VM, in two round trips.
+    /// Reads every USB device in the VM, in three round trips. The monitor answers
+    /// one question at a time, so only USB devices are asked for more than their
+    /// bus.
     ///
     /// # Errors
     ///
@@ -100,15 +102,12 @@ impl Vm {
         let mut asked = Vec::new();
         for object in objects {
             let bus = self.ask(&object.path, "parent_bus")?;
-            let port = self.ask(&object.path, "port")?;
-            let is_host = object.driver == USB_HOST;
-            let host = is_host.then(|| self.ask_usb_host(&object)).transpose()?;
-            asked.push((object, bus, port, host));
+            asked.push((object, bus));
         }
         let controllers = self.answer_controllers(controllers).await?;
         let bus_paths: HashSet<&str> = controllers.iter().map(|c| c.bus_path.as_str()).collect();
-        let mut facts = Vec::new();
-        for (object, bus, port, host) in asked {
+        let mut usb_devices = Vec::new();
+        for (object, bus) in asked {
             let bus_path = self.answer_text(bus).await?;
             // Some boards have a controller at a path where this tool does not
             // look.
@@ -116,11 +115,22 @@ impl Vm {
             let is_usb = object.driver == USB_HOST
                 || bus.is_some_and(|name| name.starts_with("usb-bus."))
                 || bus_path.as_deref().is_some_and(|path| bus_paths.contains(path));
+            if is_usb {
+                usb_devices.push((object, bus_path));
+            }
+        }
+        let mut asked = Vec::new();
+        for (object, bus_path) in usb_devices {
+            let port = self.ask(&object.path, "port")?;
+            let is_host = object.driver == USB_HOST;
+            let host = is_host.then(|| self.ask_usb_host(&object)).transpose()?;
+            asked.push((object, bus_path, port, host));
+        }
+        let mut facts = Vec::new();
+        for (object, bus_path, port, host) in asked {
             let asked_port = self.answer_text(port).await?.filter(|port| !port.is_empty());
             let host = self.answer_usb_hosts(host.into_iter().collect()).await?.pop();
-            if is_usb {
-                facts.push(QomDevice { object, bus_path, asked_port, host });
-            }
+            facts.push(QomDevice { object, bus_path, asked_port, host });
         }
         let version = self.session.version();
         let devices = join(facts, &lines);

@@ -23,7 +23,15 @@ pub(super) const USERS: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon"];
 
 /// The QOM paths of all devices, including the machine's own (QEMU,
 /// hw/core/qdev.c). A machine has many devices of its own.
-pub(super) const ALL: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon", "/machine/unattached"];
+pub(super) const ALL: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon", UNATTACHED];
+
+/// The QOM path of the machine's own devices.
+const UNATTACHED: &str = "/machine/unattached";
+
+/// How the names of the machine's own devices begin. The other objects there
+/// are memory and interrupt lines (QEMU, hw/core/qdev.c,
+/// `device_set_realized`).
+const OWN_DEVICE: &str = "device[";
 
 /// The devices that contain the USB controller of a `pc` machine since QEMU 8.2
 /// (QEMU, hw/isa/piix.c).
@@ -267,6 +275,9 @@ impl Vm {
             let mut names = HashSet::new();
             for property in &self.answer(ticket).await?.unwrap_or_default() {
                 let Some(driver) = property.child_type() else { continue };
+                if container == UNATTACHED && !property.name.starts_with(OWN_DEVICE) {
+                    continue;
+                }
                 // QEMU names each object once.
                 if !names.insert(property.name.as_str()) {
                     continue;
