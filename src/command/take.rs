@@ -56,23 +56,24 @@ pub async fn take(
     if let Some(holder) = &holder {
         qemus = vec![holder.clone()];
     }
-    let find = |in_vm: &[Passed]| {
-        let found = passed::find(in_vm, device)?;
-        may_go(in_vm, device, &found).map(|()| found)
+    let holders = holder.as_ref().and_then(|qemu| Running::of(qemu.clone()).address(host));
+    // Another QEMU may listen now at the socket of an earlier one. A listener
+    // that is not a QEMU created the socket for one, as libvirt does.
+    let is_asked = |vm: &Vm| match vm.pid() {
+        Some(pid) if host.qemu(pid).is_some() => match &holder {
+            Some(holder) => holder.pid == pid,
+            None => except != Some(pid),
+        },
+        _ => true,
     };
     for address in addresses(context, qemus) {
-        // Another QEMU may listen now at the socket of an earlier one. A
-        // listener that is not a QEMU created the socket for one, as libvirt
-        // does.
-        let is_asked = |vm: &Vm| match vm.pid() {
-            Some(pid) if host.qemu(pid).is_some() => match &holder {
-                Some(holder) => holder.pid == pid,
-                None => except != Some(pid),
-            },
-            _ => true,
-        };
-        if let Some(taken) = remove(context, &address, is_asked, find, dry_run).await? {
-            return Ok(Some(taken));
+        let is_holders = holders.as_ref() == Some(&address);
+        let time = if is_holders { context.timeout } else { PATIENCE };
+        let Some(in_vm) = look(context, &address, time, is_asked).await else { continue };
+        let names = passed::find(&in_vm, device)?;
+        may_go(&in_vm, device, &names)?;
+        if !names.is_empty() {
+            return remove(context, &address, names, dry_run).await.map(Some);
         }
     }
     match holder {
@@ -94,49 +95,49 @@ pub async fn take_leftover(
     selector: &Selector,
     dry_run: bool,
 ) -> Result<Option<Taken>, Error> {
-    let find = |in_vm: &[Passed]| passed::choose(&context.host, selector, in_vm);
     for address in addresses(context, context.host.qemus()) {
+        let Some(in_vm) = look(context, &address, PATIENCE, |_| true).await else { continue };
         // If the leftover is not in this VM, it may be in the next one.
-        let find = |in_vm: &[Passed]| Ok(find(in_vm).unwrap_or_default());
-        if let Some(taken) = remove(context, &address, |_| true, find, dry_run).await? {
-            return Ok(Some(taken));
+        let names = passed::choose(&context.host, selector, &in_vm).unwrap_or_default();
+        if !names.is_empty() {
+            return remove(context, &address, names, dry_run).await.map(Some);
         }
     }
     Ok(None)
 }
 
-/// Removes from a VM the objects that `find` returns. If a VM cannot be asked,
-/// it is treated as if it had none.
-async fn remove(
+/// Reads what a VM was given. Returns `None` if the VM does not answer in this
+/// time, or is not one that `is_asked` accepts: then it is treated as if it had
+/// nothing.
+async fn look(
     context: &Context,
     address: &VmAddress,
+    time: Duration,
     is_asked: impl Fn(&Vm) -> bool,
-    find: impl Fn(&[Passed]) -> Result<Vec<String>, Error>,
-    dry_run: bool,
-) -> Result<Option<Taken>, Error> {
-    let time = context.timeout.min(PATIENCE);
-    let what = || format!("asking {address} for its devices");
+) -> Option<Vec<Passed>> {
+    let time = time.min(context.timeout);
     let looked = async {
         let mut vm = Vm::connect(address, time).await?;
         if !is_asked(&vm) {
             return Ok(None);
         }
-        let in_vm = passed::look(&context.host, &mut vm).await?;
-        Ok::<_, Error>(Some((vm, in_vm)))
+        passed::look(&context.host, &mut vm).await.map(Some)
     };
-    let (vm, in_vm) = match context.during(what, looked).await {
-        Ok(Some(looked)) => looked,
-        Ok(None) => return Ok(None),
-        Err(error) => {
-            debug!("passed over {address}: {}", chain(&error));
-            return Ok(None);
-        }
-    };
-    let names = find(&in_vm)?;
-    drop(vm);
-    if names.is_empty() {
-        return Ok(None);
-    }
+    let what = || format!("asking {address} for its devices");
+    let looked: Result<_, Error> = context.during(what, looked).await;
+    looked.unwrap_or_else(|error| {
+        debug!("passed over {address}: {}", chain(&error));
+        None
+    })
+}
+
+/// Removes these objects from a VM. A dry run leaves them.
+async fn remove(
+    context: &Context,
+    address: &VmAddress,
+    names: Vec<String>,
+    dry_run: bool,
+) -> Result<Taken, Error> {
     let shown = address.to_string();
     if !dry_run {
         let mut vm = context.connect(address).await?;
@@ -145,7 +146,7 @@ async fn remove(
             context.during(what, vm.remove(name)).await?;
         }
     }
-    Ok(Some(Taken { vm: shown, names }))
+    Ok(Taken { vm: shown, names })
 }
 
 /// Refuses to detach a device that the VM's QEMU would take again: another of

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use qapi::qmp::{query_name, query_status};
 
 use super::usb_host::{USB_HOST, UsbHost};
-use super::vm::{ALL, Object, PERIPHERAL, Vm};
+use super::vm::{ALL, Object, PERIPHERAL, UNATTACHED, Vm};
 use crate::qemu::qmp::{Error, ErrorKind, Version};
 use crate::qemu::{Controller, InfoLine};
 use crate::usb::Speed;
@@ -71,9 +71,7 @@ struct QomDevice {
 }
 
 impl Vm {
-    /// Reads every USB device in the VM, in three round trips. The monitor answers
-    /// one question at a time, so only USB devices are asked for more than their
-    /// bus.
+    /// Reads every USB device in the VM, in two round trips.
     ///
     /// # Errors
     ///
@@ -102,12 +100,18 @@ impl Vm {
         let mut asked = Vec::new();
         for object in objects {
             let bus = self.ask(&object.path, "parent_bus")?;
-            asked.push((object, bus));
+            // A machine asks for no port for its own devices (QEMU,
+            // hw/usb/bus.c, `usb_create_simple`).
+            let is_own = object.path.starts_with(UNATTACHED);
+            let port = if is_own { None } else { Some(self.ask(&object.path, "port")?) };
+            let is_host = object.driver == USB_HOST;
+            let host = is_host.then(|| self.ask_usb_host(&object)).transpose()?;
+            asked.push((object, bus, port, host));
         }
         let controllers = self.answer_controllers(controllers).await?;
         let bus_paths: HashSet<&str> = controllers.iter().map(|c| c.bus_path.as_str()).collect();
-        let mut usb_devices = Vec::new();
-        for (object, bus) in asked {
+        let mut facts = Vec::new();
+        for (object, bus, port, host) in asked {
             let bus_path = self.answer_text(bus).await?;
             // Some boards have a controller at a path where this tool does not
             // look.
@@ -115,22 +119,15 @@ impl Vm {
             let is_usb = object.driver == USB_HOST
                 || bus.is_some_and(|name| name.starts_with("usb-bus."))
                 || bus_path.as_deref().is_some_and(|path| bus_paths.contains(path));
-            if is_usb {
-                usb_devices.push((object, bus_path));
-            }
-        }
-        let mut asked = Vec::new();
-        for (object, bus_path) in usb_devices {
-            let port = self.ask(&object.path, "port")?;
-            let is_host = object.driver == USB_HOST;
-            let host = is_host.then(|| self.ask_usb_host(&object)).transpose()?;
-            asked.push((object, bus_path, port, host));
-        }
-        let mut facts = Vec::new();
-        for (object, bus_path, port, host) in asked {
-            let asked_port = self.answer_text(port).await?.filter(|port| !port.is_empty());
+            let port = match port {
+                Some(port) => self.answer_text(port).await?,
+                None => None,
+            };
+            let asked_port = port.filter(|port| !port.is_empty());
             let host = self.answer_usb_hosts(host.into_iter().collect()).await?.pop();
-            facts.push(QomDevice { object, bus_path, asked_port, host });
+            if is_usb {
+                facts.push(QomDevice { object, bus_path, asked_port, host });
+            }
         }
         let version = self.session.version();
         let devices = join(facts, &lines);

@@ -26,7 +26,7 @@ pub(super) const USERS: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon"];
 pub(super) const ALL: &[&str] = &[PERIPHERAL, "/machine/peripheral-anon", UNATTACHED];
 
 /// The QOM path of the machine's own devices.
-const UNATTACHED: &str = "/machine/unattached";
+pub(super) const UNATTACHED: &str = "/machine/unattached";
 
 /// How the names of the machine's own devices begin. The other objects there
 /// are memory and interrupt lines (QEMU, hw/core/qdev.c,

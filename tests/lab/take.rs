@@ -2,16 +2,20 @@
 
 use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::owners::{claim, theirs};
-use crate::tool::run;
+use crate::tool::{run, run_hastily};
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use serde_json::json;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
 
 crate::tests![
     a_device_is_taken_from_the_vm_that_has_it: every_qemu,
     what_its_vm_would_take_again_is_not_taken: every_qemu,
     what_a_vm_has_twice_leaves_it_as_a_whole: every_qemu,
     what_has_no_room_or_no_monitor_is_not_taken: any_qemu,
+    a_vm_that_has_the_device_gets_all_of_the_time: any_qemu,
     release_gives_a_device_back_whoever_has_it: every_qemu,
 ];
 
@@ -105,14 +109,32 @@ fn what_has_no_room_or_no_monitor_is_not_taken() {
     run(["attach", &a.socket(), &stick.port]).succeeds();
     run(["attach", "--take", &b.socket(), &stick.port]).exits(6);
     let _held: Vec<_> = ["qmp", "check"]
-        .map(|monitor| std::os::unix::net::UnixStream::connect(format!("/run/vm/a.{monitor}")))
+        .map(|monitor| UnixStream::connect(format!("/run/vm/a.{monitor}")))
         .into_iter()
         .collect();
     let c = Vm::new("c").start();
-    let refused = run(["attach", "--take", &c.socket(), &stick.port]).exits(5).stderr;
+    let refused = run_hastily(["attach", "--take", &c.socket(), &stick.port]).exits(5).stderr;
     let named = format!("is in VM a (process {}), and no monitor", a.pid());
     assert!(refused.contains(&named), "{refused}");
     a.must_have(&stick);
+}
+
+fn a_vm_that_has_the_device_gets_all_of_the_time() {
+    let mut hardware = Hardware::open();
+    let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
+    let mouse = hardware.plug(Device::Mouse, xhci(3));
+    run(["attach", &a.socket(), &mouse.port]).succeeds();
+    let held = UnixStream::connect(a.socket()).unwrap();
+    let words = ["attach", "--take", &b.socket(), &mouse.port];
+    thread::scope(|scope| {
+        let taken = scope.spawn(|| run(words));
+        // Longer than a VM gets that may not have the device.
+        thread::sleep(Duration::from_secs(4));
+        drop(held);
+        taken.join().unwrap().succeeds();
+    });
+    a.loses_all();
+    b.gets(&[&mouse]);
 }
 
 fn release_gives_a_device_back_whoever_has_it() {

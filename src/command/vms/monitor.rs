@@ -14,10 +14,6 @@ use crate::qemu::qmp::{self, Domain, ErrorKind, LibvirtError};
 use crate::qemu::{Inventory, Vm, VmAddress};
 use crate::text::{chain, escape};
 
-/// How long to wait for a greeting. QEMU sends it when its main loop runs the
-/// next time.
-const GREETING: Duration = Duration::from_secs(2);
-
 /// The state of a monitor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -229,9 +225,11 @@ impl Monitors {
     }
 }
 
-/// Connects to the monitor. Returns `None` if there is no greeting.
+/// Connects to the monitor. Returns `None` if there is no greeting in half of
+/// the time, so that there is time for the VM's other monitors. QEMU sends it
+/// when its main loop runs the next time.
 async fn connect(address: &VmAddress, left: Duration) -> Result<Option<Vm>, qmp::Error> {
-    match timeout(GREETING.min(left), Vm::connect(address, left)).await {
+    match timeout(left / 2, Vm::connect(address, left)).await {
         Ok(Err(qmp::Error { kind: ErrorKind::NoGreeting { .. }, .. })) | Err(_) => Ok(None),
         Ok(connected) => connected.map(Some),
     }
