@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 pub const RUN: &str = "--inside-the-lab";
 pub const RUN_ONE: &str = "--one-inside-the-lab";
 
+/// Between what a failed test printed and what the kernel logged meanwhile.
+pub const KERNEL_LOG: &str = "--- the kernel's log\n";
+
 /// How often the tests that repeat something do so, if more often than is good for everyday use.
 pub const CYCLES: &str = "LAB_CYCLES";
 
@@ -79,7 +82,7 @@ fn run_apart(test: &Test) -> Result<(), String> {
     let kernel = kernel_log();
     let known = kernel.iter().rposition(|line| line.ends_with(&begins));
     let kernel = kernel[known.map_or(0, |known| known + 1)..].join("\n");
-    Err(format!("{}{ending}--- the kernel's log\n{kernel}", String::from_utf8_lossy(&output)))
+    Err(format!("{}{ending}{KERNEL_LOG}{kernel}", String::from_utf8_lossy(&output)))
 }
 
 /// Sleeps until it ends: to look now and then would cost the test time.

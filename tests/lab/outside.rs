@@ -1,6 +1,6 @@
 //! Outside the machine: an ordinary test program, whose trials wait for what the machines report.
 
-use crate::inside::{CYCLES, RUN, Report};
+use crate::inside::{CYCLES, KERNEL_LOG, RUN, Report};
 use crate::{Kind, Test, all_tests};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::collections::{BTreeSet, HashMap};
@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// From the oldest to the newest; `contrib/setup` unpacks them.
 const QEMU_VERSIONS: [&str; 4] = ["5.2", "7.2", "10.0", "11.1"];
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
+/// How many tests a machine runs. With fewer, more time goes into booting; with more, one machine is left at the end
+/// and a processor has nothing to do.
+const AT_MOST: usize = 40;
 /// `all` has every version run every test, `none` has no test run.
 const LAB: &str = "LAB";
 
@@ -28,31 +31,36 @@ pub fn run() -> ExitCode {
     for (version, systemd) in QEMU_VERSIONS.into_iter().flat_map(|v| [(v, false), (v, true)]) {
         let missing = missing(version);
         complaints.extend(missing.clone());
-        let mut machine = Machine { version, systemd, ..Machine::default() };
-        let mut tests = Vec::new();
         let is_here = |test: &Test| {
             let has_turn = turns.get(test.name) == Some(&version);
             (test.kind == Kind::Systemd) == systemd && (has_turn || runs_on(test, version))
         };
-        for test in all_tests().filter(is_here) {
-            let name = format!("qemu_{}::{}", version.replace('.', "_"), test.name);
-            if missing.is_none() && is_selected(&arguments, &name) {
-                machine.tests.push(test);
-            }
-            tests.push((name, test.name));
-        }
-        let machine = Arc::new(machine);
-        trials.extend(tests.into_iter().map(|(name, test)| {
-            let (machine, why) = (Arc::clone(&machine), missing.clone());
-            let result = move || why.map_or_else(|| machine.result_of(test), |why| Err(why.into()));
+        let prefix = format!("qemu_{}", version.replace('.', "_"));
+        let named = all_tests().filter(is_here).map(|t| (format!("{prefix}::{}", t.name), t));
+        let is_wanted = |(name, _): &(String, Test)| is_selected(&arguments, name);
+        let (wanted, others): (Vec<_>, Vec<_>) = named.partition(is_wanted);
+        trials.extend(others.into_iter().map(|(name, _)| {
+            let result = || Err("it was selected, and no machine has it".into());
             Trial::test(name, result).with_ignored_flag(missing.is_some())
         }));
-        machines.push(machine);
+        for part in wanted.chunks(AT_MOST) {
+            let tests = part.iter().map(|(_, test)| *test).collect();
+            let machine = Arc::new(Machine { version, systemd, tests, ..Machine::default() });
+            trials.extend(part.iter().map(|(name, test)| {
+                let (machine, why, test) = (Arc::clone(&machine), missing.clone(), test.name);
+                let result =
+                    move || why.map_or_else(|| machine.result_of(test), |why| Err(why.into()));
+                Trial::test(name, result).with_ignored_flag(missing.is_some())
+            }));
+            machines.extend(missing.is_none().then_some(machine));
+        }
     }
     for complaint in complaints {
         eprintln!("lab: tests are ignored: {complaint}");
     }
-    machines.retain(|machine| !machine.tests.is_empty() && !arguments.list);
+    if arguments.list {
+        machines.clear();
+    }
     // The longest first.
     machines.sort_by_key(|machine| std::cmp::Reverse(machine.tests.len()));
     let runners = run_machines(machines);
@@ -65,8 +73,7 @@ pub fn run() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// Where each test runs that takes turns: with the QEMU that has the fewest tests so far, so that all machines are
-/// done at about the same time.
+/// Where each test runs that takes turns: with the QEMU that has the fewest tests so far.
 fn turns(versions: &[&'static str]) -> HashMap<&'static str, &'static str> {
     let tests = |version: &&'static str| {
         (all_tests().filter(|test| runs_on(test, version)).count(), *version)
@@ -93,10 +100,11 @@ fn runs_on(test: &Test, version: &str) -> bool {
     }
 }
 
-/// Runs the machines, two for each processor: tests wait now and then.
+/// Runs the machines, one more than there are processors: tests wait now and then. With two for each processor, the
+/// emulators take a third more processor time for the same tests.
 fn run_machines(machines: Vec<Arc<Machine>>) -> Vec<thread::JoinHandle<()>> {
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    let at_a_time = machines.len().min(2 * processors);
+    let at_a_time = machines.len().min(processors + 1);
     // More processors than there are real ones make emulation slower.
     let cpus = if at_a_time > 0 && processors / at_a_time > 1 { "2" } else { "1" };
     let queue = Arc::new(Mutex::new(machines.into_iter()));
@@ -170,6 +178,14 @@ impl Machine {
         }
     }
 
+    /// Says at once what failed: libtest-mimic does when all have ended.
+    fn tell_failure(&self, report: &Report) {
+        if let Some(failure) = &report.failure {
+            let printed = failure.split(KERNEL_LOG).next().unwrap_or_default();
+            eprintln!("lab: QEMU {}: {} failed:\n{printed}", self.version, report.test);
+        }
+    }
+
     /// Says which tests take long, so that somebody can make them shorter.
     fn tell_times(&self, all: Duration) {
         let mut times = self.progress.lock().unwrap().seconds.clone();
@@ -215,6 +231,7 @@ impl Machine {
         for line in BufReader::new(lab.stdout.take().expect("piped")).lines().map_while(Result::ok)
         {
             if let Ok(report) = serde_json::from_str::<Report>(&line) {
+                self.tell_failure(&report);
                 let mut progress = self.progress.lock().unwrap();
                 progress.seconds.push((report.seconds, report.test.clone()));
                 progress.reports.insert(report.test.clone(), report);
