@@ -7,7 +7,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{Attach, Options};
 use crate::error::Error;
-use crate::host::{self, Claim, Claims, Holder, Host, Life, Node, Owner, UsedBy, blocking};
+use crate::host::{
+    self, Claim, Claims, Holder, Host, Life, Node, Owner, UsedBy, blocking, blocking_drop,
+};
 use crate::presence::opened;
 use crate::qemu::{Given, Probe, Status};
 use crate::usb::Device;
@@ -19,19 +21,60 @@ const PASSING: Duration = Duration::from_millis(500);
 /// How long to wait before such a lock is tried again. Nothing reports its end.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// A device that is ready to be attached.
-pub(super) struct Ready {
-    /// Nobody can mount its disks while this exists.
-    pub claims: Claims,
-    /// Its open node. `None` if only QEMU may open the node.
-    pub claim: Option<Claim>,
+/// What was opened for an attach.
+#[derive(Debug)]
+pub(super) struct Opened {
+    /// Nobody can mount the device's disks while this exists.
+    claims: Claims,
+    /// The device's node.
+    pub node: Node,
+    /// Whether it is closed on its own thread.
+    is_blocking: bool,
+}
+
+impl Opened {
+    /// The open node. `None` if only QEMU may open it.
+    pub fn claim(&self) -> Option<&Claim> {
+        match &self.node {
+            Node::Ours(claim) => Some(claim),
+            Node::Held | Node::NotPermitted => None,
+        }
+    }
+
+    /// Gives the disks free.
+    pub fn free_disks(&mut self) {
+        let claims = std::mem::take(&mut self.claims);
+        if self.is_blocking && !claims.is_empty() {
+            blocking_drop(claims);
+        }
+    }
+
+    /// Leaves the lock to QEMU, which has a copy of the descriptor.
+    pub fn hand_over(mut self) {
+        if let Node::Ours(claim) = std::mem::replace(&mut self.node, Node::Held) {
+            claim.hand_over();
+        }
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.free_disks();
+        if let Node::Ours(claim) = std::mem::replace(&mut self.node, Node::Held) {
+            // Who waits for the lock does not wait for the thread.
+            claim.unlock();
+            if self.is_blocking {
+                blocking_drop(claim);
+            }
+        }
+    }
 }
 
 impl Attach<'_> {
     /// Opens and claims the device. Returns `None` if the VM has it already. If
     /// another process has it, this is tried again as long as that may end
     /// soon.
-    pub(super) async fn open(&mut self, probe: &Probe) -> Result<Option<Ready>, Error> {
+    pub(super) async fn open(&mut self, probe: &Probe) -> Result<Option<Opened>, Error> {
         let Attach { host, device, .. } = *self;
         let pid = self.vm.pid();
         let same = |given: &Given| given.address == Some(device.address);
@@ -50,9 +93,9 @@ impl Attach<'_> {
                 return Ok(None);
             }
             let error = match self.claimed().await {
-                Ok((claims, node)) => {
+                Ok(open) => {
                     // Only the attempt to lock it tells for sure.
-                    let locked = match &node {
+                    let locked = match &open.node {
                         // Other locks hide whether this one still exists.
                         Node::Ours(claim) if !claim.strangers().is_empty() => None,
                         Node::Ours(_) => Some(false),
@@ -65,12 +108,9 @@ impl Attach<'_> {
                         }
                         (life, _) => life,
                     };
-                    match (life, node) {
+                    match (life, &open.node) {
                         (Some(Life::Alive | Life::Unknown), _) => return Ok(None),
-                        (_, Node::Ours(claim)) => {
-                            return Ok(Some(Ready { claims, claim: Some(claim) }));
-                        }
-                        (_, Node::NotPermitted) => return Ok(Some(Ready { claims, claim: None })),
+                        (_, Node::Ours(_) | Node::NotPermitted) => return Ok(Some(open)),
                         (_, Node::Held) => None,
                     }
                 }
@@ -106,7 +146,7 @@ impl Attach<'_> {
     }
 
     /// The device as it was opened already, or as it is opened now.
-    pub(super) async fn claimed(&mut self) -> Result<(Claims, Node), Error> {
+    pub(super) async fn claimed(&mut self) -> Result<Opened, Error> {
         match self.early.take() {
             Some(early) => early.opened,
             None => {
@@ -175,20 +215,21 @@ pub(super) async fn open_once(
     device: &Device,
     options: &Options,
     deadline: Instant,
-) -> Result<(Claims, Node), Error> {
+) -> Result<Opened, Error> {
     let guard = !options.force && (options.blocking || host.has_disk(&device.port));
     let (host, device) = (host.clone(), device.clone());
     let silent = Error::Silent(device.clone());
-    let is_patient = options.blocking;
-    let open = move || -> Result<(Claims, Node), Error> {
-        if is_patient {
+    let is_blocking = options.blocking;
+    let open = move || -> Result<Opened, Error> {
+        if is_blocking {
             // An open of the node would wait, too, but the process could not
             // end during that wait (Linux, drivers/usb/core/devio.c,
             // `usbdev_open`). A read of an attribute can be interrupted.
             host.wait_for_drivers(&device.port);
         }
         let claims = if guard { host.claim_disks(&device.port)? } else { Claims::default() };
-        Ok((claims, host.open(device.address)?))
+        let node = host.open(device.address)?;
+        Ok(Opened { claims, node, is_blocking })
     };
     if !guard && !options.blocking {
         return open();

@@ -7,9 +7,9 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::Options;
-use super::claim::open_once;
+use super::claim::{Opened, open_once};
 use crate::error::Error;
-use crate::host::{Claims, Host, Node, OtherUse};
+use crate::host::{Host, OtherUse};
 use crate::usb::Device;
 
 /// How long a device stays claimed for a monitor that sends no greeting. The
@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// A device that was opened before the VM's monitor answered.
 #[derive(Debug)]
 pub struct Early {
-    pub(super) opened: Result<(Claims, Node), Error>,
+    pub(super) opened: Result<Opened, Error>,
     /// What the host uses it for.
     uses: Vec<OtherUse>,
 }

@@ -8,7 +8,7 @@ mod early;
 use serde_json::{Map, Value};
 use tracing::{debug, info, warn};
 
-use self::claim::{Ready, may_pass};
+use self::claim::{Opened, may_pass};
 use crate::error::Error;
 use crate::host::uses::listed;
 use crate::host::{self, Claim, Host, Look, Node, OtherUse};
@@ -168,7 +168,7 @@ impl Attach<'_> {
         if options.dry_run {
             return self.rehearse(probe).await;
         }
-        let Some(ready) = self.open(&probe).await? else { return Ok(Attached::Already) };
+        let Some(opened) = self.open(&probe).await? else { return Ok(Attached::Already) };
         let is_its = probe.present.is_some_and(|given| given.address == Some(device.address));
         let own = self.vm.pid().filter(|_| is_its);
         self.refuse_owned(own)?;
@@ -188,7 +188,7 @@ impl Attach<'_> {
             guest_ports => guest_ports,
         };
         let guest_ports = guest_ports.map_err(|why| self.no_guest_port(why))?;
-        let guest_port = self.plug_in(ready, &guest_ports).await?;
+        let guest_port = self.plug_in(opened, &guest_ports).await?;
         let full = || self.no_guest_port(NoGuestPort::Full(Vec::new()));
         let guest_port = guest_port.ok_or_else(full)?;
         Ok(Attached::There(guest_port))
@@ -204,10 +204,9 @@ impl Attach<'_> {
         let Some(best) = guest_ports.ok().and_then(|ports| ports.into_iter().next()) else {
             return Ok(None);
         };
-        let ready = match self.claimed().await {
-            Ok((_, Node::Held)) => return Ok(None),
-            Ok((claims, Node::Ours(claim))) => Ready { claims, claim: Some(claim) },
-            Ok((claims, Node::NotPermitted)) => Ready { claims, claim: None },
+        let opened = match self.claimed().await {
+            Ok(opened) if matches!(opened.node, Node::Held) => return Ok(None),
+            Ok(opened) => opened,
             // The full way tries again.
             Err(error) if may_pass(&error) => return Ok(None),
             Err(error) => return Err(error),
@@ -217,7 +216,7 @@ impl Attach<'_> {
         if self.refuse_owned(None).is_err() {
             return Ok(None);
         }
-        match self.plug_in(ready, &[best]).await {
+        match self.plug_in(opened, &[best]).await {
             Err(Error::Qmp(error)) if is_misplaced(&error) => {
                 debug!("the VM is not as it was known, asking it: {error}");
                 Ok(None)
@@ -230,13 +229,13 @@ impl Attach<'_> {
     /// port of these. Returns `None` if there was no port to try.
     async fn plug_in(
         &mut self,
-        Ready { claims, claim }: Ready,
+        mut opened: Opened,
         guest_ports: &[GuestPort],
     ) -> Result<Option<GuestPort>, Error> {
         let Attach { device, options, .. } = *self;
         let by_address =
             options.open == Open::Address || self.vm.session().version() < HOSTDEVICE_SINCE;
-        let access = match &claim {
+        let access = match opened.claim() {
             // QEMU looks for the device by itself.
             _ if by_address => Access::Address,
             Some(claim) => {
@@ -265,17 +264,16 @@ impl Attach<'_> {
         // the device later all the same, the next attach replaces it, because
         // it is not locked.
         let attached = self.vm.attach(&attachment, &access, guest_ports).await;
-        drop(claims);
+        opened.free_disks();
         let Some(guest_port) = attached? else { return Ok(None) };
-        if self.has_left(claim.as_ref()) {
+        if self.has_left(opened.claim()) {
             // The event of its removal may have been handled before it was in
             // the VM.
             self.vm.detach(&self.id).await?;
             return Err(host::Error::Gone(device.address).into());
         }
-        match claim {
-            Some(claim) if !by_address => claim.hand_over(),
-            _ => {}
+        if !by_address {
+            opened.hand_over();
         }
         Ok(Some(guest_port))
     }

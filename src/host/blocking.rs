@@ -48,6 +48,16 @@ pub async fn blocking_each<T: Send + 'static, R: Send + 'static>(
     Ok(results)
 }
 
+/// Drops a value on its own thread, because the kernel may make a close wait.
+/// The close of a device's node waits while another process resets the device
+/// (Linux, drivers/usb/core/devio.c, `usbdev_release`). The close of a disk
+/// sends a command to it (Linux, drivers/scsi/sd.c, `sd_release`). If no thread
+/// can be started, the value is dropped on this one.
+pub fn blocking_drop<T: Send + 'static>(value: T) {
+    // A closure that could not be started is dropped, and the value with it.
+    let _ = thread::Builder::new().spawn(move || drop(value));
+}
+
 impl Host {
     /// Runs the work for each item on its own thread, and waits for all of them
     /// for a second at most. The result is `None` if it takes longer. This is
@@ -114,6 +124,22 @@ mod tests {
         let here = thread::current().id();
         let there = blocking(|| thread::current().id()).await.unwrap();
         assert_ne!(here, there);
+    }
+
+    #[test]
+    fn a_close_that_waits_delays_nobody() {
+        struct Waits(mpsc::Receiver<()>, mpsc::Sender<thread::ThreadId>);
+        impl Drop for Waits {
+            fn drop(&mut self) {
+                let _ = self.0.recv();
+                let _ = self.1.send(thread::current().id());
+            }
+        }
+        let (end, until) = mpsc::channel();
+        let (sender, dropped_on) = mpsc::channel();
+        blocking_drop(Waits(until, sender));
+        end.send(()).unwrap();
+        assert_ne!(dropped_on.recv().unwrap(), thread::current().id());
     }
 
     #[tokio::test]

@@ -31,7 +31,7 @@ use std::time::Duration;
 use tracing::warn;
 
 pub use absent::Absent;
-pub use blocking::{blocking, blocking_each};
+pub use blocking::{blocking, blocking_drop, blocking_each};
 pub use bus::Bus;
 pub use disk::{Claims, Told, Use, UsedBy};
 pub use error::Error;

@@ -51,6 +51,12 @@ impl Claim {
         fstat(&self.node).is_ok_and(|stat| stat.st_nlink == 0)
     }
 
+    /// Releases the lock for every copy of the descriptor.
+    pub fn unlock(&self) {
+        // An unlock does not fail. If it did, nothing could be done about it.
+        let _ = flock(&self.node, FlockOperation::Unlock);
+    }
+
     /// Leaves the lock to the processes that have copies of the descriptor.
     pub fn hand_over(mut self) {
         self.is_handed_over = true;
@@ -60,9 +66,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if !self.is_handed_over {
-            // An unlock does not fail. If it did, nothing could be done about
-            // it.
-            let _ = flock(&self.node, FlockOperation::Unlock);
+            self.unlock();
         }
     }
 }

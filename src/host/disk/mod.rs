@@ -37,7 +37,14 @@ const CHARACTER: [&str; 3] = ["scsi_generic", "scsi_tape", "bsg"];
 /// The disks of a device, opened for exclusive use. While this value exists,
 /// nothing on the host can mount them.
 #[derive(Debug, Default)]
-pub struct Claims(#[expect(dead_code, reason = "held open, never read")] Vec<OwnedFd>);
+pub struct Claims(Vec<OwnedFd>);
+
+impl Claims {
+    /// Whether there is no disk.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
 
 /// The storage of a device, as directories of sysfs.
 #[derive(Debug, Default)]
