@@ -91,6 +91,9 @@ fn a_daemon_that_dies_in_an_attach_leaves_one_clean_state_to_the_next() {
     let has_passed = |_: &Daemon, stick: &Plugged| vm.open_nodes().contains(&stick.node());
     for is_time in [&has_opened as &dyn Fn(&Daemon, &Plugged) -> bool, &has_passed] {
         let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+        // As long as udev looks at the disk, nothing is attached.
+        stick.disk();
+        udev::settle();
         let mut daemon = Daemon::launch(&[], &[]);
         // No pause in between, so as not to miss it.
         while !is_time(&daemon, &stick) {
