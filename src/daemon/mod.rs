@@ -68,8 +68,9 @@ mod waiting;
 mod worker;
 
 use std::collections::BTreeMap;
+use std::future::pending;
 use std::path::PathBuf;
-use std::pin::pin;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,7 +78,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
-use tokio::time::sleep;
+use tokio::time::{Sleep, sleep};
 use tracing::{error, info, warn};
 
 use crate::error::Error;
@@ -145,6 +146,14 @@ impl Drop for WorkerHandle {
     }
 }
 
+/// Ends with the time that is left. If there is none, it does not end.
+async fn elapsed(patience: &mut Option<Pin<Box<Sleep>>>) {
+    match patience {
+        Some(patience) => patience.await,
+        None => pending().await,
+    }
+}
+
 /// Runs until it is told to end.
 pub async fn run(settings: &Settings) -> Result<(), Error> {
     let mut hangup = on(SignalKind::hangup())?;
@@ -157,11 +166,12 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
     let run = async {
         let mut watch = Watch::start(settings, policy)?;
         let mut watchdog = Watchdog::new();
-        let mut patience = pin!(sleep(READY_AT_LATEST));
-        let (mut is_ready, mut is_late) = (false, false);
+        // Gone as soon as the daemon is ready, or it would wake the daemon later.
+        let mut patience = Some(Box::pin(sleep(READY_AT_LATEST)));
         loop {
-            if !is_ready && (is_late || watch.shared.is_synced()) {
-                is_ready = true;
+            let is_late = patience.as_ref().is_some_and(|patience| patience.is_elapsed());
+            if is_late || patience.is_some() && watch.shared.is_synced() {
+                patience = None;
                 systemd::ready(&watch.status());
                 info!("ready: {}", watch.status());
             }
@@ -178,7 +188,7 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
                     watch.look_for_orphans();
                     systemd::status(&watch.status());
                 }
-                () = &mut patience, if !is_ready => is_late = true,
+                () = elapsed(&mut patience) => {}
                 () = watchdog.due() => watchdog.report(),
                 _ = hangup.recv() => {
                     systemd::reloading();
