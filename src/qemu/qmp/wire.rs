@@ -2,7 +2,7 @@
 //! and returns messages. [`super::Session`] knows which of them belong
 //! together, and how long everything may take.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use qapi::Execute;
@@ -31,7 +31,7 @@ pub enum Wire {
     },
     /// libvirt, and the commands that are queued for it: each with its id, its
     /// text and its descriptor.
-    Libvirt(Libvirt, VecDeque<(u64, String, Option<OwnedFd>)>),
+    Libvirt(Libvirt, Vec<(u64, String, Option<OwnedFd>)>),
 }
 
 impl Wire {
@@ -75,7 +75,7 @@ impl Wire {
     }
 
     fn to_libvirt((libvirt, version): (Libvirt, Version)) -> (Wire, Option<Version>) {
-        (Wire::Libvirt(libvirt, VecDeque::new()), Some(version))
+        (Wire::Libvirt(libvirt, Vec::new()), Some(version))
     }
 
     /// QEMU's process id, if it can be seen.
@@ -103,7 +103,7 @@ impl Wire {
             Wire::Libvirt(_, queue) => {
                 let text = serde_json::to_string(&Execute::<_, u64>::new(command, None))?;
                 let bytes = text.len();
-                queue.push_back((id, text, None));
+                queue.push((id, text, None));
                 Ok(bytes)
             }
         }
@@ -114,7 +114,7 @@ impl Wire {
         match self {
             Wire::Socket { descriptor, .. } => *descriptor = Some(added),
             Wire::Libvirt(_, queue) => {
-                if let Some((.., descriptor)) = queue.back_mut() {
+                if let Some((.., descriptor)) = queue.last_mut() {
                     *descriptor = Some(added);
                 }
             }
@@ -130,7 +130,9 @@ impl Wire {
                 stream::send(stream, &bytes, descriptor.as_ref()).await
             }
             Wire::Libvirt(libvirt, queue) => {
-                while let Some((id, command, descriptor)) = queue.pop_front() {
+                // The whole queue is taken, as the bytes are above. Whatever
+                // ends this, no descriptor stays open in the session.
+                for (id, command, descriptor) in std::mem::take(queue) {
                     replies.insert(id, libvirt.command(&command, descriptor).await?);
                 }
                 Ok(())
