@@ -297,7 +297,7 @@ pub struct Vms {
 const VMS_HELP: &str = "A monitor's state:\n  \
     free         it answers, and takes commands\n  \
     held         another client has it; a monitor serves one at a time\n  \
-    silent       it accepts, and does not answer in half of the time\n  \
+    silent       it accepts, and does not answer in half of --timeout\n  \
     stopped      QEMU's process is stopped, and answers nobody\n  \
     gone         there is no such socket, or nobody listens on it\n  \
     taken        another process listens on its path now\n  \

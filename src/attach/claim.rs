@@ -41,7 +41,7 @@ impl Opened {
         }
     }
 
-    /// Gives the disks free.
+    /// Releases the claims on the disks.
     pub fn free_disks(&mut self) {
         let claims = std::mem::take(&mut self.claims);
         if self.is_blocking && !claims.is_empty() {
@@ -61,9 +61,10 @@ impl Drop for Opened {
     fn drop(&mut self) {
         self.free_disks();
         if let Node::Ours(claim) = std::mem::replace(&mut self.node, Node::Held) {
-            // Who waits for the lock does not wait for the thread.
-            claim.unlock();
             if self.is_blocking {
+                // Another process may wait for the lock. It does not have to
+                // wait for the thread.
+                claim.unlock();
                 blocking_drop(claim);
             }
         }

@@ -146,7 +146,7 @@ impl Drop for WorkerHandle {
     }
 }
 
-/// Ends with the time that is left. If there is none, it does not end.
+/// Waits until the time is over. Without a limit, it waits for ever.
 async fn elapsed(patience: &mut Option<Pin<Box<Sleep>>>) {
     match patience {
         Some(patience) => patience.await,
@@ -166,7 +166,8 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
     let run = async {
         let mut watch = Watch::start(settings, policy)?;
         let mut watchdog = Watchdog::new();
-        // Gone as soon as the daemon is ready, or it would wake the daemon later.
+        // This timer is dropped when the daemon is ready. If it stayed, it would
+        // wake an idle daemon.
         let mut patience = Some(Box::pin(sleep(READY_AT_LATEST)));
         loop {
             let is_late = patience.as_ref().is_some_and(|patience| patience.is_elapsed());

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How soon it is looked again at first.
-const SHORTLY: Duration = Duration::from_millis(20);
+const SHORTLY: Duration = Duration::from_millis(10);
 
 /// The first `Some` that `condition` gives, or a panic that says `what` did not happen.
 pub fn wait_for<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
@@ -26,7 +26,7 @@ pub fn wait_at_most<T>(
         }
         assert!(start.elapsed() < patience, "not within {patience:?}: {what}");
         // Each look costs the one processor two switches, which are slow under emulation: fewer, the longer it takes.
-        thread::sleep((start.elapsed() / 8).clamp(SHORTLY, 10 * SHORTLY));
+        thread::sleep((start.elapsed() / 16).clamp(SHORTLY, 5 * SHORTLY));
     }
 }
 
