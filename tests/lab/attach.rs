@@ -8,13 +8,13 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 crate::tests![
-    every_way_to_name_a_device_attaches_and_detaches_it,
+    every_way_to_name_a_device_attaches_and_detaches_it: any_qemu,
     a_name_that_fits_several_devices_lists_them: any_qemu,
-    a_dry_run_changes_nothing_and_neither_does_a_repeat,
+    a_dry_run_changes_nothing_and_neither_does_a_repeat: any_qemu,
     what_can_be_done_is_done_and_the_rest_reported: any_qemu,
     options_reach_qemu: every_qemu,
     an_old_qemu_can_open_the_device_by_its_address: every_qemu,
-    a_user_who_may_not_open_the_node_leaves_that_to_qemu,
+    a_user_who_may_not_open_the_node_leaves_that_to_qemu: any_qemu,
 ];
 
 fn every_way_to_name_a_device_attaches_and_detaches_it() {

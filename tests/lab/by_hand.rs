@@ -9,7 +9,7 @@ use crate::vm::Vm;
 crate::tests![
     bus_and_device_numbers_are_enough: any_qemu,
     a_vm_that_does_not_run_is_no_failure: any_qemu,
-    a_late_remove_leaves_the_new_device_alone,
+    a_late_remove_leaves_the_new_device_alone: any_qemu,
     an_event_starts_neither_thread_nor_process: any_qemu,
     the_journal_gets_one_line_for_each_event: any_qemu,
     syslog_gets_it_where_there_is_no_journal: any_qemu,

@@ -10,9 +10,9 @@ use std::path::Path;
 use std::process::Command;
 
 crate::tests![
-    a_stick_comes_and_goes_five_times_at_one_port: every_qemu,
-    a_rule_on_the_product_attaches_and_detaches,
-    six_devices_plugged_at_once_all_arrive_and_all_leave: every_qemu,
+    a_stick_comes_and_goes_five_times_at_one_port: any_qemu,
+    a_rule_on_the_product_attaches_and_detaches: any_qemu,
+    six_devices_plugged_at_once_all_arrive_and_all_leave,
     what_was_plugged_in_before_arrives_when_udev_replays: any_qemu,
     where_interfaces_are_not_authorized_no_driver_of_the_host_sees_the_device: any_qemu,
     where_devices_are_not_authorized_only_what_a_rule_names_works: any_qemu,

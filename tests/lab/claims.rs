@@ -10,15 +10,15 @@ use std::process::Command;
 use std::thread;
 
 crate::tests![
-    a_second_vm_is_kept_out_until_the_first_is_killed: every_qemu,
-    of_two_vms_with_a_rule_for_one_port_one_gets_it,
-    a_qemu_without_rights_gets_devices_by_rule,
-    a_guest_of_an_isolated_qemu_boots_from_the_stick: every_qemu,
+    a_second_vm_is_kept_out_until_the_first_is_killed,
+    of_two_vms_with_a_rule_for_one_port_one_gets_it: any_qemu,
+    a_qemu_without_rights_gets_devices_by_rule: any_qemu,
+    a_guest_of_an_isolated_qemu_boots_from_the_stick: any_qemu,
     two_monitors_of_one_vm_do_not_mix_devices_up,
-    a_busy_or_stopped_monitor_hangs_nobody: every_qemu,
+    a_busy_or_stopped_monitor_hangs_nobody,
     a_device_that_a_vm_gave_back_can_go_to_it_again_and_to_another: every_qemu,
     an_old_paused_qemu_that_keeps_what_it_gave_back_is_named: every_qemu,
-    a_lock_of_who_may_only_read_the_node_keeps_nobody_out,
+    a_lock_of_who_may_only_read_the_node_keeps_nobody_out: any_qemu,
     a_rule_keeps_others_from_opening_a_node_at_all: any_qemu,
 ];
 

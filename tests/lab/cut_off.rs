@@ -16,14 +16,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 crate::tests![
-    an_attach_that_is_stopped_takes_its_lock_along,
+    an_attach_that_is_stopped_takes_its_lock_along: any_qemu,
     an_attach_that_is_late_takes_its_lock_along,
-    an_attach_whose_connection_ends_takes_its_lock_along,
-    what_an_attach_left_that_was_killed_goes_with_the_next_attach_or_detach,
+    an_attach_whose_connection_ends_takes_its_lock_along: any_qemu,
+    what_an_attach_left_that_was_killed_goes_with_the_next_attach_or_detach: any_qemu,
     what_a_qemu_that_was_stopped_does_later_is_found,
-    what_an_attach_left_that_was_killed_goes_with_the_next_word,
+    what_an_attach_left_that_was_killed_goes_with_the_next_word: any_qemu,
     what_qemu_attached_too_late_is_attached_again,
-    what_came_through_another_monitor_is_not_laid_to_a_pause,
+    what_came_through_another_monitor_is_not_laid_to_a_pause: any_qemu,
 ];
 
 /// An attach of a mouse to VM a, of which QEMU has done the first command: it has the descriptor.

@@ -110,12 +110,13 @@ struct Test {
 /// Which machines run a test by default. With `LAB=all` (`contrib/test --all`), those of every QEMU version do.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
-    /// Those with the oldest and the newest QEMU.
+    /// Those with the oldest and the newest QEMU: the test depends on how QEMU behaves, and that has not changed in
+    /// between.
     Usual,
     /// One, and these tests take turns at all of them: what the test shows is the host's doing or the program's
     /// words, whatever QEMU does.
     AnyQemu,
-    /// Those of every QEMU version: the test depends on how QEMU behaves, not only on what the program does.
+    /// Those of every QEMU version: the test depends on what differs from version to version.
     EveryQemu,
     /// The one with QEMU 7.2: the test is about another program, and that goes with this QEMU.
     Qemu7,
@@ -123,6 +124,9 @@ enum Kind {
     Long,
     /// One whose process 1 is systemd.
     Systemd,
+    /// One that runs beside the others: whatever QEMU does, the test mostly waits, for instance until the kernel
+    /// gives a device up.
+    Waits,
 }
 
 /// `tests![a, b: every_qemu, c: long]`: functions of this file, named `file::a` and so on, and their [`Kind`]s.
@@ -155,6 +159,9 @@ macro_rules! kind {
     };
     (systemd) => {
         crate::Kind::Systemd
+    };
+    (waits) => {
+        crate::Kind::Waits
     };
 }
 use kind;

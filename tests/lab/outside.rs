@@ -16,7 +16,7 @@ const QEMU_VERSIONS: [&str; 4] = ["5.2", "7.2", "10.0", "11.1"];
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
 /// How many tests a machine runs. With fewer, more time goes into booting; with more, one machine is left at the end
 /// and a processor has nothing to do.
-const AT_MOST: usize = 40;
+const AT_MOST: usize = 30;
 /// `all` has every version run every test, `none` has no test run.
 const LAB: &str = "LAB";
 
@@ -28,12 +28,12 @@ pub fn run() -> ExitCode {
     let here: Vec<&str> =
         QEMU_VERSIONS.into_iter().filter(|version| missing(version).is_none()).collect();
     let turns = turns(if here.is_empty() { &QEMU_VERSIONS } else { &here });
-    for (version, systemd) in QEMU_VERSIONS.into_iter().flat_map(|v| [(v, false), (v, true)]) {
+    for (version, place) in QEMU_VERSIONS.into_iter().flat_map(|v| Place::ALL.map(|p| (v, p))) {
         let missing = missing(version);
         complaints.extend(missing.clone());
         let is_here = |test: &Test| {
             let has_turn = turns.get(test.name) == Some(&version);
-            (test.kind == Kind::Systemd) == systemd && (has_turn || runs_on(test, version))
+            Place::of(test) == place && (has_turn || runs_on(test, version))
         };
         let prefix = format!("qemu_{}", version.replace('.', "_"));
         let named = all_tests().filter(is_here).map(|t| (format!("{prefix}::{}", t.name), t));
@@ -43,9 +43,10 @@ pub fn run() -> ExitCode {
             let result = || Err("it was selected, and no machine has it".into());
             Trial::test(name, result).with_ignored_flag(missing.is_some())
         }));
-        for part in wanted.chunks(AT_MOST) {
+        let machines_needed = wanted.len().div_ceil(AT_MOST).max(1);
+        for part in wanted.chunks(wanted.len().div_ceil(machines_needed).max(1)) {
             let tests = part.iter().map(|(_, test)| *test).collect();
-            let machine = Arc::new(Machine { version, systemd, tests, ..Machine::default() });
+            let machine = Arc::new(Machine { version, place, tests, ..Machine::default() });
             trials.extend(part.iter().map(|(name, test)| {
                 let (machine, why, test) = (Arc::clone(&machine), missing.clone(), test.name);
                 let result =
@@ -61,8 +62,7 @@ pub fn run() -> ExitCode {
     if arguments.list {
         machines.clear();
     }
-    // The longest first.
-    machines.sort_by_key(|machine| std::cmp::Reverse(machine.tests.len()));
+    machines.sort_by_key(|machine| std::cmp::Reverse(machine.weight()));
     let runners = run_machines(machines);
     // Trials only wait, so all of them do.
     arguments.test_threads = Some(trials.len());
@@ -71,6 +71,29 @@ pub fn run() -> ExitCode {
         runner.join().expect("a runner does not panic");
     }
     conclusion.exit_code()
+}
+
+/// In which of a QEMU version's machines a test runs.
+#[derive(Clone, Copy, Default, PartialEq)]
+enum Place {
+    #[default]
+    Usual,
+    /// Process 1 is systemd.
+    Systemd,
+    /// It needs little of a processor, so it runs beside the others.
+    Beside,
+}
+
+impl Place {
+    const ALL: [Place; 3] = [Place::Usual, Place::Systemd, Place::Beside];
+
+    fn of(test: &Test) -> Place {
+        match test.kind {
+            Kind::Systemd => Place::Systemd,
+            Kind::Waits => Place::Beside,
+            _ => Place::Usual,
+        }
+    }
 }
 
 /// Where each test runs that takes turns: with the QEMU that has the fewest tests so far.
@@ -96,15 +119,27 @@ fn runs_on(test: &Test, version: &str) -> bool {
         Kind::EveryQemu => true,
         Kind::Qemu7 => version == "7.2",
         Kind::Long => all,
-        Kind::Systemd => all || QEMU_VERSIONS.last() == Some(&version),
+        Kind::Systemd | Kind::Waits => all || QEMU_VERSIONS.last() == Some(&version),
     }
 }
 
 /// Runs the machines, one more than there are processors: tests wait now and then. With two for each processor, the
-/// emulators take a third more processor time for the same tests.
+/// emulators take a third more processor time for the same tests. Those that mostly wait run beside them.
 fn run_machines(machines: Vec<Arc<Machine>>) -> Vec<thread::JoinHandle<()>> {
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    let at_a_time = machines.len().min(processors + 1);
+    let (beside, others): (Vec<_>, Vec<_>) =
+        machines.into_iter().partition(|machine| machine.place == Place::Beside);
+    let mut runners = run_some(beside, 1, processors);
+    runners.extend(run_some(others, processors + 1, processors));
+    runners
+}
+
+fn run_some(
+    machines: Vec<Arc<Machine>>,
+    at_most: usize,
+    processors: usize,
+) -> Vec<thread::JoinHandle<()>> {
+    let at_a_time = machines.len().min(at_most);
     // More processors than there are real ones make emulation slower.
     let cpus = if at_a_time > 0 && processors / at_a_time > 1 { "2" } else { "1" };
     let queue = Arc::new(Mutex::new(machines.into_iter()));
@@ -147,7 +182,7 @@ fn is_selected(arguments: &Arguments, name: &str) -> bool {
 #[derive(Default)]
 struct Machine {
     version: &'static str,
-    systemd: bool,
+    place: Place,
     tests: Vec<Test>,
     progress: Mutex<Progress>,
     news: Condvar,
@@ -162,6 +197,16 @@ struct Progress {
 }
 
 impl Machine {
+    /// How long it takes, roughly: the longest are to begin first. A test that starts systemd's services or libvirt's
+    /// takes as long as four others.
+    fn weight(&self) -> usize {
+        let weight = |test: &Test| match test.kind {
+            Kind::Systemd | Kind::Qemu7 => 4,
+            _ => 1,
+        };
+        self.tests.iter().map(weight).sum()
+    }
+
     fn result_of(&self, test: &str) -> Result<(), Failed> {
         let waiting = |progress: &mut Progress| {
             progress.ended.is_none() && !progress.reports.contains_key(test)
@@ -210,7 +255,7 @@ impl Machine {
             .args(["--pdeathsig", "TERM"])
             .arg(Path::new(PROJECT).join("contrib/lab"))
             .args(["--qemu", self.version])
-            .args(self.systemd.then_some("--systemd"))
+            .args((self.place == Place::Systemd).then_some("--systemd"))
             .args(["--cpus", cpus, "--timeout", &timeout.as_secs().to_string()])
             .arg("env")
             .args(std::env::var(CYCLES).map(|cycles| format!("{CYCLES}={cycles}")))

@@ -13,13 +13,13 @@ use std::process::{Child, Command, Stdio};
 
 crate::tests![
     what_another_qemu_took_by_itself_is_refused_and_named: every_qemu,
-    what_another_guest_has_not_got_to_yet_is_refused_by_hand: every_qemu,
+    what_another_guest_has_not_got_to_yet_is_refused_by_hand: any_qemu,
     what_a_program_has_claimed_is_refused_and_named: any_qemu,
     a_program_that_only_has_it_open_is_no_owner: any_qemu,
     a_rule_and_the_daemon_refuse_what_is_claimed: any_qemu,
     what_is_not_authorized_is_refused_until_it_is: any_qemu,
     a_rule_and_the_daemon_attach_what_is_authorized_later: any_qemu,
-    what_the_vm_has_under_another_id_is_there_already: every_qemu,
+    what_the_vm_has_under_another_id_is_there_already: any_qemu,
     what_the_vm_has_found_by_itself_is_there_already: every_qemu,
     every_name_finds_what_the_vm_has_whatever_its_id: any_qemu,
 ];

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 crate::tests![
-    proxmox_ve_finds_its_own_ports_free: every_qemu,
+    proxmox_ve_finds_its_own_ports_free: any_qemu,
     quickemu_gets_a_monitor_by_its_extra_arguments: any_qemu,
     qemu_in_dockurs_container_gets_a_monitor_by_its_arguments: any_qemu,
     podman_needs_no_privilege_and_no_device: any_qemu,

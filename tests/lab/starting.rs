@@ -16,13 +16,13 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 crate::tests![
-    the_daemon_serves_the_other_vms_meanwhile: any_qemu,
-    a_daemon_that_starts_meanwhile_serves_the_other_vms: any_qemu,
-    it_ends_at_once_meanwhile: any_qemu,
-    it_goes_where_its_serial_number_says_when_that_can_be_read: any_qemu,
-    a_device_that_falls_silent_delays_no_other_vm: any_qemu,
-    an_event_keeps_its_time_whoever_starts_the_driver: any_qemu,
-    commands_show_what_is_known_and_keep_their_time: any_qemu,
+    the_daemon_serves_the_other_vms_meanwhile: waits,
+    a_daemon_that_starts_meanwhile_serves_the_other_vms: waits,
+    it_ends_at_once_meanwhile: waits,
+    it_goes_where_its_serial_number_says_when_that_can_be_read: waits,
+    a_device_that_falls_silent_delays_no_other_vm: waits,
+    an_event_keeps_its_time_whoever_starts_the_driver: waits,
+    commands_show_what_is_known_and_keep_their_time: waits,
 ];
 
 /// The driver gives up after 20 s for each interface, and whoever waits for the device waits for all of them.

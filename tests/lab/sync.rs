@@ -10,9 +10,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
 crate::tests![
-    what_matches_is_attached_and_what_was_left_behind_is_detached,
+    what_matches_is_attached_and_what_was_left_behind_is_detached: any_qemu,
     a_dry_run_says_what_and_why_and_changes_nothing: any_qemu,
-    every_vm_gets_what_it_can_and_the_worst_failure_counts,
+    every_vm_gets_what_it_can_and_the_worst_failure_counts: any_qemu,
     the_names_of_the_configuration_work_in_every_command: any_qemu,
     what_others_may_change_is_told_by_sync_and_watch_and_rule: any_qemu,
 ];

@@ -17,12 +17,12 @@ use std::path::{Path, PathBuf};
 
 crate::tests![
     a_device_whose_controller_was_bound_again_is_dead_until_it_is_attached_again,
-    the_daemon_replaces_what_its_controller_lost_while_the_monitor_was_held,
-    a_device_that_a_snapshot_took_is_dead_until_it_is_attached_again: every_qemu,
+    the_daemon_replaces_what_its_controller_lost_while_the_monitor_was_held: any_qemu,
+    a_device_that_a_snapshot_took_is_dead_until_it_is_attached_again,
     a_vm_that_waits_for_its_state_gets_its_device_when_it_runs,
     what_qemu_opened_itself_is_dead_when_the_host_drives_it_again,
-    a_removal_that_somebody_made_up_detaches_nothing,
-    the_daemon_says_of_its_own_vms_device_that_it_is_there,
+    a_removal_that_somebody_made_up_detaches_nothing: any_qemu,
+    the_daemon_says_of_its_own_vms_device_that_it_is_there: any_qemu,
     a_dry_run_claims_nothing: any_qemu,
     an_id_is_free_again_where_qemu_takes_its_time: every_qemu,
 ];

@@ -10,16 +10,16 @@ use crate::wait::wait_until;
 use rustix::process::Signal;
 
 crate::tests![
-    what_was_there_before_the_daemon_is_attached,
-    what_was_there_before_the_vm_is_attached,
+    what_was_there_before_the_daemon_is_attached: any_qemu,
+    what_was_there_before_the_vm_is_attached: any_qemu,
     a_plug_and_a_pull_are_logged_with_all_fields: any_qemu,
     devices_that_swap_their_ports_stay_with_their_vms: any_qemu,
     ports_keep_their_vms_when_devices_swap: any_qemu,
-    a_device_that_left_and_came_back_at_once_is_there_again: every_qemu,
+    a_device_that_left_and_came_back_at_once_is_there_again: any_qemu,
     either_name_of_a_usb3_socket_means_both: any_qemu,
-    a_detach_by_hand_stands_until_the_next_plug,
-    what_a_person_attached_leaves_when_it_is_pulled,
-    what_a_person_moved_to_another_vm_leaves_when_it_is_pulled,
+    a_detach_by_hand_stands_until_the_next_plug: any_qemu,
+    what_a_person_attached_leaves_when_it_is_pulled: any_qemu,
+    what_a_person_moved_to_another_vm_leaves_when_it_is_pulled: any_qemu,
     a_rule_may_ask_udev_and_an_earlier_one_may_deny: any_qemu,
     a_rule_for_all_behind_a_hub_leaves_the_hub_alone: any_qemu,
 ];

@@ -13,7 +13,7 @@ use std::fs;
 crate::tests![
     many_plugs_and_pulls_leave_nothing_behind: any_qemu,
     events_that_got_lost_lead_to_a_look_at_everything: any_qemu,
-    a_daemon_that_dies_in_an_attach_leaves_one_clean_state_to_the_next,
+    a_daemon_that_dies_in_an_attach_leaves_one_clean_state_to_the_next: any_qemu,
 ];
 
 /// How many devices come and go, `LAB_CYCLES` or this.

@@ -25,7 +25,7 @@ crate::tests![
     the_watchdog_is_told_that_it_lives: any_qemu,
     it_ends_at_once_and_what_is_attached_stays: any_qemu,
     it_takes_its_devices_along_where_that_is_wanted: any_qemu,
-    idle_it_never_wakes: any_qemu,
+    idle_it_never_wakes: waits,
 ];
 
 fn it_is_ready_when_the_first_sync_is_done_and_says_how_things_stand() {
