@@ -31,6 +31,28 @@ pub fn escape(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
+/// A word of a command as it stands in a udev rule's `RUN` (udev(7)): udev
+/// substitutes `$` and `%`, and then splits the text at blanks outside quotes.
+/// `None` if the word has quotes, backslashes or control characters, which
+/// cannot be written there.
+///
+/// # Examples
+///
+/// ```
+/// use usb_qmp_hotplug::text::udev_word;
+/// assert_eq!(udev_word("/run/a b%c.qmp").as_deref(), Some("'/run/a b%%c.qmp'"));
+/// assert_eq!(udev_word("it's"), None);
+/// ```
+pub fn udev_word(word: &str) -> Option<String> {
+    if word.chars().any(|c| c.is_control() || "'\"\\".contains(c)) {
+        return None;
+    }
+    let substituted = word.replace('$', "$$").replace('%', "%%");
+    let plain = |c: char| c.is_alphanumeric() || "/._-+:,@=".contains(c);
+    let is_plain = !word.is_empty() && word.chars().all(plain);
+    Some(if is_plain { substituted } else { format!("'{substituted}'") })
+}
+
 /// A JSON document with JSON's own escapes for every character that is not
 /// clearly visible. Its meaning is the same, and it cannot control a terminal.
 ///

@@ -12,7 +12,7 @@ use crate::cli::Udev;
 use crate::error::Error;
 use crate::host::{self, Look};
 use crate::qemu::{Vm, VmAddress};
-use crate::text::{chain, escape};
+use crate::text::{chain, escape, udev_word};
 use crate::usb::{Action, Device, DeviceId, HotplugEvent};
 
 /// How long to wait until the monitor is free. If many devices are plugged in
@@ -41,7 +41,7 @@ pub async fn run(context: &Context, arguments: &Udev) -> Result<(), Error> {
             Ok(())
         }
         Err(Error::Host(host::Error::NotAuthorized(device))) => {
-            warn!(port = %device.port, "{}", after_authorizing(&device, &arguments.vm));
+            warn!(port = %device.port, "{}", after_authorizing(&device));
             Err(host::Error::NotAuthorized(device).into())
         }
         done => done,
@@ -67,15 +67,17 @@ fn as_of_device(get: impl Fn(&str) -> Option<String>, name: &str) -> Option<Stri
 }
 
 /// What the user can add to a rule that was called before the device was
-/// authorized.
-fn after_authorizing(device: &Device, vm: &str) -> String {
+/// authorized. The command is the one that the rule called, with its options.
+fn after_authorizing(device: &Device) -> String {
     let program = std::env::current_exe().unwrap_or_else(|_| env!("CARGO_PKG_NAME").into());
+    let words = std::iter::once(program.into_os_string()).chain(std::env::args_os().skip(1));
+    let words: Option<Vec<String>> = words.map(|word| udev_word(word.to_str()?)).collect();
+    let command = words.map_or("(the command of this rule)".to_owned(), |words| words.join(" "));
     format!(
         "to attach {device} once it is authorized, add a rule: SUBSYSTEM==\"usb\", \
-         ENV{{DEVTYPE}}==\"usb_interface\", ACTION==\"add\", DEVPATH==\"*/{}/*\", RUN+=\"{} udev {}\"",
+         ENV{{DEVTYPE}}==\"usb_interface\", ACTION==\"add\", DEVPATH==\"*/{}/*\", RUN+=\"{}\"",
         device.port,
-        escape(&program.to_string_lossy()),
-        escape(vm)
+        escape(&command)
     )
 }
 

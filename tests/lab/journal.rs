@@ -60,6 +60,17 @@ impl Journal {
     }
 }
 
+impl Drop for Journal {
+    /// Shows what a failed test has logged.
+    fn drop(&mut self) {
+        if thread::panicking() {
+            for entry in self.entries() {
+                eprintln!("logged: {}", entry["MESSAGE"]);
+            }
+        }
+    }
+}
+
 /// The fields of an entry in journald's protocol: `NAME=value`, or the name, the value's length in eight bytes,
 /// and a value that may hold newlines.
 fn fields(mut rest: &[u8]) -> Entry {

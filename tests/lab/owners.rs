@@ -3,7 +3,7 @@
 use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Plugged, Stick, xhci};
 use crate::journal::Journal;
-use crate::tool::{self, run};
+use crate::tool::{self, SECONDS, run};
 use crate::udev;
 use crate::vm::Vm;
 use crate::wait::{wait_for, wait_until};
@@ -147,8 +147,9 @@ fn a_rule_and_the_daemon_attach_what_is_authorized_later() {
     daemon.wait_for_log(&["1-4", "not authorized"]);
     a.loses_all();
     b.loses_all();
-    // The rule as it was printed.
+    // The rule as it was printed, with the options of the one that was called.
     let added = hint.split_once("add a rule: ").unwrap().1;
+    assert!(added.contains(&format!(" --timeout {SECONDS} udev ")), "{added}");
     udev::rules(&format!("{}{added}\n", tool::rule(r#"DEVPATH=="*/1-3""#, &a)));
     for mouse in [&by_rule, &by_daemon] {
         fs::write(mouse.sysfs.join("authorized"), "1").unwrap();

@@ -9,7 +9,7 @@ use super::serial::pattern;
 use super::socket::Socket;
 use super::what::What;
 use crate::error::Error;
-use crate::text::escape;
+use crate::text::{escape, udev_word};
 
 /// The beginning of every rule. It matches devices, but not their interfaces.
 const DEVICE: &str = r#"SUBSYSTEM=="usb", ENV{DEVTYPE}=="usb_device""#;
@@ -107,24 +107,20 @@ fn product(what: &What) -> String {
     }
 }
 
-/// The last line of a rule. udev substitutes `$` and `%`, and then splits the
-/// text at blanks outside quotes.
+/// The last line of a rule.
 fn run(command: &[String]) -> Result<String, Error> {
     let words: Vec<String> = command.iter().map(|word| quoted(word)).collect::<Result<_, _>>()?;
     Ok(format!("    RUN+=\"{}\"\n", words.join(" ")))
 }
 
 fn quoted(word: &str) -> Result<String, Error> {
-    if word.chars().any(|c| c.is_control() || "'\"\\".contains(c)) {
+    udev_word(word).ok_or_else(|| {
         let word = escape(word);
-        return Err(Error::Usage(format!(
+        Error::Usage(format!(
             "`{word}` cannot be written in a udev rule: it has quotes, backslashes or control \
              characters; name the VM in the configuration, and give its name"
-        )));
-    }
-    let substituted = word.replace('$', "$$").replace('%', "%%");
-    let plain = |c: char| c.is_alphanumeric() || "/._-+:,@=".contains(c);
-    Ok(if word.chars().all(plain) { substituted } else { format!("'{substituted}'") })
+        ))
+    })
 }
 
 #[cfg(test)]
