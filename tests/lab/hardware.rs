@@ -84,7 +84,7 @@ pub struct Plugged {
 impl Plugged {
     /// Waits until the kernel and udevd have seen what was plugged in there.
     pub fn arrived(id: String, socket: &Socket) -> Plugged {
-        wait_for(&format!("{socket:?} in the kernel and udevd"), || {
+        let in_kernel = || {
             let sysfs = socket.candidates().into_iter().find(|path| path.exists())?;
             let plugged = Plugged {
                 id: id.clone(),
@@ -94,7 +94,11 @@ impl Plugged {
                 address: read(&sysfs.join("devnum"))?.parse().ok()?,
                 sysfs,
             };
-            let number = read(&plugged.sysfs.join("dev"))?;
+            Some((read(&plugged.sysfs.join("dev"))?, plugged))
+        };
+        let (_, plugged) = wait_for(&format!("{socket:?} in the kernel"), in_kernel);
+        wait_for(&format!("{plugged:?} in udevd"), || {
+            let (number, plugged) = in_kernel()?;
             Path::new("/run/udev/data").join(format!("c{number}")).exists().then_some(plugged)
         })
     }

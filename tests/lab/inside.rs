@@ -71,6 +71,7 @@ fn run_apart(test: &Test) -> Result<(), String> {
     if ended.is_some_and(|status| status.success()) {
         return Ok(());
     }
+    let stuck = stuck();
     // With every program that it has started, or those would be in the way of the next.
     let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let _ = child.wait();
@@ -82,7 +83,21 @@ fn run_apart(test: &Test) -> Result<(), String> {
     let kernel = kernel_log();
     let known = kernel.iter().rposition(|line| line.ends_with(&begins));
     let kernel = kernel[known.map_or(0, |known| known + 1)..].join("\n");
-    Err(format!("{}{ending}{KERNEL_LOG}{kernel}", String::from_utf8_lossy(&output)))
+    Err(format!("{}{ending}{stuck}{KERNEL_LOG}{kernel}", String::from_utf8_lossy(&output)))
+}
+
+/// The processes that wait in the kernel and cannot be interrupted, and for what (proc_pid_stack(5)).
+fn stuck() -> String {
+    let mut stuck = String::new();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let read = |name| fs::read_to_string(process.path().join(name)).unwrap_or_default();
+        // The state comes after the name, which is in parentheses (proc_pid_stat(5)).
+        if read("stat").rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('D')) {
+            stuck +=
+                &format!("--- {} waits in the kernel\n{}", read("comm").trim_end(), read("stack"));
+        }
+    }
+    stuck
 }
 
 /// Sleeps until it ends: to look now and then would cost the test time.
