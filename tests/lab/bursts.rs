@@ -6,6 +6,7 @@ use crate::hardware::Plugged;
 use crate::inside;
 use crate::remote::{self, Remotes, VENDOR};
 use crate::tool::run;
+use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use serde_json::Value;
@@ -48,6 +49,8 @@ fn what_comes_and_goes_at_random_ends_where_it_belongs() {
         let longest = if random.below(3) == 0 { 1500 } else { 100 };
         thread::sleep(Duration::from_millis(random.below(longest).into()));
     }
+    // On a busy machine udevd is minutes behind.
+    udev::settle();
     let end_with_what_is_theirs = || {
         for (vm, product) in [(&first, 1), (&second, 2)] {
             let here = (0..).zip(&plugged).filter(|(_, here)| **here == Some(product));
