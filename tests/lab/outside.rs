@@ -43,6 +43,7 @@ pub fn run() -> ExitCode {
             let result = || Err("it was selected, and no machine has it".into());
             Trial::test(name, result).with_ignored_flag(missing.is_some())
         }));
+        // As many tests in each of them, or one machine is left with a few.
         let machines_needed = wanted.len().div_ceil(AT_MOST).max(1);
         for part in wanted.chunks(wanted.len().div_ceil(machines_needed).max(1)) {
             let tests = part.iter().map(|(_, test)| *test).collect();
@@ -129,19 +130,20 @@ fn run_machines(machines: Vec<Arc<Machine>>) -> Vec<thread::JoinHandle<()>> {
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let (beside, others): (Vec<_>, Vec<_>) =
         machines.into_iter().partition(|machine| machine.place == Place::Beside);
-    let mut runners = run_some(beside, 1, processors);
-    runners.extend(run_some(others, processors + 1, processors));
-    runners
-}
-
-fn run_some(
-    machines: Vec<Arc<Machine>>,
-    at_most: usize,
-    processors: usize,
-) -> Vec<thread::JoinHandle<()>> {
-    let at_a_time = machines.len().min(at_most);
+    let groups = [(beside, 1), (others, processors + 1)];
+    let at_a_time: usize = groups.iter().map(|(group, most)| group.len().min(*most)).sum();
     // More processors than there are real ones make emulation slower.
     let cpus = if at_a_time > 0 && processors / at_a_time > 1 { "2" } else { "1" };
+    groups.into_iter().flat_map(|(group, most)| run_group(group, most, cpus)).collect()
+}
+
+/// Runs so many of these machines at a time, each with so many processors.
+fn run_group(
+    machines: Vec<Arc<Machine>>,
+    at_most: usize,
+    cpus: &'static str,
+) -> Vec<thread::JoinHandle<()>> {
+    let at_a_time = machines.len().min(at_most);
     let queue = Arc::new(Mutex::new(machines.into_iter()));
     let runner = || {
         let queue = Arc::clone(&queue);

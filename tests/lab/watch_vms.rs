@@ -58,14 +58,16 @@ fn a_vm_that_does_its_worst_costs_no_memory_and_keeps_no_other_from_its_device()
     configure(&["a", "b"], &rules);
     let daemon = Daemon::start();
     wait_until("the other VM has begun", || talks.load(Ordering::Relaxed) > 2);
-    let before = talks.load(Ordering::Relaxed);
-    let mouse = hardware.plug(Device::Mouse, xhci(3));
-    let stick = hardware.plug(Stick::new("SN1"), xhci(4));
-    vm.gets(&[&stick]);
-    let meanwhile = talks.load(Ordering::Relaxed) - before;
-    assert!(meanwhile < CLAIMS / 2, "{meanwhile} conversations came before");
-    hardware.pull_all(&[mouse, stick]);
-    vm.loses_all();
+    for round in 0..2 {
+        let before = talks.load(Ordering::Relaxed);
+        let mouse = hardware.plug(Device::Mouse, xhci(3));
+        let stick = hardware.plug(Stick::new(&format!("SN{round}")), xhci(4));
+        vm.gets(&[&stick]);
+        let meanwhile = talks.load(Ordering::Relaxed) - before;
+        assert!(meanwhile < CLAIMS / 2, "{meanwhile} conversations came before");
+        hardware.pull_all(&[mouse, stick]);
+        vm.loses_all();
+    }
     let most = daemon.most_memory();
     eprintln!("{most} KiB at most");
     assert!(most < 16 << 10, "{most} KiB");

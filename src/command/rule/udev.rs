@@ -223,6 +223,7 @@ mod tests {
     #[test]
     fn words_reach_the_program_as_they_are() {
         assert_eq!(quoted("/run/a b%c$d.qmp").unwrap(), "'/run/a b%%c$$d.qmp'");
+        assert_eq!(quoted("").unwrap(), "''");
         for word in ["/run/a'b", "/run/a\"b", "/run/a\\b", "/run/a\nb"] {
             assert_eq!(quoted(word).unwrap_err().exit_code(), 2, "{word}");
         }
