@@ -90,7 +90,7 @@ fn the_journal_gets_one_line_for_each_event() {
     let mut hardware = Hardware::open();
     let journal = Journal::journald();
     let vm = Vm::new("a").start();
-    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     let attached = journal.wait_for("attached");
     udev::settle();
@@ -112,7 +112,7 @@ fn syslog_gets_it_where_there_is_no_journal() {
     let mut hardware = Hardware::open();
     let log = Journal::syslogd();
     let vm = Vm::new("a").start();
-    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     let line = &log.wait_for("attached")["MESSAGE"];
     assert!(line.contains("usb-qmp-hotplug[") && line.contains("2-3"), "{line}");
@@ -125,7 +125,7 @@ fn a_hub_that_a_rule_meets_is_only_worth_a_warning() {
     let mut hardware = Hardware::open();
     let journal = Journal::journald();
     let vm = Vm::new("a").start();
-    udev::rules(&tool::rule(r#"DEVPATH=="*/1-5*""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/1-5*""#, &vm));
     let hub = hardware.plug(Device::Hub, xhci(5));
     let mouse = hardware.plug(Device::Mouse, xhci(5).below(2));
     let warning = journal.wait_for("hub");

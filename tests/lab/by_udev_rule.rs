@@ -45,7 +45,7 @@ fn where_devices_are_not_authorized_only_what_a_rule_names_works() {
     let vm = Vm::new("a").start();
     let bus = Bus::new("/sys/bus/usb/devices/usb2/authorized_default");
     let recipe = recipe("ATTR{authorized_default}");
-    udev::rules(&recipe);
+    tool::rules(&recipe);
     udev::trigger("add", Path::new("/sys/bus/usb/devices/usb2"));
     udev::settle();
     assert_eq!(fs::read_to_string(bus.0).unwrap(), "0\n");
@@ -58,14 +58,14 @@ fn where_devices_are_not_authorized_only_what_a_rule_names_works() {
     assert_eq!(fs::read_to_string(stick.sysfs.join("authorized")).unwrap(), "0\n");
     assert_eq!((stick.driver(), vm.ids()), (None, Vec::new()));
     hardware.pull(&stick);
-    udev::rules(&recipe.replace("152d/2338", "46f4/1"));
+    tool::rules(&recipe.replace("152d/2338", "46f4/1"));
     let stick = hardware.plug(Stick::new("SN2"), xhci(3));
     vm.gets(&[&stick]);
     hardware.pull(&stick);
     vm.loses_all();
     // By a rule of its own, which comes later.
     drop(daemon);
-    udev::rules(&(recipe.replace("152d/2338", "46f4/1") + &tool::rule(r#"DEVPATH=="*/2-3""#, &vm)));
+    tool::rules(&(recipe.replace("152d/2338", "46f4/1") + &tool::rule(r#"DEVPATH=="*/2-3""#, &vm)));
     let stick = hardware.plug(Stick::new("SN3"), xhci(3));
     vm.gets(&[&stick]);
     hardware.pull(&stick);
@@ -78,7 +78,7 @@ fn where_interfaces_are_not_authorized_no_driver_of_the_host_sees_the_device() {
     let vm = Vm::new("a").start();
     let bus = Bus::new("/sys/bus/usb/devices/usb2/interface_authorized_default");
     let recipe = recipe("ATTR{interface_authorized_default}");
-    udev::rules(&(recipe + &tool::rule(r#"DEVPATH=="*/2-3""#, &vm)));
+    tool::rules(&(recipe + &tool::rule(r#"DEVPATH=="*/2-3""#, &vm)));
     udev::trigger("add", Path::new("/sys/bus/usb/devices/usb2"));
     udev::settle();
     assert_eq!(fs::read_to_string(bus.0).unwrap(), "0\n");
@@ -101,7 +101,7 @@ fn where_interfaces_are_not_authorized_no_driver_of_the_host_sees_the_device() {
 fn a_stick_comes_and_goes_five_times_at_one_port() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
     let mut descriptors = None;
     for round in 1..=5 {
         let stick = hardware.plug(Stick::new(&format!("SN{round}")), xhci(3));
@@ -121,7 +121,7 @@ fn a_stick_comes_and_goes_five_times_at_one_port() {
 fn a_rule_on_the_product_attaches_and_detaches() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    udev::rules(&tool::rule(r#"ENV{PRODUCT}=="46f4/1/*""#, &vm));
+    tool::rules(&tool::rule(r#"ENV{PRODUCT}=="46f4/1/*""#, &vm));
     let stick = hardware.plug(Stick::new("SN1"), xhci(7));
     let mouse = hardware.plug(Device::Mouse, xhci(3));
     vm.gets(&[&stick]);
@@ -134,7 +134,7 @@ fn a_rule_on_the_product_attaches_and_detaches() {
 fn six_devices_plugged_at_once_all_arrive_and_all_leave() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
-    udev::rules(&tool::rule(r#"DEVPATH=="*/[12]-*""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/[12]-*""#, &vm));
     let mut all = vec![(Stick::new("SN1").into(), xhci(5)), (Stick::new("SN2").into(), xhci(6))];
     let others = [Device::Mouse, Device::Tablet, Device::Keyboard, Device::Mouse];
     all.extend(others.into_iter().zip((1..).map(xhci)));
@@ -148,7 +148,7 @@ fn what_was_plugged_in_before_arrives_when_udev_replays() {
     let mut hardware = Hardware::open();
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     let vm = Vm::new("a").start();
-    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
     for _ in 0..2 {
         udev::trigger("add", &stick.sysfs);
         udev::settle();

@@ -28,7 +28,7 @@ fn a_rule_keeps_others_from_opening_a_node_at_all() {
     let vm = Vm::new("a").start();
     let readme = include_str!("../../README.md");
     let rule = readme.split('`').find(|code| code.contains(r#"ACTION!="remove", MODE="0660""#));
-    udev::rules(&format!("{}\n", rule.unwrap()));
+    tool::rules(&format!("{}\n", rule.unwrap()));
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     udev::settle();
     let node = stick.node();
@@ -108,7 +108,7 @@ fn of_two_vms_with_a_rule_for_one_port_one_gets_it() {
     let mut hardware = Hardware::open();
     let (first, second) = (Vm::new("first").start(), Vm::new("second").start());
     let rule = |vm| tool::rule(r#"DEVPATH=="*/2-3""#, vm);
-    udev::rules(&[rule(&first), rule(&second)].concat());
+    tool::rules(&[rule(&first), rule(&second)].concat());
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
     first.gets(&[&stick]);
     udev::settle();
@@ -120,7 +120,7 @@ fn of_two_vms_with_a_rule_for_one_port_one_gets_it() {
 fn a_qemu_without_rights_gets_devices_by_rule() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").unprivileged().start();
-    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
     for serial in ["SN1", "SN2"] {
         let stick = hardware.plug(Stick::new(serial), xhci(3));
         vm.gets(&[&stick]);
@@ -132,7 +132,7 @@ fn a_qemu_without_rights_gets_devices_by_rule() {
 fn a_guest_of_an_isolated_qemu_boots_from_the_stick() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").isolated().paused().start();
-    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
     let stick = hardware.plug(Stick::bootable("SN1", "booted from SN1"), xhci(3));
     vm.gets(&[&stick]);
     vm.boot();

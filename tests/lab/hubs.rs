@@ -4,7 +4,7 @@ use crate::daemon::{Daemon, configure, rule};
 use crate::hardware::Hardware;
 use crate::remote::{Device, Remotes, VENDOR};
 use crate::remote_hub;
-use crate::tool::run;
+use crate::tool::{self, run};
 use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_until;
@@ -34,7 +34,7 @@ fn a_hub_by_its_interface_only_stays_with_the_host() {
         ("PRODUCT", "1209/2/100"),
         ("TYPE", "0/0/0"),
     ]);
-    crate::tool::run_with(["udev", &vm.socket()], variables.collect::<Vec<_>>()).exits(7);
+    tool::run_with(["udev", &vm.socket()], variables.collect::<Vec<_>>()).exits(7);
     let list = run(["list", "--json"]).succeeds().stdout;
     assert!(list.contains("\"hub\": true"), "{list}");
     daemon.wait_for_status("1 VM, 1 running, 0 devices attached");
@@ -52,7 +52,7 @@ fn a_rule_for_what_is_behind_a_hub_passes_over_such_a_hub() {
     let (hub, behind) = remote_hub::plug(&mut remotes, false, 4, below);
     let printed = run(["rule", &hub.port, "--vm", &vm.socket()]).succeeds().stdout;
     let (matches, _) = printed.split_once("RUN+=").unwrap();
-    udev::rules(&format!("{matches}RUN+=\"/usr/bin/touch /run/ran-%k\"\n"));
+    tool::rules(&format!("{matches}RUN+=\"/usr/bin/touch /run/ran-%k\"\n"));
     for device in &behind {
         udev::trigger("add", &device.sysfs);
     }

@@ -3,7 +3,7 @@
 use crate::daemon::{CONFIG, Daemon, rule};
 use crate::hardware::{Hardware, Stick, xhci};
 use crate::libvirtd::{EDITOR, Libvirtd, PERSON, Whose};
-use crate::tool::{PROGRAM, SECONDS, run, run_hastily};
+use crate::tool::{self, PROGRAM, SECONDS, run, run_hastily};
 use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_until;
@@ -84,7 +84,7 @@ fn a_domain_gets_and_loses_a_device_by_rule_five_times() {
     let mut hardware = Hardware::open();
     let libvirtd = Libvirtd::start(Whose::System);
     let vm = libvirtd.domain("test-1");
-    udev::rules(&tool_rule("test-1"));
+    tool::rules(&tool_rule("test-1"));
     for round in 1..=5 {
         let stick = hardware.plug(Stick::new(&format!("SN{round}")), xhci(3));
         vm.gets(&[&stick]);
@@ -209,7 +209,7 @@ fn apparmor_confines_a_domain_and_minds_no_device_that_is_passed() {
     run(["detach", "libvirt:test-1", &stick.port]).succeeds();
     hardware.pull(&stick);
     // By a rule.
-    udev::rules(&tool_rule("test-1"));
+    tool::rules(&tool_rule("test-1"));
     let stick = hardware.plug(Stick::new("SN2"), xhci(3));
     vm.gets(&[&stick]);
     hardware.pull(&stick);

@@ -103,11 +103,11 @@ fn a_rule_and_the_daemon_refuse_what_is_claimed() {
     let vm = Vm::new("a").start();
     let mouse = hardware.plug(Device::Mouse, xhci(3));
     let program = claim(&mouse);
-    udev::rules(&tool::rule(r#"DEVPATH=="*/1-3""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/1-3""#, &vm));
     udev::trigger("add", &mouse.sysfs);
     let entry = journal.wait_for("is in use by");
     assert!(entry["MESSAGE"].contains(&format!("process {} (perl)", program.0.id())), "{entry:?}");
-    udev::rules("");
+    tool::rules("");
     configure(&["a"], &rule("a", "port = \"1-3\""));
     let daemon = Daemon::launch(&["--timeout", tool::SECONDS], &[]);
     daemon.wait_for_log(&["1-3", "is in use by", UNSEEN]);
@@ -138,7 +138,7 @@ fn a_rule_and_the_daemon_attach_what_is_authorized_later() {
     let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
     let default = |value| fs::write("/sys/bus/usb/devices/usb1/authorized_default", value).unwrap();
     default("0");
-    udev::rules(&tool::rule(r#"DEVPATH=="*/1-3""#, &a));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/1-3""#, &a));
     configure(&["b"], &rule("b", "port = \"1-4\""));
     let daemon = Daemon::start();
     let [by_rule, by_daemon] = [3, 4].map(|port| hardware.plug(Device::Mouse, xhci(port)));
@@ -150,7 +150,7 @@ fn a_rule_and_the_daemon_attach_what_is_authorized_later() {
     // The rule as it was printed, with the options of the one that was called.
     let added = hint.split_once("add a rule: ").unwrap().1;
     assert!(added.contains(&format!(" --timeout {SECONDS} udev ")), "{added}");
-    udev::rules(&format!("{}{added}\n", tool::rule(r#"DEVPATH=="*/1-3""#, &a)));
+    tool::rules(&format!("{}{added}\n", tool::rule(r#"DEVPATH=="*/1-3""#, &a)));
     for mouse in [&by_rule, &by_daemon] {
         fs::write(mouse.sysfs.join("authorized"), "1").unwrap();
     }

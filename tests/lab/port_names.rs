@@ -3,7 +3,7 @@
 use crate::daemon::{CONFIG, Daemon, configure, rule};
 use crate::hardware::{Device, Hardware, Plugged, Stick, dock, ehci, uhci, xhci};
 use crate::sockets::swap_buses;
-use crate::tool::run;
+use crate::tool::{self, run};
 use crate::udev;
 use crate::vm::Vm;
 use serde_json::Value;
@@ -147,7 +147,7 @@ fn a_udev_rule_means_the_same_sockets_after_bus_numbers_changed_places() {
         .filter(|line| !line.starts_with('#'))
         .all(|line| !line.contains("/usb1") && !line.contains("/1-") && !line.contains("/2-"));
     assert!(names_no_bus, "{rules}");
-    udev::rules(&rules);
+    tool::rules(&rules);
     for device in &desk.devices {
         udev::trigger("add", &device.sysfs);
     }
@@ -179,14 +179,14 @@ fn a_udev_rule_for_one_half_leaves_the_port_of_the_same_number_alone() {
     let hub = hardware.plug(Device::Hub, xhci(4));
     // A slow hub has one half, as has a port whose other half has another number.
     let rule = run(["rule", "1-4.1", "--vm", &vm.socket()]).succeeds().stdout;
-    udev::rules(&rule);
+    tool::rules(&rule);
     let mouse = hardware.plug(Device::Mouse, xhci(4).below(1));
     vm.gets(&[&mouse]);
     hardware.pull_all(&[mouse, hub]);
     vm.loses_all();
 
     let mut only_the = |half: Half, rules: &str| {
-        udev::rules(rules);
+        tool::rules(rules);
         for (plugged, is_meant) in
             [(Device::Mouse, half == Half::Usb2), (Stick::new("SN1").into(), half == Half::Usb3)]
         {

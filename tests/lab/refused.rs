@@ -125,7 +125,7 @@ fn a_rule_does_not_take_a_mounted_disk_either() {
     must("mkfs.ext4", &["-q", disk.to_str().unwrap()]);
     fs::create_dir_all(MOUNT_POINT).unwrap();
     must("mount", &[disk.to_str().unwrap(), MOUNT_POINT]);
-    udev::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/2-3""#, &vm));
     udev::trigger("add", &stick.sysfs);
     let entry = journal.wait_for("mounted on");
     assert!(entry["MESSAGE"].contains(MOUNT_POINT), "{entry:?}");

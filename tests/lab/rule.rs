@@ -29,7 +29,7 @@ crate::tests![
 
 fn printed<const N: usize>(arguments: [&str; N]) -> String {
     let rule = tool::run(["rule"].iter().chain(&arguments)).succeeds().stdout;
-    udev::rules(&rule);
+    tool::rules(&rule);
     rule
 }
 
@@ -206,7 +206,7 @@ fn an_installed_rule_works_at_once_and_says_how_to_undo_it() {
     let files = fs::read_dir("/etc/udev/rules.d").unwrap().count();
     assert_eq!(files, 1, "nothing else is left behind");
     fs::remove_file(FILE).unwrap();
-    udev::rules("");
+    tool::rules("");
 }
 
 /// The program with `--learn`, once it waits.
@@ -247,7 +247,7 @@ fn learn_takes_what_is_plugged_in_next() {
         "{said}"
     );
     hardware.pull(&stick);
-    udev::rules(&rule);
+    tool::rules(&rule);
     let mouse = hardware.plug(Device::Mouse, xhci(3));
     comes_and_goes(&mut hardware, &vm, &mouse);
 
@@ -255,7 +255,7 @@ fn learn_takes_what_is_plugged_in_next() {
     let hub = hardware.plug(Device::Hub, xhci(5));
     let (rule, said) = learnt(&mut child);
     assert!(said.contains("behind the hub at port pci-0000:00:14.0-usbv2-0:5"), "{said}");
-    udev::rules(&rule);
+    tool::rules(&rule);
     let mouse = hardware.plug(Device::Mouse, xhci(5).below(1));
     comes_and_goes(&mut hardware, &vm, &mouse);
     hardware.pull(&hub);
@@ -307,7 +307,7 @@ fn the_configuration_it_prints_is_one() {
     }
     let named = tool::run(["--config", FILE, "rule", "1-3", "--vm", "a"]).succeeds().stdout;
     assert!(named.contains(&format!("--config {FILE} udev a\"")), "{named}");
-    udev::rules(&named);
+    tool::rules(&named);
     let mouse = hardware.plug(Device::Mouse, xhci(3));
     comes_and_goes(&mut hardware, &vm, &mouse);
 }
@@ -327,7 +327,7 @@ fn the_example_rules_attach_and_detach() {
     for name in ["/usr/bin/usb-qmp-hotplug", "/run/vm.qmp", "152d/578/*"] {
         assert!(rules.contains(name), "{name}");
     }
-    udev::rules(
+    tool::rules(
         &rules
             .replace("/usr/bin/usb-qmp-hotplug", PROGRAM)
             .replace("/run/vm.qmp", &vm.socket())

@@ -1,6 +1,7 @@
 //! The program under test, run as its users run it.
 
 use crate::host::must;
+use crate::udev;
 use crate::vm::Vm;
 use std::ffi::OsStr;
 use std::process::{Command, Output};
@@ -16,6 +17,12 @@ pub fn rule(matches: &str, vm: &Vm) -> String {
     format!(
         "SUBSYSTEM==\"usb\", ENV{{DEVTYPE}}==\"usb_device\", ACTION==\"add|remove\", {matches}, RUN+=\"{run}\"\n"
     )
+}
+
+/// Makes these the test's rules. Those that are for real machines get the time that the lab's machines need.
+pub fn rules(text: &str) {
+    let patient = format!("{PROGRAM} --timeout {SECONDS} udev ");
+    udev::rules(&text.replace(&format!("{PROGRAM} udev "), &patient));
 }
 
 /// What a run of the program came to.

@@ -222,7 +222,7 @@ fn a_removal_that_somebody_made_up_detaches_nothing() {
     let stick = hardware.plug(Stick::new("SN1"), xhci(4));
     configure(&["a"], &rule("a", "port = \"1-3\""));
     let daemon = Daemon::start();
-    udev::rules(&tool::rule(r#"DEVPATH=="*/2-4""#, &b));
+    tool::rules(&tool::rule(r#"DEVPATH=="*/2-4""#, &b));
     udev::trigger("add", &stick.sysfs);
     a.gets(&[&mouse]);
     b.gets(&[&stick]);

@@ -5,8 +5,7 @@ use crate::gadget::{Gadget, Gadgets};
 use crate::hardware::{Device, Hardware, Plugged, Stick, xhci};
 use crate::host::must;
 use crate::service::{Service, in_the_sandbox, other_unit};
-use crate::tool::{PROGRAM, SECONDS};
-use crate::udev;
+use crate::tool::{self, PROGRAM, SECONDS};
 use crate::uses::adapter;
 use crate::vm::Vm;
 use crate::wait::wait_until;
@@ -239,7 +238,7 @@ fn at_shutdown_devices_leave_before_libvirt_saves_the_guests() {
 }
 
 fn the_service_of_a_user_does_the_same_for_the_users_vm() {
-    udev::rules(
+    tool::rules(
         "ACTION!=\"remove\", SUBSYSTEM==\"usb\", ENV{DEVTYPE}==\"usb_device\", \
          ATTR{bDeviceClass}!=\"09\", GROUP=\"nogroup\", MODE=\"0660\"\n",
     );

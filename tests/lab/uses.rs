@@ -5,7 +5,7 @@ use crate::gadget::{Gadget, Gadgets};
 use crate::hardware::{Device, Hardware, Plugged, xhci};
 use crate::host::must;
 use crate::journal::Journal;
-use crate::tool::run;
+use crate::tool::{self, run};
 use crate::udev;
 use crate::vm::Vm;
 use crate::wait::wait_for;
@@ -88,7 +88,7 @@ fn an_adapter_with_the_default_route_is_told_where_a_udev_rule_takes_it() {
     must("ip", &["address", "add", "10.9.9.2/24", "dev", &name]);
     must("ip", &["link", "set", &name, "up"]);
     must("ip", &["route", "add", "default", "via", "10.9.9.1", "dev", &name, "metric", "7"]);
-    udev::rules(&crate::tool::rule(&format!("KERNEL==\"{}\"", device.port), &vm));
+    tool::rules(&tool::rule(&format!("KERNEL==\"{}\"", device.port), &vm));
     udev::trigger("add", &device.sysfs);
     vm.gets(&[&device]);
     let entry = journal.wait_for("was in use on this host when");
