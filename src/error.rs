@@ -105,6 +105,17 @@ pub enum Error {
         /// The VM, as text for messages.
         vm: String,
     },
+    /// The host has no such device, and a VM that may still have it did not
+    /// answer.
+    #[error("{missing}; VM {} may still have it, and cannot be asked", escape(.vm))]
+    UnknownLeftover {
+        /// What the host says about the device.
+        missing: host::Error,
+        /// The VM's address.
+        vm: String,
+        /// Why it cannot be asked.
+        source: Box<Error>,
+    },
     /// The VM would take a device again as soon as it is detached.
     #[error("the VM that has {device} would take it back at once: its {} looks for such a device; \
              detach that first", escape(.by))]
@@ -262,6 +273,7 @@ impl Error {
             Error::Host(host::Error::NoDevice(_) | host::Error::Gone(_)) => 3,
             Error::Unclear { .. } => 2,
             Error::OutOfReach { .. } => 5,
+            Error::UnknownLeftover { source, .. } => source.exit_code(),
             Error::WouldReturn { .. } => 7,
             Error::NotInVm { .. } | Error::NothingCame(_) => 3,
             Error::Qmp(error) => match error.kind {

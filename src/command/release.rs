@@ -24,9 +24,8 @@ async fn one(context: &Context, selector: &Selector, dry_run: bool) -> Result<()
     let device = match context.host.find(selector) {
         Ok(device) if device.is_hub() => return Err(Error::Hub(device)),
         Ok(device) => device,
-        Err(error @ host::Error::NoDevice(_)) => {
-            let taken = take::take_leftover(context, selector, dry_run).await?;
-            let taken = taken.ok_or(error)?;
+        Err(missing @ host::Error::NoDevice(_)) => {
+            let taken = take::take_leftover(context, selector, missing, dry_run).await?;
             let (name, vm) = (taken.names(), escape(&taken.vm));
             return context.say(format_args!("{would} {name} from {vm}; its device is gone"));
         }

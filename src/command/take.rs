@@ -3,12 +3,13 @@
 
 use std::time::Duration;
 
+use tokio::task::JoinSet;
 use tracing::debug;
 
 use super::Context;
 use super::running::Running;
 use crate::error::Error;
-use crate::host::Qemu;
+use crate::host::{self, Host, Qemu};
 use crate::passed::{self, Passed};
 use crate::qemu::{Vm, VmAddress};
 use crate::text::{chain, escape};
@@ -68,8 +69,16 @@ pub async fn take(
     };
     for address in addresses(context, qemus) {
         let is_holders = holders.as_ref() == Some(&address);
-        let time = if is_holders { context.timeout } else { PATIENCE };
-        let Some(in_vm) = look(context, &address, time, is_asked).await else { continue };
+        let time = if is_holders { context.timeout } else { PATIENCE.min(context.timeout) };
+        let what = || format!("asking {address} for its devices");
+        let in_vm = match context.during(what, look(host, &address, time, is_asked)).await {
+            Ok(Some(in_vm)) => in_vm,
+            Ok(None) => continue,
+            Err(error) => {
+                debug!("passed over {address}: {}", chain(&error));
+                continue;
+            }
+        };
         let names = passed::find(&in_vm, device)?;
         may_go(&in_vm, device, &names)?;
         if !names.is_empty() {
@@ -86,49 +95,61 @@ pub async fn take(
 }
 
 /// Detaches the leftover of a device that is gone, from whichever VM has it.
+/// `missing` is the host's error for the device.
 ///
 /// # Errors
 ///
-/// The errors of the conversation with that VM.
+/// `missing` if no VM has a leftover, [`Error::UnknownLeftover`] if a VM that
+/// may have one did not answer, and the errors of the conversation with the VM
+/// that has it.
 pub async fn take_leftover(
     context: &Context,
     selector: &Selector,
+    missing: host::Error,
     dry_run: bool,
-) -> Result<Option<Taken>, Error> {
+) -> Result<Taken, Error> {
+    let mut asked = JoinSet::new();
     for address in addresses(context, context.host.qemus()) {
-        let Some(in_vm) = look(context, &address, PATIENCE, |_| true).await else { continue };
-        // If the leftover is not in this VM, it may be in the next one.
-        let names = passed::choose(&context.host, selector, &in_vm).unwrap_or_default();
-        if !names.is_empty() {
-            return remove(context, &address, names, dry_run).await.map(Some);
+        let (host, time) = (context.host.clone(), context.timeout);
+        asked.spawn(async move {
+            let in_vm = look(&host, &address, time, |_| true).await;
+            (address, in_vm.map(Option::unwrap_or_default))
+        });
+    }
+    let what = || "asking the VMs for their devices".to_owned();
+    let mut silent = None;
+    while let Some(Ok((address, in_vm))) = context.during(what, asked.join_next()).await {
+        match in_vm {
+            Ok(in_vm) => {
+                // If the leftover is not in this VM, it may be in another one.
+                let names = passed::choose(&context.host, selector, &in_vm).unwrap_or_default();
+                if !names.is_empty() {
+                    return remove(context, &address, names, dry_run).await;
+                }
+            }
+            Err(Error::Qmp(error)) if error.is_not_running() => {}
+            Err(error) => silent = Some((address.to_string(), Box::new(error))),
         }
     }
-    Ok(None)
+    Err(match silent {
+        Some((vm, source)) => Error::UnknownLeftover { missing, vm, source },
+        None => missing.into(),
+    })
 }
 
-/// Reads what a VM was given. Returns `None` if the VM does not answer in this
-/// time, or is not one that `is_asked` accepts: then it is treated as if it had
-/// nothing.
+/// Reads what a VM was given. Returns `None` if it is not a VM that `is_asked`
+/// accepts.
 async fn look(
-    context: &Context,
+    host: &Host,
     address: &VmAddress,
     time: Duration,
     is_asked: impl Fn(&Vm) -> bool,
-) -> Option<Vec<Passed>> {
-    let time = time.min(context.timeout);
-    let looked = async {
-        let mut vm = Vm::connect(address, time).await?;
-        if !is_asked(&vm) {
-            return Ok(None);
-        }
-        passed::look(&context.host, &mut vm).await.map(Some)
-    };
-    let what = || format!("asking {address} for its devices");
-    let looked: Result<_, Error> = context.during(what, looked).await;
-    looked.unwrap_or_else(|error| {
-        debug!("passed over {address}: {}", chain(&error));
-        None
-    })
+) -> Result<Option<Vec<Passed>>, Error> {
+    let mut vm = Vm::connect(address, time).await?;
+    match is_asked(&vm) {
+        true => passed::look(host, &mut vm).await.map(Some),
+        false => Ok(None),
+    }
 }
 
 /// Removes these objects from a VM. A dry run leaves them.

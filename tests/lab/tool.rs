@@ -67,12 +67,14 @@ pub fn run_as_the_unit_within<'a>(
     run_in_within(seconds, &wrapper, PROGRAM, arguments)
 }
 
-/// The program at this path, below another one.
+/// The program at this path, below another one. It may have too few rights to tell udevd, which looks at a
+/// new disk for a while, from another program that has the disk open.
 pub fn run_in<'a>(
     wrapper: &[&str],
     program: &str,
     arguments: impl IntoIterator<Item = &'a str>,
 ) -> Outcome {
+    udev::settle();
     run_in_within(SECONDS, wrapper, program, arguments)
 }
 
@@ -122,8 +124,9 @@ pub fn run_alone<'a>(
     outcome(command.envs(environment))
 }
 
-/// As the user and group 65534, who may not open device nodes.
+/// As the user and group 65534, who may not open device nodes, when udevd has looked at them.
 pub fn run_as_nobody<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Outcome {
+    udev::settle();
     // Not everybody may enter the directory it was built in.
     const COPY: &str = "/run/usb-qmp-hotplug";
     std::fs::copy(PROGRAM, COPY).expect("space below /run");
