@@ -2,7 +2,7 @@
 
 use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::owners::{claim, theirs};
-use crate::tool::{run, run_hastily};
+use crate::tool::{run, run_within};
 use crate::vm::Vm;
 use crate::wait::wait_until;
 use serde_json::json;
@@ -113,7 +113,7 @@ fn what_has_no_room_or_no_monitor_is_not_taken() {
         .into_iter()
         .collect();
     let c = Vm::new("c").start();
-    let refused = run_hastily(["attach", "--take", &c.socket(), &stick.port]).exits(5).stderr;
+    let refused = run_within("8", ["attach", "--take", &c.socket(), &stick.port]).exits(5).stderr;
     let named = format!("is in VM a (process {}), and no monitor", a.pid());
     assert!(refused.contains(&named), "{refused}");
     a.must_have(&stick);
@@ -137,7 +137,7 @@ fn a_vm_that_may_have_the_device_gets_all_of_the_time() {
     b.gets(&[&mouse]);
     hardware.pull(&mouse);
     let held = UnixStream::connect(b.socket()).unwrap();
-    let unknown = run_hastily(["release", &mouse.port]).exits(5).stderr;
+    let unknown = run_within("8", ["release", &mouse.port]).exits(5).stderr;
     let may = format!(
         "no USB device for port {} on this host; `usb-qmp-hotplug list` shows what is \
         plugged in; VM {} may still have it",
