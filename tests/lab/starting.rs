@@ -85,7 +85,7 @@ fn the_daemon_serves_the_other_vms_meanwhile() {
     let [a, b, _c] = three_vms(&mut hardware);
     configure(&["a", "b", "c"], &rules());
     let watchdog = [("WATCHDOG_USEC", "3000000")];
-    let daemon = Daemon::launch(&["--timeout", "5"], &watchdog);
+    let daemon = Daemon::launch(&["--timeout", "15"], &watchdog);
     daemon.wait_until_it_says("READY=1");
     let start = Instant::now();
     let (id, _) = hanging(&mut remotes);
@@ -109,7 +109,7 @@ fn a_daemon_that_starts_meanwhile_serves_the_other_vms() {
     configure(&["a", "b", "c"], &rules());
     let (id, _) = hanging(&mut remotes);
     let start = Instant::now();
-    let daemon = Daemon::launch(&["--timeout", "5"], &[]);
+    let daemon = Daemon::launch(&["--timeout", "15"], &[]);
     meanwhile("it is ready", || daemon.said().iter().any(|l| l == "READY=1").then_some(()));
     a.gets(&[&mouse]);
     assert!(start.elapsed() < HANGS, "{:?}", start.elapsed());
@@ -136,7 +136,7 @@ fn it_goes_where_its_serial_number_says_when_that_can_be_read() {
     let mut remotes = Remotes::load();
     let [_a, b, _c] = three_vms(&mut hardware);
     configure(&["a", "b", "c"], &rules());
-    let daemon = Daemon::launch(&["--timeout", "5"], &[]);
+    let daemon = Daemon::launch(&["--timeout", "15"], &[]);
     daemon.wait_until_it_says("READY=1");
     let id = remotes.insert(remote::Device::hangs_in_probe(1), 2);
     wait_at_most(HANGS, "b gets it", || (b.ids().len() == 1).then_some(()));
@@ -149,7 +149,7 @@ fn a_device_that_falls_silent_delays_no_other_vm() {
     let mut remotes = Remotes::load();
     let [a, b, _c] = three_vms(&mut hardware);
     configure(&["a", "b", "c"], &(rule("a", "port = \"1-3\"") + &rule("b", "vendor = \"1209\"")));
-    let mut daemon = Daemon::launch(&["--timeout", "5"], &[("WATCHDOG_USEC", "3000000")]);
+    let mut daemon = Daemon::launch(&["--timeout", "15"], &[("WATCHDOG_USEC", "3000000")]);
     daemon.wait_until_it_says("READY=1");
     // QEMU asks it for its name, and waits.
     let silent = remotes.plug(remote::Device::falls_silent(), 2);
@@ -166,7 +166,7 @@ fn a_device_that_falls_silent_delays_no_other_vm() {
     wait_for("the end of the detach", || detach.try_wait().unwrap());
     // A daemon that starts now serves the others, too.
     drop(daemon);
-    daemon = Daemon::launch(&["--timeout", "5"], &[("WATCHDOG_USEC", "3000000")]);
+    daemon = Daemon::launch(&["--timeout", "15"], &[("WATCHDOG_USEC", "3000000")]);
     meanwhile("it is ready", || daemon.said().iter().any(|l| l == "READY=1").then_some(()));
     a_works(&mut hardware, &daemon, &a);
     daemon.signal(Signal::TERM);

@@ -75,7 +75,7 @@ fn a_configuration_counts_for_what_waits_since_before_it() {
     let mut hardware = Hardware::open();
     let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
     configure(&["a", "b"], &rule("a", "port = \"1-3\""));
-    let daemon = Daemon::launch(&["--timeout", "5"], &[]);
+    let daemon = Daemon::launch(&["--timeout", "15"], &[]);
     daemon.wait_until_it_says("READY=1");
     a.signal(Signal::STOP);
     let moves = hardware.plug(Device::Mouse, xhci(3));
@@ -123,7 +123,7 @@ fn a_configuration_that_is_a_pipe_does_not_stop_it() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
     configure(&["a"], &rule("a", "port = \"2-3\""));
-    let daemon = Daemon::launch(&["--timeout", "5"], &[]);
+    let daemon = Daemon::launch(&["--timeout", "15"], &[]);
     daemon.wait_until_it_says("READY=1");
     fs::remove_file(CONFIG).unwrap();
     must("mkfifo", &[CONFIG]);

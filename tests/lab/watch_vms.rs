@@ -201,7 +201,7 @@ fn a_stopped_vm_delays_no_other_and_gets_its_devices_later() {
     let mut hardware = Hardware::open();
     let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
     configure(&["a", "b"], &(rule("a", "serial = \"SNA\"") + &rule("b", "serial = \"SNB\"")));
-    let daemon = Daemon::launch(&["--timeout", "5"], &[]);
+    let daemon = Daemon::launch(&["--timeout", "15"], &[]);
     daemon.wait_until_it_says("READY=1");
     a.signal(Signal::STOP);
     let of_a = hardware.plug(Stick::new("SNA"), xhci(3));
@@ -221,7 +221,7 @@ fn a_monitor_that_another_client_held_for_long_is_used_when_it_is_free() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
     configure(&["a"], &rule("a", "port = \"2-3\""));
-    let daemon = Daemon::launch(&["--timeout", "5"], &[]);
+    let daemon = Daemon::launch(&["--timeout", "15"], &[]);
     daemon.wait_until_it_says("READY=1");
     let holder = hold(&vm.socket());
     let first = hardware.plug(Stick::new("SN1"), xhci(3));
@@ -297,7 +297,7 @@ fn a_vm_whose_monitor_is_held_at_the_start_keeps_nobody_from_being_ready() {
         .plug_all(vec![(Stick::new("SNA").into(), xhci(3)), (Stick::new("SNB").into(), xhci(4))]);
     configure(&["a", "b"], &(rule("a", "serial = \"SNA\"") + &rule("b", "serial = \"SNB\"")));
     let holder = hold(&a.socket());
-    let daemon = Daemon::launch(&["--timeout", "5"], &[]);
+    let daemon = Daemon::launch(&["--timeout", "15"], &[]);
     daemon.wait_until_it_says("READY=1");
     b.gets(&[&sticks[1]]);
     assert!(a.ids().is_empty());
