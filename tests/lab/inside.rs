@@ -1,7 +1,8 @@
 //! In the machine: runs the tests one after the other, each in a process of its own, and reports every result at once.
 
 use crate::hardware::Hardware;
-use crate::{Kind, Test, all_tests, daemon, gadget, journal, libvirtd, remote, service, udev, vm};
+use crate::journal::Journal;
+use crate::{Kind, Test, all_tests, daemon, gadget, libvirtd, remote, service, udev, vm};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use serde::{Deserialize, Serialize};
@@ -116,14 +117,14 @@ pub fn run_one(name: &str) -> ExitCode {
     libvirtd::clear();
     vm::clear();
     udev::forget_rules();
-    if !service::has_systemd() {
-        journal::forget();
-    }
+    // What the program logs is shown if the test fails.
+    let journal = (!service::has_systemd()).then(Journal::journald);
     daemon::clear();
     gadget::clear();
     remote::clear();
     Hardware::open().clear();
     run();
+    drop(journal);
     ExitCode::SUCCESS
 }
 
