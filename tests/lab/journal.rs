@@ -92,7 +92,7 @@ fn fields(mut rest: &[u8]) -> Entry {
 }
 
 /// Removes the sockets that an earlier test has left.
-fn forget() {
+pub fn forget() {
     for path in ["/run/systemd/journal/socket", "/dev/log"] {
         let _ = fs::remove_file(path);
     }
