@@ -15,8 +15,8 @@ use std::thread;
 use std::time::Duration;
 
 crate::tests![
-    what_comes_and_goes_at_random_ends_where_it_belongs: any_qemu,
-    an_address_that_comes_round_is_another_device: waits,
+    what_comes_and_goes_at_random_ends_where_it_belongs: long,
+    an_address_that_comes_round_is_another_device: long,
 ];
 
 const SOCKETS: u32 = 4;

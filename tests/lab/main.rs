@@ -120,7 +120,7 @@ enum Kind {
     EveryQemu,
     /// The one with QEMU 7.2: the test is about another program, and that goes with this QEMU.
     Qemu7,
-    /// None: the test takes many minutes.
+    /// None: the test takes many minutes, or shows what only very many repetitions show.
     Long,
     /// One whose process 1 is systemd.
     Systemd,

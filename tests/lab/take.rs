@@ -14,8 +14,8 @@ crate::tests![
     a_device_is_taken_from_the_vm_that_has_it: every_qemu,
     what_its_vm_would_take_again_is_not_taken: any_qemu,
     what_a_vm_has_twice_leaves_it_as_a_whole: any_qemu,
-    what_has_no_room_or_no_monitor_is_not_taken: any_qemu,
-    a_vm_that_may_have_the_device_gets_all_of_the_time: any_qemu,
+    what_has_no_room_or_no_monitor_is_not_taken: waits,
+    a_vm_that_may_have_the_device_gets_all_of_the_time: waits,
     release_gives_a_device_back_whoever_has_it: any_qemu,
 ];
 

@@ -18,7 +18,7 @@ use std::thread;
 use std::time::Duration;
 
 crate::tests![
-    a_mounted_stick_is_attached_when_it_is_unmounted: any_qemu,
+    a_mounted_stick_is_attached_when_it_is_unmounted: waits,
     swap_space_is_attached_when_it_is_not_swapped_to: any_qemu,
     a_disk_that_a_program_has_open_is_attached_when_it_is_closed: any_qemu,
     what_another_vm_has_is_attached_when_it_is_detached_there: any_qemu,

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use std::fs;
 
 crate::tests![
-    many_plugs_and_pulls_leave_nothing_behind: any_qemu,
+    many_plugs_and_pulls_leave_nothing_behind: long,
     events_that_got_lost_lead_to_a_look_at_everything: any_qemu,
     a_daemon_that_dies_in_an_attach_leaves_one_clean_state_to_the_next: any_qemu,
 ];

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 crate::tests![
     it_is_ready_when_the_first_sync_is_done_and_says_how_things_stand: any_qemu,
     a_good_configuration_takes_over: any_qemu,
-    a_configuration_counts_for_what_waits_since_before_it: any_qemu,
+    a_configuration_counts_for_what_waits_since_before_it: waits,
     a_bad_configuration_changes_nothing_and_is_told_line_by_line: any_qemu,
     a_configuration_that_is_a_pipe_does_not_stop_it: any_qemu,
     a_bad_configuration_at_the_start_is_an_error: any_qemu,
