@@ -196,8 +196,7 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
                     watch.reload.begin(settings);
                 }
                 config = watch.reload.end() => watch.reloaded(config),
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
+                () = told_to_end(&mut terminate, &mut interrupt) => break,
             }
         }
         systemd::stopping();
@@ -210,7 +209,12 @@ pub async fn run(settings: &Settings) -> Result<(), Error> {
             // The workers are gone: from here on nothing is attached.
             watch.workers.clear();
             info!("ending, and detaching what is attached");
-            stop::detach_all(vms, watch.shared.timeout).await;
+            tokio::select! {
+                () = stop::detach_all(vms, watch.shared.timeout) => {}
+                () = told_to_end(&mut terminate, &mut interrupt) => {
+                    warn!("told to end a second time: what is not detached yet stays attached");
+                }
+            }
         } else {
             info!("ending; what is attached stays attached");
         }
@@ -225,6 +229,13 @@ fn failed(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 
 fn on(kind: SignalKind) -> Result<Signal, Error> {
     signal(kind).map_err(failed("handle signals"))
+}
+
+async fn told_to_end(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
 }
 
 /// Warns if rules want something unmounted that this process may not unmount.

@@ -11,9 +11,15 @@ use crate::error::Error;
 use crate::qemu::{Vm, VmAddress};
 use crate::text::chain;
 
+/// The least time that each VM gets. A machine that shuts down is busy, and
+/// there is no later try. systemd waits for longer (systemd-system.conf(5),
+/// `DefaultTimeoutStopSec`, 45 s or more).
+const LEAST_TIME: Duration = Duration::from_secs(30);
+
 /// Detaches all devices that have an id of this tool, from all VMs at the same
-/// time. `time` is the limit for each VM.
-pub async fn detach_all(vms: Vec<(String, VmAddress)>, time: Duration) {
+/// time. `timeout` is the time for one conversation at any other moment.
+pub async fn detach_all(vms: Vec<(String, VmAddress)>, timeout: Duration) {
+    let time = timeout.max(LEAST_TIME);
     let mut running = JoinSet::new();
     for (name, address) in vms {
         running.spawn(async move {

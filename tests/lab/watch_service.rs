@@ -25,6 +25,7 @@ crate::tests![
     the_watchdog_is_told_that_it_lives: any_qemu,
     it_ends_at_once_and_what_is_attached_stays: any_qemu,
     it_takes_its_devices_along_where_that_is_wanted: any_qemu,
+    it_waits_at_its_end_for_a_vm_that_has_to_give_up_its_devices: waits,
     idle_it_never_wakes: waits,
 ];
 
@@ -197,6 +198,39 @@ fn it_takes_its_devices_along_where_that_is_wanted() {
     a.must_be_clean();
     assert_eq!(b.ids(), ["theirs"]);
     assert_eq!(plugged[1].driver().as_deref(), Some("usbhid"));
+}
+
+fn it_waits_at_its_end_for_a_vm_that_has_to_give_up_its_devices() {
+    const TIMEOUT: Duration = Duration::from_secs(5);
+    let mut hardware = Hardware::open();
+    let vm = Vm::new("a").start();
+    let stick = hardware.plug(Stick::new("SN1"), xhci(3));
+    configure(&["a"], &rule("a", "port = \"2-3\""));
+    let text = fs::read_to_string(CONFIG).unwrap();
+    fs::write(CONFIG, format!("detach_at_stop = true\n{text}")).unwrap();
+    let mut daemon = Daemon::launch(&["--timeout", &TIMEOUT.as_secs().to_string()], &[]);
+    vm.gets(&[&stick]);
+    daemon.wait_for_status("1 VM, 1 running, 1 device attached");
+    vm.signal(Signal::STOP);
+    daemon.signal(Signal::TERM);
+    daemon.wait_until_it_says("STOPPING=1");
+    // Longer than it waits at other times.
+    thread::sleep(TIMEOUT + Duration::from_secs(1));
+    vm.signal(Signal::CONT);
+    assert_eq!(daemon.wait().code(), Some(0));
+    vm.must_be_clean();
+
+    // Who does not want to wait says so a second time.
+    let mut daemon = Daemon::start();
+    vm.gets(&[&stick]);
+    vm.signal(Signal::STOP);
+    daemon.signal(Signal::INT);
+    daemon.wait_until_it_says("STOPPING=1");
+    daemon.signal(Signal::INT);
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert!(daemon.log().contains("told to end a second time"), "{}", daemon.log());
+    vm.signal(Signal::CONT);
+    vm.must_have(&stick);
 }
 
 fn it_ends_at_once_and_what_is_attached_stays() {
