@@ -341,7 +341,7 @@ mod tests {
             controllers: Vec::new(),
             devices: vec![device("1-1", 2), device("1-2", 3), device("1-3", 4)],
         };
-        let host = Host::at(root.path()).within(Duration::from_secs(2));
+        let host = Host::at(root.path()).within(Duration::from_secs(5));
         let report = report(&host, None, "a".into(), inventory).unwrap();
         let shown = |device: &DeviceReport| {
             let host = device.host.as_ref().unwrap();

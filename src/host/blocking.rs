@@ -60,9 +60,9 @@ pub fn blocking_drop<T: Send + 'static>(value: T) {
 
 impl Host {
     /// Runs the work for each item on its own thread, and waits for all of them
-    /// for a second at most. The result is `None` if it takes longer. This is
-    /// for a caller that shows or looks for devices, and can continue without
-    /// those that are starting.
+    /// for a fifth of the caller's time at most (see [`Host::within`]). The
+    /// result is `None` if it takes longer. This is for a caller that shows or
+    /// looks for devices, and can continue without those that are starting.
     ///
     /// # Errors
     ///
@@ -161,7 +161,7 @@ mod tests {
         let limit = Duration::from_secs(1);
         let results = blocking_each([1, 2, 3], limit, work.clone()).await.unwrap();
         assert_eq!(results, [Some(1), None, Some(3)]);
-        let results = Host::default().within(limit).in_haste([1, 2, 3], work).unwrap();
+        let results = Host::default().within(5 * limit).in_haste([1, 2, 3], work).unwrap();
         assert_eq!(results, [Some(1), None, Some(3)]);
     }
 }

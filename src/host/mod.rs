@@ -55,8 +55,9 @@ pub const USB_DEVICE_MAJOR: u32 = 189;
 const MAX_FILE: u64 = 4 << 20;
 
 /// How long to wait for devices that are starting, for a caller that shows or
-/// looks for devices and can continue without them.
-const HASTE: Duration = Duration::from_secs(1);
+/// looks for devices and can continue without them: this part of the caller's
+/// time.
+const HASTE: u32 = 5;
 
 /// The strings of a device, without leading and trailing blanks. A string of
 /// blanks counts as missing. Untrusted: escape them before they are shown.
@@ -98,13 +99,13 @@ impl Default for Host {
 impl Host {
     /// The host whose `/sys`, `/proc` and `/dev` lie below `root`.
     pub fn at(root: impl Into<PathBuf>) -> Self {
-        Host { root: root.into(), haste: HASTE }
+        Host { root: root.into(), haste: Duration::from_secs(1) }
     }
 
     /// The same host, for a caller that has only this time. It may look for
     /// devices that are starting twice.
     pub fn within(self, time: Duration) -> Self {
-        Host { haste: HASTE.min(time / 2), ..self }
+        Host { haste: time / HASTE, ..self }
     }
 
     fn path(&self, absolute: impl AsRef<Path>) -> PathBuf {
@@ -274,7 +275,7 @@ impl Host {
     }
 
     /// The serial numbers of devices. The outer `None` means that it could not
-    /// be read within a second, because the device is starting.
+    /// be read in time, because the device is starting.
     ///
     /// # Errors
     ///

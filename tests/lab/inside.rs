@@ -87,15 +87,20 @@ fn run_apart(test: &Test) -> Result<(), String> {
     Err(format!("{}{ending}{stuck}{KERNEL_LOG}{kernel}", String::from_utf8_lossy(&output)))
 }
 
-/// The processes that wait in the kernel and cannot be interrupted, and for what (proc_pid_stack(5)).
+/// The processes that wait in the kernel and cannot be interrupted, and those that an event goes through: for what
+/// they wait (proc_pid_stack(5)). udevd has events to deal with as long as there is /run/udev/queue.
 fn stuck() -> String {
-    let mut stuck = String::new();
+    let is_udevd_busy = fs::exists("/run/udev/queue").unwrap_or_default();
+    let mut stuck = if is_udevd_busy { "--- udevd is not done\n" } else { "" }.to_owned();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let read = |name| fs::read_to_string(process.path().join(name)).unwrap_or_default();
+        let name = read("comm");
+        let name = name.trim_end();
         // The state comes after the name, which is in parentheses (proc_pid_stat(5)).
-        if read("stat").rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('D')) {
-            stuck +=
-                &format!("--- {} waits in the kernel\n{}", read("comm").trim_end(), read("stack"));
+        let is_stuck =
+            read("stat").rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('D'));
+        if is_stuck || ["systemd-udevd", "(udev-worker)", "usb-qmp-hotplug"].contains(&name) {
+            stuck += &format!("--- {name} waits in the kernel\n{}", read("stack"));
         }
     }
     stuck

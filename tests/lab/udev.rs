@@ -7,8 +7,10 @@ use std::process::Command;
 const DIRECTORY: &str = "/etc/udev/rules.d";
 const RULES: &str = "/etc/udev/rules.d/90-test.rules";
 
-/// Makes these the rules.
+/// Makes these the rules. First udevd is to be done: of what it does while it reads new rules, and shortly after, an
+/// event may get lost (seen with systemd 257).
 pub fn rules(text: &str) {
+    settle();
     fs::write(RULES, text).expect("udev's rules");
     udevadm(&["control", "--reload"]);
 }

@@ -215,7 +215,9 @@ impl Vm {
     pub fn gets(&self, devices: &[&Plugged]) {
         let mut ids: Vec<String> = devices.iter().map(|device| device.id_in_vm()).collect();
         ids.sort();
-        wait_until(&format!("{} gets {ids:?}", self.name), || self.ids() == ids);
+        // One that came too late may be taken out and given again.
+        let has_all = || self.ids() == ids && devices.iter().all(|device| self.has(device));
+        wait_until(&format!("{} gets {ids:?}", self.name), has_all);
         for device in devices {
             self.must_have(device);
         }
