@@ -54,9 +54,8 @@ pub const USB_DEVICE_MAJOR: u32 = 189;
 /// of sysfs has at most one page, but mount tables can be long.
 const MAX_FILE: u64 = 4 << 20;
 
-/// How long to wait for devices that are starting, for a caller that shows or
-/// looks for devices and can continue without them: this part of the caller's
-/// time.
+/// A caller that shows or looks for devices can continue without those that are
+/// starting. It waits for them for its time divided by this.
 const HASTE: u32 = 5;
 
 /// The strings of a device, without leading and trailing blanks. A string of
@@ -102,8 +101,8 @@ impl Host {
         Host { root: root.into(), haste: Duration::from_secs(1) }
     }
 
-    /// The same host, for a caller that has only this time. It may look for
-    /// devices that are starting twice.
+    /// The same host, for a caller that has only this time. It waits a fifth of
+    /// it for devices that are starting, so it may look for them more than once.
     pub fn within(self, time: Duration) -> Self {
         Host { haste: time / HASTE, ..self }
     }
