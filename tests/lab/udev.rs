@@ -1,18 +1,36 @@
 //! Rules for the real udevd, and waiting for it.
 
+use crate::wait::wait_until;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const DIRECTORY: &str = "/etc/udev/rules.d";
 const RULES: &str = "/etc/udev/rules.d/90-test.rules";
 
-/// Makes these the rules. First udevd is to be done: of what it does while it reads new rules, and shortly after, an
-/// event may get lost (seen with systemd 257).
+/// Makes these the rules, and waits until udevd goes by them. What it still has to do comes first: systemd 257 may lose
+/// an event that comes while it reads rules, and it may hang up on who tells it to read them.
 pub fn rules(text: &str) {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let sign = format!("lab-rules-{}-{count}", std::process::id());
     settle();
-    fs::write(RULES, text).expect("udev's rules");
-    udevadm(&["control", "--reload"]);
+    let with_sign = format!("{text}\nSUBSYSTEM==\"mem\", KERNEL==\"null\", SYMLINK+=\"{sign}\"\n");
+    fs::write(RULES, with_sign).expect("udev's rules");
+    wait_until("udevd goes by the new rules", || {
+        reload();
+        trigger("change", Path::new("/sys/class/mem/null"));
+        settle();
+        Path::new("/dev").join(&sign).exists()
+    });
+}
+
+fn reload() {
+    wait_until("udevd reads its rules", || {
+        let told = Command::new("udevadm").args(["control", "--reload"]).status();
+        told.expect("udevadm").success()
+    });
 }
 
 /// Removes whatever rules an earlier test has left.
@@ -26,7 +44,7 @@ pub fn forget_rules() {
     for file in &rules {
         fs::remove_file(file.path()).expect("a rule");
     }
-    udevadm(&["control", "--reload"]);
+    reload();
 }
 
 /// Waits until udevd has dealt with every event so far, RUN programs included.

@@ -20,6 +20,9 @@ const RULES: &str = "/etc/udev/rules.d";
 /// The first systemd whose udevadm can check rules.
 const VERIFY_SINCE: u32 = 254;
 
+/// How often udev is told to read its rules, if it does not answer.
+const TRIES: u32 = 3;
+
 /// Writes the rule, checks it, and makes udev read it.
 pub fn install(context: &Context, what: &What, vm: &str, rule: &str) -> Result<(), Error> {
     let path = Path::new(RULES).join(file_name(&what.label(), vm));
@@ -106,9 +109,13 @@ fn verified(path: &Path) -> Result<(), String> {
     }
 }
 
+/// Makes udev read its rules. It may hang up on a busy machine (seen with
+/// systemd 257), so it is told again.
 fn reload() -> bool {
-    let told = Command::new("udevadm").args(["control", "--reload"]).output();
-    told.is_ok_and(|output| output.status.success())
+    (0..TRIES).any(|_| {
+        let told = Command::new("udevadm").args(["control", "--reload"]).output();
+        told.is_ok_and(|output| output.status.success())
+    })
 }
 
 /// Warns if an earlier rule for the same port by its bus number still exists.
