@@ -23,6 +23,10 @@ const VERIFY_SINCE: u32 = 254;
 /// How often udev is told to read its rules, if it does not answer.
 const TRIES: u32 = 3;
 
+/// How long each of these tries takes at most. All together take a minute, which
+/// udevadm would wait with one (udevadm(8), `control`).
+const TRY_TIMEOUT: &str = "--timeout=20";
+
 /// Writes the rule, checks it, and makes udev read it.
 pub fn install(context: &Context, what: &What, vm: &str, rule: &str) -> Result<(), Error> {
     let path = Path::new(RULES).join(file_name(&what.label(), vm));
@@ -113,7 +117,7 @@ fn verified(path: &Path) -> Result<(), String> {
 /// systemd 257), so it is told again.
 fn reload() -> bool {
     (0..TRIES).any(|_| {
-        let told = Command::new("udevadm").args(["control", "--reload"]).output();
+        let told = Command::new("udevadm").args(["control", "--reload", TRY_TIMEOUT]).output();
         told.is_ok_and(|output| output.status.success())
     })
 }
