@@ -6,7 +6,6 @@ use crate::hardware::Plugged;
 use crate::remote::{Device, Remotes, VENDOR};
 use crate::tool::run;
 use crate::vm::Vm;
-use crate::wait::wait_for;
 use serde_json::Value;
 use std::fs;
 
@@ -51,37 +50,25 @@ fn plug_all(remotes: &mut Remotes) -> Vec<Plugged> {
     ugly().into_iter().zip(1..).map(&mut plug).collect()
 }
 
-/// What `list` prints. On a busy machine, not all strings can be read in the second that it takes at most.
-#[track_caller]
-fn listed(options: &[&str]) -> String {
-    wait_for("all strings are read in time", || {
-        let outcome = run(["list"].iter().chain(options)).succeeds();
-        assert_eq!(outcome.stderr, "");
-        let is_all =
-            ["(starting)", "\"starting\": true"].iter().all(|s| !outcome.stdout.contains(s));
-        is_all.then_some(outcome.stdout)
-    })
-}
-
 fn strings_of_every_kind_do_nothing_to_a_terminal() {
     let mut remotes = Remotes::load();
     let vm = Vm::new("a").start();
     let devices = plug_all(&mut remotes);
     let count = devices.len();
 
-    let shown = listed(&[]);
+    let shown = run(["list"]).succeeds().stdout;
     must_be_plain(&shown);
     let is_serial = |line: &&str| line.trim_start_matches(['│', ' ']).starts_with("serial ");
     let (serials, others): (Vec<&str>, Vec<&str>) = shown.lines().partition(is_serial);
     assert_eq!(others.len(), 2 + count, "heading, bus, devices: {shown}");
     assert!(serials.len() < count, "{shown}");
-    let flat = listed(&["--flat"]);
+    let flat = run(["list", "--flat"]).succeeds().stdout;
     must_be_plain(&flat.replace('\t', " "));
     assert_eq!(flat.lines().count(), count, "{flat}");
     let fields = |line: &str| line.split('\t').count();
     assert!(flat.lines().all(|line| fields(line) == fields(flat.lines().next().unwrap())));
 
-    let json = listed(&["--json"]);
+    let json = run(["list", "--json"]).succeeds().stdout;
     must_be_plain(&json);
     let json: Value = serde_json::from_str(&json).unwrap();
     for (device, entry) in devices.iter().zip(json["devices"].as_array().unwrap()) {
@@ -145,7 +132,9 @@ fn strings_of_every_kind_stay_within_their_place_in_a_rule() {
 #[track_caller]
 fn must_mean(toml: &str, device: &Plugged) {
     fs::write(CONFIG, toml).unwrap();
-    let json: Value = serde_json::from_str(&listed(&["--json", "--config", CONFIG])).unwrap();
+    let json = run(["list", "--json", "--config", CONFIG]).succeeds();
+    assert_eq!(json.stderr, "", "{toml}");
+    let json: Value = serde_json::from_str(&json.stdout).unwrap();
     let entries = json["devices"].as_array().unwrap();
     let itself = entries.iter().find(|entry| entry["port"] == device.port).unwrap();
     for entry in entries {

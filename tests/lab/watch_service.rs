@@ -1,6 +1,6 @@
 //! The daemon as a service: what it tells systemd, signals, and a configuration that changes.
 
-use crate::daemon::{self, CONFIG, Daemon, configure, rule};
+use crate::daemon::{self, CONFIG, Daemon, configuration, configure, rule};
 use crate::hardware::{Device, Hardware, Stick, xhci};
 use crate::host::must;
 use crate::journal::Journal;
@@ -184,8 +184,7 @@ fn it_takes_its_devices_along_where_that_is_wanted() {
     let (a, b) = (Vm::new("a").start(), Vm::new("b").start());
     let plugged =
         hardware.plug_all(vec![(Stick::new("SN1").into(), xhci(3)), (Device::Mouse, xhci(4))]);
-    configure(&["a", "b", "off"], &rule("a", "port = \"2-3\""));
-    let text = fs::read_to_string(CONFIG).unwrap();
+    let text = configuration(&["a", "b", "off"], &rule("a", "port = \"2-3\""));
     fs::write(CONFIG, format!("detach_at_stop = true\n{text}")).unwrap();
     let mut daemon = Daemon::start();
     a.gets(&[&plugged[0]]);
@@ -205,8 +204,7 @@ fn it_waits_at_its_end_for_a_vm_that_has_to_give_up_its_devices() {
     let mut hardware = Hardware::open();
     let vm = Vm::new("a").start();
     let stick = hardware.plug(Stick::new("SN1"), xhci(3));
-    configure(&["a"], &rule("a", "port = \"2-3\""));
-    let text = fs::read_to_string(CONFIG).unwrap();
+    let text = configuration(&["a"], &rule("a", "port = \"2-3\""));
     fs::write(CONFIG, format!("detach_at_stop = true\n{text}")).unwrap();
     let mut daemon = Daemon::launch(&["--timeout", &TIMEOUT.as_secs().to_string()], &[]);
     vm.gets(&[&stick]);
