@@ -2,6 +2,7 @@
 //! somebody who listens to what it says of itself.
 
 use crate::tool::{self, PROGRAM};
+use crate::udev;
 use crate::wait::{wait_for, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
@@ -178,8 +179,10 @@ impl Daemon {
         self.field("status", "VmHWM:").trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Waits until nothing is left to do: no thread waits for the hardware, and it sleeps.
+    /// Waits until nothing is left to do: udevd has no event that it may still tell, no thread waits for the hardware,
+    /// and it sleeps.
     pub fn is_idle(&self) {
+        udev::settle();
         wait_until("it has one thread, which slept for a second", || {
             let before = self.switches();
             thread::sleep(Duration::from_secs(1));
