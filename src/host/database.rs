@@ -66,6 +66,15 @@ impl Database {
     }
 }
 
+impl Host {
+    /// Whether udev has looked at the block device of this number (`8:0`), or
+    /// keeps no database here.
+    pub(super) fn udev_knows_block(&self, number: &str) -> bool {
+        let directory = self.path(DATABASE);
+        directory.join(format!("b{number}")).exists() || !directory.exists()
+    }
+}
+
 /// The device that a file is about. Its name is the number of the device's
 /// node: `c189:5`.
 fn address(name: &str) -> Option<Address> {

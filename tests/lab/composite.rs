@@ -81,7 +81,10 @@ fn a_disc_that_a_program_reads_is_refused() {
     let udevs = File::open("/dev/sr0").unwrap();
     flock(&udevs, FlockOperation::LockShared).unwrap();
     let refused = run_as_the_unit_within("20", attach).exits(7).stderr;
-    assert!(refused.contains("sr0 is locked by udev, or by another program"), "{refused}");
+    assert!(
+        refused.contains("sr0 is examined by the kernel, by udev, or by a program"),
+        "{refused}"
+    );
     drop(udevs);
     let refused = run_as_the_unit(attach).exits(7).stderr;
     assert!(refused.contains("sr0 is in use by something"), "{refused}");

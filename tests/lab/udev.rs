@@ -62,8 +62,8 @@ fn udevadm(arguments: &[&str]) {
     assert!(status.success(), "udevadm {arguments:?}: {status}");
 }
 
-/// Has udev know nothing of a device, as before it has got to it.
-pub fn forget_device(sysfs: &Path) {
+/// Has udev know nothing of a device, as before it has got to it. Its node is of a kind: `b` for a disk, `c` for others.
+pub fn forget_device(kind: char, sysfs: &Path) {
     let number = fs::read_to_string(sysfs.join("dev")).unwrap();
-    fs::remove_file(format!("/run/udev/data/c{}", number.trim())).unwrap();
+    fs::remove_file(format!("/run/udev/data/{kind}{}", number.trim())).unwrap();
 }

@@ -241,7 +241,7 @@ fn a_rule_may_ask_udev_and_an_earlier_one_may_deny() {
     // As when the daemon starts and udev has not got to them yet.
     udev::settle();
     for device in &plugged {
-        udev::forget_device(&device.sysfs);
+        udev::forget_device('c', &device.sysfs);
     }
     let _daemon = Daemon::start();
     assert_eq!((a.ids(), b.ids()), (vec![], vec![]), "nobody knows whose they are");

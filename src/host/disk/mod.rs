@@ -109,9 +109,13 @@ impl Host {
             match fs::OpenOptions::new().read(true).custom_flags(flags).open(node) {
                 Ok(file) => claims.push(file.into()),
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                    let (disk, by) = self
-                        .mounted_somewhere(&storage)
-                        .unwrap_or_else(|| (name(disk), UsedBy::Unknown { sees_all }));
+                    // While the kernel reads the partitions, it claims the disk.
+                    let unseen = || match self.is_new(&storage) {
+                        true => UsedBy::Examined,
+                        false => UsedBy::Unknown { sees_all },
+                    };
+                    let (disk, by) =
+                        self.mounted_somewhere(&storage).unwrap_or_else(|| (name(disk), unseen()));
                     return Err(Error::InUse(Box::new(Use { port: port.clone(), disk, by })));
                 }
                 // There is no medium, no permission or no node. Then the tables

@@ -14,6 +14,11 @@ use super::{Host, Storage};
 use crate::host::read_if_there;
 use crate::usb::Port;
 
+/// The types of SCSI devices that the drivers `sd` and `sr` make block devices
+/// for: disks, and discs of several kinds (Linux,
+/// include/scsi/scsi_proto.h; `sd_probe` and `sr_probe` in drivers/scsi/).
+const DISKS: [&str; 6] = ["0", "4", "5", "7", "14", "20"];
+
 /// Whether somebody has a disk open that nothing else explains.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Opens {
@@ -24,8 +29,8 @@ pub(super) enum Opens {
     Perhaps,
     /// Somebody has one of this device.
     Some,
-    /// Somebody who looks at one of this device has it. Whether others have it,
-    /// too, is not known until then.
+    /// The kernel, or somebody else who only looks at a disk of this device, has
+    /// it open. Whether others have it, too, is not known until that is over.
     Examined,
 }
 
@@ -51,10 +56,23 @@ impl Host {
         let is_locked = || storage.disks.iter().any(|disk| self.is_locked_at_all(disk));
         match count > explained {
             false => Opens::None,
-            true if is_locked() => Opens::Examined,
+            true if is_locked() || self.is_new(storage) => Opens::Examined,
             true if others.is_empty() => Opens::Some,
             true => Opens::Perhaps,
         }
+    }
+
+    /// Whether the kernel or udev has not looked at every disk yet. Both open it
+    /// for that. The kernel adds the block device when it knows the disk, and
+    /// tells udev when it has read the partitions (Linux, drivers/scsi/sd.c,
+    /// `sd_probe`; block/genhd.c, `device_add_disk`).
+    pub(super) fn is_new(&self, storage: &Storage) -> bool {
+        let waits_for_udev = |disk: &PathBuf| {
+            let number = read_if_there(&disk.join("dev")).ok().flatten();
+            number.is_some_and(|number| !self.udev_knows_block(number.trim_end()))
+        };
+        storage.disks.iter().any(waits_for_udev)
+            || storage.characters.iter().any(|character| has_no_block_device_yet(character))
     }
 
     /// How many of these disks and partitions are in use. The kernel opens each
@@ -74,6 +92,15 @@ impl Host {
         };
         descriptors.filter(is_disk).count()
     }
+}
+
+/// Whether a SCSI device, found by the directory of its character device, is a
+/// disk that the kernel has not made a block device for.
+fn has_no_block_device_yet(character: &Path) -> bool {
+    let Some(lun) = character.ancestors().nth(2) else { return false };
+    let kind = read_if_there(&lun.join("type")).ok().flatten();
+    let is_disk = kind.is_some_and(|kind| DISKS.contains(&kind.trim_end()));
+    is_disk && !lun.join("block").exists()
 }
 
 /// How many users a module has besides other modules. `None` if the driver is

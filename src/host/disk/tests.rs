@@ -173,9 +173,29 @@ fn a_disk_that_somebody_has_open_is_seen_by_the_kernels_count() {
     let (major, minor) = (rustix::fs::major(node.dev()), rustix::fs::minor(node.dev()));
     let lock = format!("FLOCK  ADVISORY  READ 9 {major:02x}:{minor:02x}:{} 0 EOF", node.ino());
     tree.file("proc/locks", &format!("1: {lock}\n"));
-    let examined =
-        "sdb is locked by udev, or by another program that looks at it: wait until that is over";
-    assert_eq!(tree.uses(), [examined]);
+    assert_eq!(tree.uses(), [EXAMINED]);
+}
+
+const EXAMINED: &str = "sdb is examined by the kernel, by udev, or by a program that has locked it: \
+                        wait until that is over";
+
+#[test]
+fn while_the_kernel_and_udev_look_at_a_new_disk_nothing_is_known_of_others() {
+    let lun = "sys/bus/usb/devices/1-1/1-1:1.0/host2/target2:0:0/2:0:0:0";
+    let tree = counted(1);
+    tree.file(&format!("{lun}/block/sdb/dev"), "8:16\n");
+    tree.directory("run/udev/data");
+    assert_eq!(tree.uses(), [EXAMINED]);
+    tree.file("run/udev/data/b8:16", "");
+    assert_ne!(tree.uses(), [EXAMINED]);
+    // There is no block device yet.
+    fs::remove_dir_all(tree.0.path().join(lun).join("block")).unwrap();
+    tree.directory(&format!("{lun}/bsg/2:0:0:0"));
+    tree.file(&format!("{lun}/type"), "0\n");
+    assert_eq!(tree.uses(), [EXAMINED.replace("sdb", "2:0:0:0")]);
+    // Nor will there be one for an enclosure.
+    tree.file(&format!("{lun}/type"), "13\n");
+    assert_ne!(tree.uses(), [EXAMINED.replace("sdb", "2:0:0:0")]);
 }
 
 #[test]
