@@ -18,6 +18,9 @@ use crate::usb::Address;
 /// src/libsystemd/sd-device/device-private.c).
 const DATABASE: &str = "/run/udev/data";
 
+/// A file that exists as long as udev has events to deal with.
+const QUEUE: &str = "/run/udev/queue";
+
 /// Reports the devices that udev has written about.
 #[derive(Debug)]
 pub struct Database(AsyncFd<OwnedFd>);
@@ -67,6 +70,12 @@ impl Database {
 }
 
 impl Host {
+    /// Whether udev has events to deal with (systemd, src/udev/udevd.c,
+    /// `event_queue_insert`).
+    pub(super) fn udev_is_busy(&self) -> bool {
+        self.path(QUEUE).exists()
+    }
+
     /// Whether udev has looked at the block device of this number (`8:0`), or
     /// keeps no database here.
     pub(super) fn udev_knows_block(&self, number: &str) -> bool {

@@ -52,8 +52,10 @@ pub fn capabilities() -> String {
 }
 
 impl Daemon {
-    /// Starts it and waits until it is ready.
+    /// Starts it and waits until it is ready. Its unit does not let it tell udevd, which looks at a new disk for a while,
+    /// from another program that has the disk open: such a disk would wait.
     pub fn start() -> Daemon {
+        udev::settle();
         let daemon = Daemon::launch(&["--timeout", tool::SECONDS], &[]);
         daemon.wait_until_it_says("READY=1");
         daemon

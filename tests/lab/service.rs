@@ -2,6 +2,7 @@
 
 use crate::host::must;
 use crate::tool::PROGRAM;
+use crate::udev;
 use crate::wait::{wait_for, wait_until};
 use std::fs;
 use std::os::unix::fs::chown;
@@ -75,8 +76,9 @@ impl Service {
         fs::write(&self.config, text).unwrap();
     }
 
-    /// Starts it; it is ready then.
+    /// Starts it once udevd has looked at every disk, as [`crate::daemon::Daemon::start`]; it is ready then.
     pub fn start(&self) {
+        udev::settle();
         self.systemctl(&["start", NAME]);
         assert_eq!(self.property("ActiveState"), "active");
     }

@@ -52,11 +52,12 @@ impl Host {
         // The disks that this process has claimed count, too, and so do those
         // that were pulled while they were mounted.
         let explained = of_others + self.own_disks() + tables.pulled(self);
-        // udev opens a disk more than once, and keeps a lock on it meanwhile.
+        // udev opens a disk more than once, and keeps a lock on it meanwhile. It
+        // does not lock a disk's character devices.
         let is_locked = || storage.disks.iter().any(|disk| self.is_locked_at_all(disk));
         match count > explained {
             false => Opens::None,
-            true if is_locked() || self.is_new(storage) => Opens::Examined,
+            true if is_locked() || self.is_new(storage) || self.udev_is_busy() => Opens::Examined,
             true if others.is_empty() => Opens::Some,
             true => Opens::Perhaps,
         }

@@ -188,6 +188,10 @@ fn while_the_kernel_and_udev_look_at_a_new_disk_nothing_is_known_of_others() {
     assert_eq!(tree.uses(), [EXAMINED]);
     tree.file("run/udev/data/b8:16", "");
     assert_ne!(tree.uses(), [EXAMINED]);
+    // udev looks at a character device of a disk, too, and locks nothing then.
+    tree.file("run/udev/queue", "");
+    assert_eq!(tree.uses(), [EXAMINED]);
+    fs::remove_file(tree.0.path().join("run/udev/queue")).unwrap();
     // There is no block device yet.
     fs::remove_dir_all(tree.0.path().join(lun).join("block")).unwrap();
     tree.directory(&format!("{lun}/bsg/2:0:0:0"));
