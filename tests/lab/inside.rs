@@ -87,7 +87,7 @@ fn run_apart(test: &Test) -> Result<(), String> {
     Err(format!("{}{ending}{stuck}{KERNEL_LOG}{kernel}", String::from_utf8_lossy(&output)))
 }
 
-/// The processes that wait in the kernel and cannot be interrupted, and those that an event goes through: for what
+/// The processes that wait in the kernel and cannot be interrupted, and those that a device goes through: for what
 /// they wait (proc_pid_stack(5)). udevd has events to deal with as long as there is /run/udev/queue.
 fn stuck() -> String {
     let is_udevd_busy = fs::exists("/run/udev/queue").unwrap_or_default();
@@ -99,7 +99,9 @@ fn stuck() -> String {
         // The state comes after the name, which is in parentheses (proc_pid_stat(5)).
         let is_stuck =
             read("stat").rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('D'));
-        if is_stuck || ["systemd-udevd", "(udev-worker)", "usb-qmp-hotplug"].contains(&name) {
+        let is_a_devices = ["systemd-udevd", "(udev-worker)", "usb-qmp-hotplug"].contains(&name)
+            || name.starts_with("qemu-system");
+        if is_stuck || is_a_devices {
             stuck += &format!("--- {name} waits in the kernel\n{}", read("stack"));
         }
     }

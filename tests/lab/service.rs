@@ -14,6 +14,9 @@ const UNIT: &str = include_str!("../../contrib/systemd/usb-qmp-hotplug.service")
 const USER_UNIT: &str = include_str!("../../contrib/systemd/user/usb-qmp-hotplug.service");
 const OLDER_THAN_253: &str = include_str!("../../contrib/systemd/older-than-253.conf");
 
+/// What the service has for a conversation, in seconds. Its own five are for a machine that is not emulated.
+const SECONDS: &str = "30";
+
 /// The user whose service manager runs, 65534 like the user of [`crate::vm::Builder::unprivileged`].
 const AS_USER: &str = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all \
                        env XDG_RUNTIME_DIR=/run/user/65534 systemctl --user";
@@ -164,7 +167,9 @@ fn install(directory: &str, unit: &str) {
     fs::copy(PROGRAM, "/usr/bin/usb-qmp-hotplug").unwrap();
     let drop_ins = format!("{directory}/{NAME}.d");
     fs::create_dir_all(&drop_ins).unwrap();
-    fs::write(format!("{directory}/{NAME}"), unit).unwrap();
+    let patient = unit.replace(" watch\n", &format!(" --timeout {SECONDS} watch\n"));
+    assert_ne!(patient, unit);
+    fs::write(format!("{directory}/{NAME}"), patient).unwrap();
     if version() < 253 {
         fs::write(format!("{drop_ins}/older-than-253.conf"), OLDER_THAN_253).unwrap();
     }
