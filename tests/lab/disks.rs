@@ -21,7 +21,7 @@ crate::tests![
     a_character_device_of_a_disk_that_is_open_is_refused: any_qemu,
     what_udev_starts_to_look_at_a_disk_is_no_reason_to_refuse: any_qemu,
     a_disk_that_is_open_where_the_service_may_not_look_is_refused: any_qemu,
-    while_udev_has_not_looked_at_a_disk_nothing_is_known_of_others: any_qemu,
+    while_udev_has_not_looked_at_a_disk_nothing_is_known_of_others: waits,
     what_explains_that_a_disk_is_open_is_no_reason_to_refuse: any_qemu,
     a_mount_in_another_namespace_is_named: any_qemu,
     a_mount_that_no_process_shows_is_guessed: any_qemu,
@@ -181,7 +181,7 @@ fn while_udev_has_not_looked_at_a_disk_nothing_is_known_of_others() {
     let sysfs = Path::new("/sys/class/block").join(disk.trim_start_matches("/dev/"));
     udev::forget_device('b', &sysfs);
     let attach = ["attach", &vm.socket(), &stick.port];
-    let refused = tool::run_as_the_unit_within("4", attach).exits(7).stderr;
+    let refused = tool::run_as_the_unit_within("20", attach).exits(7).stderr;
     assert!(refused.contains("sda is examined by the kernel, by udev, or by"), "{refused}");
     // It is waited for.
     let looks = thread::spawn(move || {
