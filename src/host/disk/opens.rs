@@ -29,8 +29,8 @@ pub(super) enum Opens {
     Perhaps,
     /// Somebody has one of this device.
     Some,
-    /// The kernel, or somebody else who only looks at a disk of this device, has
-    /// it open. Whether others have it, too, is not known until that is over.
+    /// The kernel, or somebody else who only looks at a disk of this device, may
+    /// have it open. Whether others have it is not known until that is over.
     Examined,
 }
 
@@ -53,7 +53,8 @@ impl Host {
         // that were pulled while they were mounted.
         let explained = of_others + self.own_disks() + tables.pulled(self);
         // udev opens a disk more than once, and keeps a lock on it meanwhile. It
-        // does not lock a disk's character devices.
+        // does not lock a disk's character devices. So while it has any events to
+        // deal with, it may have one of those open.
         let is_locked = || storage.disks.iter().any(|disk| self.is_locked_at_all(disk));
         match count > explained {
             false => Opens::None,

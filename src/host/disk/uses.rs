@@ -52,8 +52,8 @@ pub enum UsedBy {
     Zfs(String),
     /// This program has it open, if the program can be seen.
     Program(Option<Holder>),
-    /// The kernel, udev, or another program that has it locked for a moment,
-    /// looks at it. Whether others have it open, too, is known only after that.
+    /// The kernel, udev, or another program that has it locked for a moment, may
+    /// be looking at it. Whether others have it open is known only after that.
     Examined,
     /// Something has it open or has claimed it that cannot be found.
     Unknown {
@@ -153,7 +153,11 @@ impl fmt::Display for UsedBy {
             UsedBy::Program(Some(program)) => write!(f, "open in {program}"),
             UsedBy::Program(None) => write!(f, "open in a program that this user may not see"),
             UsedBy::Examined => {
-                write!(f, "examined by the kernel, by udev, or by a program that has locked it")
+                write!(
+                    f,
+                    "open, perhaps only for a look by the kernel, by udev, or by a program that has \
+                     locked it"
+                )
             }
             UsedBy::Unknown { sees_all: true } => {
                 write!(f, "claimed, and nothing tells by what (perhaps by a mount in a container)")
