@@ -1,4 +1,5 @@
-//! The daemon as a service of a real systemd, with its unit as it is shipped: for the machine, and for a user.
+//! The daemon as a service of a real systemd, for the machine and for a user: with its unit as it is shipped, but for
+//! the time of a conversation.
 
 use crate::host::must;
 use crate::tool::PROGRAM;
@@ -14,7 +15,8 @@ const UNIT: &str = include_str!("../../contrib/systemd/usb-qmp-hotplug.service")
 const USER_UNIT: &str = include_str!("../../contrib/systemd/user/usb-qmp-hotplug.service");
 const OLDER_THAN_253: &str = include_str!("../../contrib/systemd/older-than-253.conf");
 
-/// What the service has for a conversation, in seconds. Its own five are for a machine that is not emulated.
+/// What the service has for a conversation, in seconds. Its own five are for a machine that is not emulated. A test waits
+/// until this is over, so it is less than what the other daemons have.
 const SECONDS: &str = "30";
 
 /// The user whose service manager runs, 65534 like the user of [`crate::vm::Builder::unprivileged`].
