@@ -1,12 +1,14 @@
 //! `watch`, as systemd runs it: with a configuration, the capabilities of its unit and no more, no network, and
 //! somebody who listens to what it says of itself.
 
+use crate::host;
 use crate::tool::{self, PROGRAM};
 use crate::udev;
 use crate::wait::{wait_for, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -15,6 +17,7 @@ use std::time::Duration;
 pub const CONFIG: &str = "/run/usb-qmp-hotplug.toml";
 const NOTIFY: &str = "/run/notify";
 const LOG: &str = "/run/daemon.log";
+const TRACING: &str = "/sys/kernel/tracing";
 
 pub struct Daemon {
     child: Child,
@@ -207,8 +210,25 @@ impl Daemon {
         tasks.flatten().map(switches).sum()
     }
 
+    /// Has the kernel write down from now on what wakes it (Documentation/trace/events.rst in the kernel's source).
+    pub fn record_wakes(&self) {
+        host::mount("tracefs", "tracefs", Path::new(TRACING));
+        let write = |file: &str, text: &str| {
+            fs::write(Path::new(TRACING).join(file), text).expect("the kernel's trace");
+        };
+        write("events/sched/sched_waking/filter", &format!("pid == {}", self.child.id()));
+        write("options/stacktrace", "1");
+        write("trace", "");
+        write("events/sched/sched_waking/enable", "1");
+    }
+
+    /// What woke it since then: each time the program that ran, and what the kernel did for it.
+    pub fn wakes(&self) -> String {
+        fs::read_to_string(Path::new(TRACING).join("trace")).expect("the kernel's trace")
+    }
+
     /// Whether it has this file open.
-    pub fn has_open(&self, path: &std::path::Path) -> bool {
+    pub fn has_open(&self, path: &Path) -> bool {
         let descriptors = fs::read_dir(self.proc("fd")).expect("the daemon runs").flatten();
         descriptors.filter_map(|d| fs::read_link(d.path()).ok()).any(|open| open == path)
     }

@@ -89,9 +89,10 @@ fn a_mounted_stick_is_attached_when_it_is_unmounted() {
     let daemon = refused(&["a"], "mounted on /run/stick");
     // Nobody looks before the kernel tells.
     daemon.is_idle();
+    daemon.record_wakes();
     let before = daemon.switches();
     thread::sleep(Duration::from_secs(5));
-    assert_eq!(daemon.switches(), before);
+    assert_eq!(daemon.switches(), before, "{}", daemon.wakes());
     // Other mounts are no reason to disturb the VM.
     must("mount", &["-t", "tmpfs", "none", "/mnt"]);
     must("umount", &["/mnt"]);
