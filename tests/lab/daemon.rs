@@ -210,7 +210,8 @@ impl Daemon {
         tasks.flatten().map(switches).sum()
     }
 
-    /// Has the kernel write down from now on what wakes it (Documentation/trace/events.rst in the kernel's source).
+    /// Has the kernel write down from now on what wakes it (Documentation/trace/events.rst in the kernel's source). This
+    /// itself may wake it, since it is told of mounts.
     pub fn record_wakes(&self) {
         host::mount("tracefs", "tracefs", Path::new(TRACING));
         let write = |file: &str, text: &str| {

@@ -88,8 +88,8 @@ fn a_mounted_stick_is_attached_when_it_is_unmounted() {
     must("mount", &[&filesystem(&stick), "/run/stick"]);
     let daemon = refused(&["a"], "mounted on /run/stick");
     // Nobody looks before the kernel tells.
-    daemon.is_idle();
     daemon.record_wakes();
+    daemon.is_idle();
     let before = daemon.switches();
     thread::sleep(Duration::from_secs(5));
     assert_eq!(daemon.switches(), before, "{}", daemon.wakes());
