@@ -10,7 +10,7 @@ const DIRECTORY: &str = "/etc/udev/rules.d";
 const RULES: &str = "/etc/udev/rules.d/90-test.rules";
 
 /// Makes these the rules, and waits until udevd goes by them. What it still has to do comes first: systemd 257 may lose
-/// an event that comes while it reads rules, and it may hang up on who tells it to read them.
+/// an event that comes while it reads rules.
 pub fn rules(text: &str) {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -27,10 +27,7 @@ pub fn rules(text: &str) {
 }
 
 fn reload() {
-    wait_until("udevd reads its rules", || {
-        let told = Command::new("udevadm").args(["control", "--reload"]).status();
-        told.expect("udevadm").success()
-    });
+    must_be_done(&["control", "--reload"]);
 }
 
 /// Removes whatever rules an earlier test has left.
@@ -49,17 +46,22 @@ pub fn forget_rules() {
 
 /// Waits until udevd has dealt with every event so far, RUN programs included.
 pub fn settle() {
-    udevadm(&["settle", "--timeout=180"]);
+    must_be_done(&["settle", "--timeout=180"]);
 }
 
 /// Replays an event for a device.
 pub fn trigger(action: &str, sysfs: &Path) {
-    udevadm(&["trigger", "--action", action, sysfs.to_str().unwrap()]);
+    let path = sysfs.to_str().unwrap();
+    assert!(udevadm(&["trigger", "--action", action, path]), "an event is replayed for {path}");
 }
 
-fn udevadm(arguments: &[&str]) {
-    let status = Command::new("udevadm").args(arguments).status().expect("udevadm");
-    assert!(status.success(), "udevadm {arguments:?}: {status}");
+/// Has udevd do something. systemd 257 may hang up on who asks ("Broken pipe"): then it is asked again.
+fn must_be_done(arguments: &[&str]) {
+    wait_until(&format!("udevadm {arguments:?}"), || udevadm(arguments));
+}
+
+fn udevadm(arguments: &[&str]) -> bool {
+    Command::new("udevadm").args(arguments).status().expect("udevadm").success()
 }
 
 /// Has udev know nothing of a device, as before it has got to it. Its node is of a kind: `b` for a disk, `c` for others.
