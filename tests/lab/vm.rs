@@ -205,8 +205,16 @@ impl Vm {
         pidfd_getfd(process, number, PidfdGetfdFlags::empty()).expect("root may")
     }
 
-    /// How many descriptors QEMU has open, of whatever kind.
+    /// How many descriptors QEMU has open, of whatever kind, once the monitor has no client: QEMU closes its end a moment
+    /// after the client has gone.
     pub fn descriptors(&self) -> usize {
+        let socket = self.socket();
+        let is_monitor = |chardev: &&Value| chardev["filename"].as_str().unwrap().contains(&socket);
+        wait_until("its monitor is free", || {
+            let all = self.qmp("query-chardev", json!({}));
+            let monitor = all.as_array().unwrap().iter().find(is_monitor).expect("the monitor");
+            monitor["filename"].as_str().unwrap().starts_with("disconnected:")
+        });
         fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("QEMU runs").count()
     }
 
