@@ -17,7 +17,6 @@ use std::time::Duration;
 pub const CONFIG: &str = "/run/usb-qmp-hotplug.toml";
 const NOTIFY: &str = "/run/notify";
 const LOG: &str = "/run/daemon.log";
-const TRACING: &str = "/sys/kernel/tracing";
 
 pub struct Daemon {
     child: Child,
@@ -55,8 +54,8 @@ pub fn capabilities() -> String {
 }
 
 impl Daemon {
-    /// Starts it and waits until it is ready. Its unit does not let it tell udevd, which looks at a new disk for a while,
-    /// from another program that has the disk open: such a disk would wait.
+    /// Starts it once udevd has looked at every disk, and waits until it is ready. udevd opens a disk to look at it, and
+    /// the daemon with its unit's capabilities cannot see that it is udevd: it would make the disk wait.
     pub fn start() -> Daemon {
         udev::settle();
         let daemon = Daemon::launch(&["--timeout", tool::SECONDS], &[]);
@@ -200,7 +199,7 @@ impl Daemon {
     }
 
     /// How often all of its threads together have slept and woken.
-    pub fn switches(&self) -> u64 {
+    fn switches(&self) -> u64 {
         let tasks = fs::read_dir(self.proc("task")).expect("the daemon runs");
         let switches = |task: fs::DirEntry| {
             let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
@@ -210,22 +209,26 @@ impl Daemon {
         tasks.flatten().map(switches).sum()
     }
 
-    /// Has the kernel write down from now on what wakes it (Documentation/trace/events.rst in the kernel's source). This
-    /// itself may wake it, since it is told of mounts.
-    pub fn record_wakes(&self) {
-        host::mount("tracefs", "tracefs", Path::new(TRACING));
+    /// Nothing wakes it for this long, once it is idle. If something does, the failure shows each time what program ran,
+    /// and what the kernel did for it (Documentation/trace/events.rst in the kernel's source).
+    #[track_caller]
+    pub fn must_sleep_for(&self, time: Duration) {
+        let tracing = Path::new("/sys/kernel/tracing");
+        // The daemon is told of mounts, so this comes before it is idle.
+        host::mount("tracefs", "tracefs", tracing);
         let write = |file: &str, text: &str| {
-            fs::write(Path::new(TRACING).join(file), text).expect("the kernel's trace");
+            fs::write(tracing.join(file), text).expect("the kernel's trace");
         };
         write("events/sched/sched_waking/filter", &format!("pid == {}", self.child.id()));
         write("options/stacktrace", "1");
         write("trace", "");
         write("events/sched/sched_waking/enable", "1");
-    }
-
-    /// What woke it since then: each time the program that ran, and what the kernel did for it.
-    pub fn wakes(&self) -> String {
-        fs::read_to_string(Path::new(TRACING).join("trace")).expect("the kernel's trace")
+        self.is_idle();
+        let before = self.switches();
+        thread::sleep(time);
+        let after = self.switches();
+        let wakes = fs::read_to_string(tracing.join("trace")).expect("the kernel's trace");
+        assert_eq!(after, before, "{wakes}");
     }
 
     /// Whether it has this file open.

@@ -99,9 +99,9 @@ fn stuck() -> String {
         // The state comes after the name, which is in parentheses (proc_pid_stat(5)).
         let is_stuck =
             read("stat").rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('D'));
-        let is_a_devices = ["systemd-udevd", "(udev-worker)", "usb-qmp-hotplug"].contains(&name)
+        let handles_devices = ["systemd-udevd", "(udev-worker)", "usb-qmp-hotplug"].contains(&name)
             || name.starts_with("qemu-system");
-        if is_stuck || is_a_devices {
+        if is_stuck || handles_devices {
             stuck += &format!("--- {name} waits in the kernel\n{}", read("stack"));
         }
     }
