@@ -135,8 +135,10 @@ impl Drop for Service {
         if std::thread::panicking() {
             eprintln!("--- the journal\n{}", journal());
         }
-        must("systemctl", &["stop", NAME]);
-        let _ = Command::new("systemctl").args(["stop", "user-manager.service"]).output();
+        // A machine may have had only one of them.
+        for unit in [NAME, "user-manager.service"] {
+            let _ = Command::new("systemctl").args(["stop", unit]).output();
+        }
     }
 }
 
