@@ -135,10 +135,8 @@ impl Drop for Service {
         if std::thread::panicking() {
             eprintln!("--- the journal\n{}", journal());
         }
-        // A machine may have had only one of them.
-        for unit in [NAME, "user-manager.service"] {
-            let _ = Command::new("systemctl").args(["stop", unit]).output();
-        }
+        self.systemctl(&["stop", NAME]);
+        let _ = Command::new("systemctl").args(["stop", "user-manager.service"]).output();
     }
 }
 
